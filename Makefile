@@ -1,0 +1,89 @@
+# Every target sets up what it needs. `make help` lists them.
+#
+#   PYTHON=python3.12    the interpreter that .venv is made from
+#   PYTHON=... VENV=     use that interpreter as it is: nothing is installed or downloaded
+#   ARGS="-k adamw"      passed on by demo, test and bench
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+PY := $(if $(strip $(VENV)),$(VENV)/bin/python,$(PYTHON))
+# The tools that come with the interpreter: $(call tool,ruff)
+tool = "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/$(1)"
+SOURCES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+
+.PHONY: help env build demo test bench lint format check-binary gpu-check dist clean
+
+help:  ## list the targets
+	@echo 'Each sets up what it needs. PYTHON=python3.12 chooses what .venv is made from;'
+	@echo 'PYTHON=... VENV= uses that interpreter as it is and installs nothing; ARGS=... is passed on.'
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
+
+ifeq ($(strip $(VENV)),)
+env:
+else
+env: $(VENV)/installed.txt
+endif
+
+# pip runs only when the list of development requirements, in pyproject.toml, has changed.
+$(VENV)/installed.txt: pyproject.toml
+	@test -x $(PY) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'fusedopt: $(PYTHON) is no Python 3.11 or newer; give one: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo 'fusedopt: $(PYTHON) cannot make a virtual environment; install python3-venv' >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*project["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/wanted.txt
+	@cmp -s $(VENV)/wanted.txt $@ || $(PY) -m pip install --requirement $(VENV)/wanted.txt
+	@mv $(VENV)/wanted.txt $@
+
+demo: build  ## train two real models with torch.optim and with fusedopt, side by side
+	$(PY) -m benchmarks.demo $(ARGS)
+
+test: build  ## run the tests
+	$(PY) -m pytest $(ARGS)
+
+build: env  ## build the compiled module in place (quick when nothing changed)
+	@$(PY) setup.py --quiet build_ext --inplace
+
+bench: build  ## run the benchmarks
+	$(PY) -m benchmarks.run $(ARGS)
+
+lint: env  ## check style and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(call tool,clang-format) --dry-run -Werror $(SOURCES)
+	$(PY) -m mypy
+
+format: env  ## format all sources
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(call tool,clang-format) -i $(SOURCES)
+
+check-binary: build  ## check in the disassembly that the loops are packed
+	$(PY) tests/binary/check_binary.py
+
+gpu-check: export FUSEDOPT_CUDA = 1
+gpu-check: export FUSEDOPT_CUDA_ARCHS = native
+gpu-check: build  ## build for the GPUs of this machine and run the tests that need one
+	$(PY) -m pytest -m cuda $(ARGS)
+
+# The wheel is built from the sdist; both are then tried where nothing else of fusedopt is.
+CLEAN = build/clean-env
+dist: env  ## build sdist and wheel, and try each in a clean environment
+	rm -rf dist $(CLEAN)
+	$(PY) -m build --no-isolation
+	$(PY) -m venv $(CLEAN)
+	$(CLEAN)/bin/pip install $$(grep '^torch==' $(VENV)/installed.txt)
+	$(CLEAN)/bin/pip install dist/*.whl
+	$(CLEAN)/bin/python tests/smoke.py
+	$(CLEAN)/bin/pip uninstall --yes fusedopt
+	$(CLEAN)/bin/pip install $$(grep -E '^(setuptools|wheel|ninja)==' $(VENV)/installed.txt)
+	$(CLEAN)/bin/pip install --no-build-isolation --no-cache-dir dist/*.tar.gz
+	$(CLEAN)/bin/python tests/smoke.py
+	rm -rf $(CLEAN)
+
+clean:  ## remove everything built, but not .venv
+	rm -rf build dist *.egg-info fusedopt/*.so fusedopt/_build_info.json
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Benchmarks of fusedopt against torch.optim, and a demo on real data."""

@@ -1,0 +1,675 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+//
+// The only file that includes torch: it turns parameters and gradients into spans, and hands them
+// to the core with a stream or a parallel loop.
+#include <ATen/Parallel.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/extension.h>
+
+#include <array>
+#include <cmath>
+#include <mutex>
+#include <optional>
+#include <sstream>
+#include <unordered_set>
+
+#include "core/registry.h"
+#include "cpu/cpu.h"
+#if defined(FUSEDOPT_WITH_CUDA)
+#include "cuda/cuda.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace fusedopt;
+
+// In flat buffers a parameter starts at a multiple of this many elements: 64 bytes or more.
+constexpr int64_t kSlot = 64;
+
+int64_t padded(int64_t numel) { return (numel + kSlot - 1) / kSlot * kSlot; }
+
+cpu::Isa active_isa = cpu::best_isa();
+
+const char* isa_name(cpu::Isa isa) {
+  return isa == cpu::Isa::avx512 ? "avx512" : isa == cpu::Isa::avx2 ? "avx2" : "baseline";
+}
+
+std::string get_isa() { return isa_name(active_isa); }
+
+void set_isa(const std::string& name) {
+  for (auto isa : {cpu::Isa::baseline, cpu::Isa::avx2, cpu::Isa::avx512}) {
+    if (name != isa_name(isa)) continue;
+    if (!cpu::supported(isa))
+      throw py::value_error("fusedopt: this processor does not support FUSEDOPT_ISA=" + name +
+                            "; the best it supports is " + isa_name(cpu::best_isa()));
+    active_isa = isa;
+    return;
+  }
+  throw py::value_error("fusedopt: FUSEDOPT_ISA=" + name +
+                        " is unknown; it can be baseline, avx2 or avx512");
+}
+
+std::optional<DType> storage_dtype(at::ScalarType type) {
+  switch (c10::toRealValueType(type)) {
+    case at::kFloat:
+      return DType::float32;
+    case at::kDouble:
+      return DType::float64;
+    case at::kBFloat16:
+      return DType::bfloat16;
+    case at::kHalf:
+      return DType::float16;
+    default:
+      return std::nullopt;
+  }
+}
+
+at::ScalarType scalar_type(DType dtype) {
+  switch (dtype) {
+    case DType::float32:
+      return at::kFloat;
+    case DType::float64:
+      return at::kDouble;
+    case DType::bfloat16:
+      return at::kBFloat16;
+    default:
+      return at::kHalf;
+  }
+}
+
+// The index of a combination of dtypes, -1 where it is not in the list.
+int combination(DType param, DType grad, DType state) {
+  static const auto table = [] {
+    std::array<int, 64> t;
+    t.fill(-1);
+    int index = 0;
+    for (const auto& c : registry().combinations)
+      t[int(c.param) * 16 + int(c.grad) * 4 + int(c.state)] = index++;
+    return t;
+  }();
+  return table[int(param) * 16 + int(grad) * 4 + int(state)];
+}
+
+const RuleInfo& find_rule(const std::string& name) {
+  for (const auto& rule : registry().rules)
+    if (name == rule.name) return rule;
+  throw py::value_error("fusedopt: unknown rule " + name);
+}
+
+bool same_strides(at::IntArrayRef sizes, at::IntArrayRef a, at::IntArrayRef b) {
+  for (size_t i = 0; i < sizes.size(); ++i)
+    if (sizes[i] > 1 && a[i] != b[i]) return false;
+  return true;
+}
+
+template <class T>
+std::string text(const T& value) {
+  std::ostringstream out;
+  out << value;
+  return out.str();
+}
+
+// A number out of a parameter group: a float, an int, a bool, or a tensor of one element.
+double number(PyObject* value, const std::string& what) {
+  if (PyFloat_Check(value)) return PyFloat_AS_DOUBLE(value);
+  if (value == Py_True) return 1;
+  if (value == Py_False || value == Py_None) return 0;
+  if (THPVariable_Check(value)) {
+    const at::Tensor& tensor = THPVariable_Unpack(value);
+    if (tensor.numel() != 1)
+      throw py::value_error(what + " is a tensor of " + text(tensor.numel()) +
+                            " elements; expected a number or a tensor of one element");
+    return tensor.item<double>();
+  }
+  const double result = PyFloat_AsDouble(value);
+  if (PyErr_Occurred()) {
+    PyErr_Clear();
+    throw py::type_error(what + " is " + py::repr(value).cast<std::string>() +
+                         "; expected a number or a tensor of one element");
+  }
+  return result;
+}
+
+// One parameter of an optimizer, with what a step needs to know of it and has to find unchanged.
+// It is held as a Python object: torch.utils.swap_tensors may exchange the tensor behind it.
+struct Record {
+  py::object param;
+  std::vector<py::object> states;  // in the variant's order; empty while there is no gradient yet
+  py::object step;
+  std::string name;
+  int group = 0;
+  bool duplicate = false;  // the same parameter again: it is stepped once
+  bool first = false;      // its state was made for this very step
+  bool has_state = false;
+  bool dense = true;  // its elements fill one run of memory
+  bool contiguous = true;
+  bool state_padded = false;  // the states lie in slots of a shared buffer
+
+  const void* data = nullptr;
+  const void* flat_grad = nullptr;  // where its gradient lies in a flat buffer, else null
+  bool param_padded = false;        // the parameter lies in a slot of a flat buffer
+  int64_t numel = 0;                // in reals: a complex number is two
+  int64_t padding = 0;              // reals behind it in a slot
+  at::ScalarType scalar;
+  DType dtype = DType::float32;
+  DType state_dtype = DType::float32;
+  c10::Device device = c10::kCPU;
+  std::vector<int64_t> strides;
+  std::array<void*, kMaxStates> state_data{};
+  float* step_value = nullptr;
+};
+
+void* data_of(const py::object& tensor) {
+  return THPVariable_Unpack(tensor.ptr()).unsafeGetTensorImpl()->mutable_data();
+}
+
+// The spans of one device, and what a step has to do besides.
+struct DeviceWork {
+  c10::Device device;
+  std::vector<Span> spans;
+};
+
+struct CopyBack {
+  at::Tensor param, contiguous;
+};
+
+struct CachedRow {
+  float step;
+  bool first, float64;
+  int index;
+};
+
+void run_in_parallel(int64_t size, int64_t grain, void* context,
+                     void (*body)(void*, int64_t, int64_t)) {
+  at::parallel_for(0, size, grain,
+                   [=](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+// What one optimizer walks over in a step. It is built anew whenever parameters, their state or the
+// set of buffers change; gradients are looked up in every step.
+class Plan {
+ public:
+  Plan(std::string optimizer, const std::string& rule) : optimizer_(std::move(optimizer)), rule_(find_rule(rule)) {}
+
+  void add_group(const py::dict& group) {
+    group_sizes_.push_back(0);
+    options_.emplace_back();
+    rows_of_group_.emplace_back();
+    read_options(group.ptr(), int(group_sizes_.size()) - 1);
+    variants_.push_back(rule_.variant(options_.back().data()));
+  }
+
+  // Adds the next parameter of the group added last.
+  void add(const py::object& param, const std::string& name, bool duplicate,
+           const std::optional<py::tuple>& states, const py::object& step, bool first,
+           bool state_padded, bool param_padded, uintptr_t flat_grad, DType state_dtype) {
+    const at::Tensor& tensor = THPVariable_Unpack(param.ptr());
+    Record r;
+    r.param = param;
+    r.name = name;
+    r.group = int(group_sizes_.size()) - 1;
+    r.duplicate = duplicate;
+    r.first = first;
+    r.data = tensor.unsafeGetTensorImpl()->data();
+    r.scalar = tensor.scalar_type();
+    r.dtype = *storage_dtype(r.scalar);
+    r.state_dtype = state_dtype;
+    r.device = tensor.device();
+    const int64_t reals = tensor.is_complex() ? 2 : 1;
+    r.numel = tensor.numel() * reals;
+    r.padding = padded(tensor.numel()) * reals - r.numel;
+    r.dense = tensor.is_non_overlapping_and_dense();
+    r.contiguous = tensor.is_contiguous();
+    r.strides = tensor.strides().vec();
+    r.state_padded = state_padded;
+    r.param_padded = param_padded;
+    r.flat_grad = reinterpret_cast<const void*>(flat_grad);
+    if (states) {
+      r.has_state = true;
+      for (size_t k = 0; k < states->size(); ++k) {
+        r.states.push_back((*states)[k]);
+        r.state_data[k] = data_of(r.states.back());
+      }
+    }
+    if (!step.is_none()) {
+      r.step = step;
+      r.step_value = static_cast<float*>(data_of(step));
+    }
+    ++group_sizes_.back();
+    records_.push_back(std::move(r));
+  }
+
+  // One step over all parameters that have a gradient. Returns None when it is done. A list means
+  // that nothing was changed and the plan has to be built anew first, with state for the
+  // parameters listed (by position).
+  std::optional<std::vector<int>> step(const py::list& groups, const py::object& grad_scale,
+                                       const py::object& found_inf) {
+    const at::NoGradGuard no_grad;
+    if (!found_inf.is_none() && number(found_inf.ptr(), optimizer_ + ": found_inf") != 0)
+      return std::nullopt;
+    grad_factor_ = 1;
+    if (!grad_scale.is_none())
+      grad_factor_ = 1 / number(grad_scale.ptr(), optimizer_ + ": grad_scale");
+
+    if (!prepare(groups)) return std::move(missing_);
+    run();
+    finish();
+    return std::nullopt;
+  }
+
+  // The variant of a group, by its index among the rule's variants.
+  int variant(int group) const { return variants_.at(group); }
+
+  // Spans walked by the last step.
+  int64_t span_count() const {
+    size_t count = 0;
+    for (const auto& work : work_) count += work.spans.size();
+    return int64_t(count);
+  }
+
+ private:
+  std::string describe(const Record& r) const { return optimizer_ + ": " + r.name; }
+
+  void read_options(PyObject* group, int g) {
+    auto& values = options_[g];
+    for (int i = 0; i < rule_.option_count; ++i) {
+      const OptionKey& key = rule_.options[i];
+      PyObject* value = PyDict_GetItemString(group, key.key);
+      const auto what = [&] {
+        std::string name = optimizer_ + ": group " + text(g) + ": " + key.key;
+        return key.element < 0 ? name : name + "[" + text(key.element) + "]";
+      };
+      if (value == nullptr) throw py::key_error(what() + " is missing");
+      py::object element;
+      if (key.element >= 0) {
+        element = py::reinterpret_steal<py::object>(PySequence_GetItem(value, key.element));
+        if (!element) throw py::error_already_set();
+        value = element.ptr();
+      }
+      values[i] = PyFloat_CheckExact(value) ? PyFloat_AS_DOUBLE(value) : number(value, what());
+      if (std::isnan(values[i]))
+        throw py::value_error(what() + " is NaN; expected a number");
+    }
+  }
+
+  // Whether all the spans could be made; if not, missing_ tells for whom state has to be made.
+  bool prepare(const py::list& groups) {
+    missing_.clear();
+    active_.clear();
+    rows_.clear();
+    temporaries_.clear();
+    copy_back_.clear();
+    for (auto& work : work_) work.spans.clear();
+    if (groups.size() != group_sizes_.size()) return false;
+
+    size_t next = 0;
+    for (size_t g = 0; g < group_sizes_.size(); ++g) {
+      PyObject* group = PyList_GET_ITEM(groups.ptr(), g);
+      read_options(group, int(g));
+      rows_of_group_[g].clear();
+      if (rule_.variant(options_[g].data()) != variants_[g]) return false;
+      PyObject* params = PyDict_GetItemString(group, "params");
+      if (params == nullptr || !PyList_Check(params) ||
+          size_t(PyList_GET_SIZE(params)) != group_sizes_[g])
+        return false;
+      for (size_t i = 0; i < group_sizes_[g]; ++i, ++next) {
+        Record& r = records_[next];
+        if (PyList_GET_ITEM(params, i) != r.param.ptr()) return false;
+        if (r.duplicate) continue;
+        const at::Tensor& param = THPVariable_Unpack(r.param.ptr());
+        const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
+        if (!grad.defined()) continue;
+        if (!unchanged(r, param)) return false;
+        if (!add_span(r, param, grad)) missing_.push_back(int(next));
+      }
+    }
+    return missing_.empty();
+  }
+
+  bool unchanged(const Record& r, const at::Tensor& param) const {
+    const c10::TensorImpl* impl = param.unsafeGetTensorImpl();
+    if (impl->data() != r.data || param.scalar_type() != r.scalar ||
+        impl->is_contiguous() != r.contiguous ||
+        impl->numel() * (param.is_complex() ? 2 : 1) != r.numel)
+      return false;
+    if (!r.contiguous && param.strides() != at::IntArrayRef(r.strides)) return false;
+    for (size_t k = 0; k < r.states.size(); ++k)
+      if (data_of(r.states[k]) != r.state_data[k]) return false;
+    return r.step_value == nullptr || data_of(r.step) == r.step_value;
+  }
+
+  // Adds the span of one parameter; false where it has no state yet. Throws on a gradient that
+  // cannot be taken.
+  bool add_span(Record& r, const at::Tensor& param, const at::Tensor& grad) {
+    const int kernel = check_gradient(r, param, grad);
+    if (!r.has_state) return false;
+    active_.push_back(&r);
+    if (r.numel == 0) return true;
+
+    Span span;
+    span.param = const_cast<void*>(r.data);
+    span.grad = grad.unsafeGetTensorImpl()->data();
+    for (int k = 0; k < kMaxStates; ++k) span.states[k] = r.state_data[k];
+    span.numel = r.numel;
+    span.kernel = kernel;
+    span.row = row(r);
+
+    // Padding belongs to a flat buffer only where all of the streams are in one.
+    const bool walk_padding = r.param_padded && r.state_padded && span.grad == r.flat_grad &&
+                              zero_stays_zero(r.group);
+    if (!r.dense) {
+      // States of such a parameter are dense; it is gathered and put back afterwards.
+      const at::Tensor gathered = gather(param, dense_like(r, param));
+      copy_back_.push_back({param, gathered});
+      span.param = gathered.mutable_data_ptr();
+      span.grad = dense_gradient(gathered, grad);
+    } else if (!in_place(param, grad)) {
+      span.grad = dense_gradient(param, grad);
+    }
+
+    DeviceWork& work = work_of(r.device);
+    if (work.spans.empty() || !extend(work.spans.back(), span, r, grad)) {
+      span.offset = work.spans.empty() ? 0 : work.spans.back().offset + work.spans.back().numel;
+      work.spans.push_back(span);
+    }
+    open_padding_ = walk_padding ? r.padding : 0;
+    return true;
+  }
+
+  int check_gradient(const Record& r, const at::Tensor& param, const at::Tensor& grad) const {
+    if (grad.layout() != at::kStrided)
+      throw std::runtime_error(describe(r) + " has a gradient of layout " + text(grad.layout()) +
+                               "; " + optimizer_ +
+                               " supports dense gradients only (for an embedding: sparse=False)");
+    if (grad.device() != r.device)
+      throw py::value_error(describe(r) + " is on " + text(r.device) + " but its gradient is on " +
+                            text(grad.device()) + "; move one of them");
+    if (grad.sizes() != param.sizes())
+      throw py::value_error(describe(r) + " has shape " + text(param.sizes()) +
+                            " but its gradient has shape " + text(grad.sizes()));
+    const auto grad_dtype = storage_dtype(grad.scalar_type());
+    const int index = grad_dtype && grad.is_complex() == param.is_complex()
+                          ? combination(r.dtype, *grad_dtype, r.state_dtype)
+                          : -1;
+    if (index < 0)
+      throw py::type_error(describe(r) + ": a " + text(param.scalar_type()) +
+                           " parameter with a " + text(grad.scalar_type()) + " gradient and " +
+                           text(scalar_type(r.state_dtype)) +
+                           " states is not supported; a gradient has its parameter's dtype or "
+                           "float32");
+    return registry().kernel(rule_.first_variant + variants_[r.group], index);
+  }
+
+  static bool in_place(const at::Tensor& like, const at::Tensor& grad) {
+    if (grad.is_conj() || grad.is_neg()) return false;
+    return (grad.is_contiguous() && like.is_contiguous()) ||
+           same_strides(like.sizes(), like.strides(), grad.strides());
+  }
+
+  static at::Tensor gather(const at::Tensor& from, at::Tensor to) {
+    to.copy_(from.detach());
+    return to;
+  }
+
+  const void* dense_gradient(const at::Tensor& like, const at::Tensor& grad) {
+    temporaries_.push_back(
+        gather(grad, at::empty_strided(like.sizes(), like.strides(), grad.options())));
+    return temporaries_.back().const_data_ptr();
+  }
+
+  static at::Tensor dense_like(const Record& r, const at::Tensor& param) {
+    if (r.states.empty()) return at::empty_like(param);
+    return at::empty_strided(param.sizes(), THPVariable_Unpack(r.states[0].ptr()).strides(),
+                             param.options());
+  }
+
+  // Whether an element that is zero in all streams stays so, as padding has to.
+  bool zero_stays_zero(int group) const {
+    for (int i = 0; i < rule_.option_count; ++i)
+      if (std::string_view(rule_.options[i].key) == "eps" && options_[group][i] == 0) return false;
+    return true;
+  }
+
+  // Lengthens the last span by one that adjoins it in every stream.
+  bool extend(Span& last, const Span& span, const Record& r, const at::Tensor& grad) const {
+    if (last.kernel != span.kernel || last.row != span.row) return false;
+    const int64_t length = last.numel + open_padding_;
+    const auto adjoins = [&](const void* a, const void* b, int64_t size) {
+      return static_cast<const char*>(a) + length * size == static_cast<const char*>(b);
+    };
+    const int64_t real = c10::elementSize(c10::toRealValueType(r.scalar));
+    const int64_t grad_real = c10::elementSize(c10::toRealValueType(grad.scalar_type()));
+    const int64_t state_size = c10::elementSize(scalar_type(r.state_dtype));
+    if (!adjoins(last.param, span.param, real) || !adjoins(last.grad, span.grad, grad_real))
+      return false;
+    for (size_t k = 0; k < r.states.size(); ++k)
+      if (!adjoins(last.states[k], span.states[k], state_size)) return false;
+    last.numel = length + span.numel;
+    return true;
+  }
+
+  DeviceWork& work_of(c10::Device device) {
+    for (auto& work : work_)
+      if (work.device == device) return work;
+    work_.push_back({device, {}});
+    return work_.back();
+  }
+
+  // The row of the hyper table for a parameter's group and step count.
+  int row(const Record& r) {
+    const float step = r.step_value == nullptr ? 0 : *r.step_value + 1;
+    const bool float64 = r.dtype == DType::float64;
+    auto& cached = rows_of_group_[r.group];
+    for (auto it = cached.rbegin(); it != cached.rend() && it - cached.rbegin() < 8; ++it)
+      if (it->step == step && it->first == r.first && it->float64 == float64) return it->index;
+    rows_.emplace_back();
+    rule_.row(options_[r.group].data(), step, r.first, grad_factor_, float64, rows_.back());
+    cached.push_back({step, r.first, float64, int(rows_.size()) - 1});
+    return cached.back().index;
+  }
+
+  void run() {
+    py::gil_scoped_release release;
+    for (const auto& work : work_) {
+      if (work.spans.empty()) continue;
+      if (work.device.is_cpu()) {
+        cpu::step(work.spans.data(), work.spans.size(), rows_.data(), active_isa, run_in_parallel);
+        continue;
+      }
+#if defined(FUSEDOPT_WITH_CUDA)
+      const c10::DeviceGuard guard(work.device);
+      const auto stream =
+          c10::impl::VirtualGuardImpl(work.device.type()).getStream(work.device).native_handle();
+      if (const char* error =
+              cuda::step(work.spans.data(), work.spans.size(), rows_.data(), stream))
+        throw std::runtime_error(optimizer_ + ": the step on " + text(work.device) +
+                                 " failed: " + error);
+#endif
+    }
+  }
+
+  void finish() {
+    for (auto& back : copy_back_) {
+      at::Tensor param = back.param.detach();
+      param.copy_(back.contiguous);
+    }
+    for (Record* r : active_) {
+      if (r->step_value != nullptr) *r->step_value += 1;
+      r->first = false;
+      c10::TensorImpl* impl = THPVariable_Unpack(r->param.ptr()).unsafeGetTensorImpl();
+      if (!impl->is_inference()) impl->bump_version();
+    }
+    temporaries_.clear();
+    copy_back_.clear();
+  }
+
+  std::string optimizer_;
+  const RuleInfo& rule_;
+  std::vector<Record> records_;
+  std::vector<size_t> group_sizes_;
+  std::vector<int> variants_;
+  std::vector<std::array<double, 16>> options_;
+  std::vector<std::vector<CachedRow>> rows_of_group_;
+
+  // Of the step at hand; kept so that a step allocates nothing.
+  double grad_factor_ = 1;
+  int64_t open_padding_ = 0;  // padding behind the last span that may be walked along
+  std::vector<int> missing_;
+  std::vector<Record*> active_;
+  std::vector<HyperRow> rows_;
+  std::vector<DeviceWork> work_;
+  std::vector<at::Tensor> temporaries_;
+  std::vector<CopyBack> copy_back_;
+};
+
+// The addresses of the tensors that flat_tensors made and that are alive: behind each of them lies
+// padding up to the next multiple of kSlot elements. Tensors die on any thread, with or without GIL.
+class Slots {
+ public:
+  void add(const void* address) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    addresses_.insert(address);
+  }
+  void remove(const void* address) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    addresses_.erase(address);
+  }
+  bool contains(const void* address) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return addresses_.count(address) != 0;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_set<const void*> addresses_;
+};
+
+Slots& slots() {
+  // Never destroyed: tensors may outlive the destructors of static objects.
+  static Slots* instance = new Slots;
+  return *instance;
+}
+
+bool in_slot(const at::Tensor& tensor) {
+  return tensor.numel() == 0 || slots().contains(tensor.const_data_ptr());
+}
+
+// Tensors with the shapes and dense strides of `like`, one behind the other in one zeroed buffer,
+// each at a multiple of kSlot elements. Each has a Storage of its own, exactly its size, whose
+// deleter holds the buffer: views of one Storage would each be pickled with all of it.
+std::pair<at::Tensor, std::vector<at::Tensor>> flat_tensors(const std::vector<at::Tensor>& like,
+                                                            at::ScalarType dtype) {
+  const at::NoGradGuard no_grad;
+  int64_t total = 0;
+  for (const auto& tensor : like) total += padded(tensor.numel());
+  const auto options = like.at(0).options().dtype(dtype).requires_grad(false);
+  at::Tensor buffer = at::zeros({total}, options);
+  char* next = static_cast<char*>(buffer.mutable_data_ptr());
+  std::vector<at::Tensor> views;
+  for (const auto& tensor : like) {
+    const auto strides = tensor.is_non_overlapping_and_dense()
+                             ? tensor.strides().vec()
+                             : at::empty_like(tensor, at::TensorOptions(at::kMeta)).strides().vec();
+    const auto release = [buffer](void* address) { slots().remove(address); };
+    views.push_back(
+        at::from_blob(next, tensor.sizes(), strides, release, options, buffer.device()));
+    if (tensor.numel() > 0) slots().add(next);
+    next += padded(tensor.numel()) * int64_t(c10::elementSize(dtype));
+  }
+  return {buffer, views};
+}
+
+// Step counts: 0-dim float32 tensors on the CPU, one behind the other in one buffer.
+std::vector<at::Tensor> flat_steps(const std::vector<double>& values) {
+  const auto options = at::TensorOptions(at::kFloat);
+  at::Tensor buffer = at::zeros({int64_t(values.size())}, options);
+  float* next = buffer.mutable_data_ptr<float>();
+  std::vector<at::Tensor> views;
+  for (double value : values) {
+    *next = float(value);
+    views.push_back(at::from_blob(next++, {}, {}, [buffer](void*) {}, options, at::kCPU));
+  }
+  return views;
+}
+
+// Makes grads[i] the gradient of params[i] where it fits the parameter and is not so already.
+void attach_gradients(const py::list& params, const py::list& grads) {
+  for (size_t i = 0; i < params.size(); ++i) {
+    const at::Tensor& param = THPVariable_Unpack(PyList_GET_ITEM(params.ptr(), i));
+    const at::Tensor& grad = THPVariable_Unpack(PyList_GET_ITEM(grads.ptr(), i));
+    if (param.unsafeGetTensorImpl()->grad().is_same(grad)) continue;
+    if (param.scalar_type() == grad.scalar_type() && param.device() == grad.device() &&
+        param.sizes() == grad.sizes())
+      param.mutable_grad() = grad;
+  }
+}
+
+py::dict rules() {
+  py::dict result;
+  for (const auto& rule : registry().rules) {
+    const size_t index = size_t(&rule - registry().rules.data());
+    const int end = index + 1 < registry().rules.size() ? registry().rules[index + 1].first_variant
+                                                        : int(registry().variants.size());
+    py::list variants;
+    for (int v = rule.first_variant; v < end; ++v) {
+      py::list names;
+      for (int k = 0; k < registry().variants[v].states; ++k)
+        names.append(registry().variants[v].state_names[k]);
+      variants.append(py::tuple(names));
+    }
+    py::dict info;
+    info["counts_steps"] = rule.counts_steps;
+    info["variants"] = py::tuple(variants);
+    result[rule.name] = info;
+  }
+  return result;
+}
+
+std::vector<std::array<at::ScalarType, 3>> combinations() {
+  std::vector<std::array<at::ScalarType, 3>> result;
+  for (const auto& c : registry().combinations)
+    result.push_back({scalar_type(c.param), scalar_type(c.grad), scalar_type(c.state)});
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  if (const char* name = std::getenv("FUSEDOPT_ISA"); name != nullptr && *name != 0) set_isa(name);
+
+  m.attr("slot") = kSlot;
+#if defined(FUSEDOPT_WITH_CUDA)
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
+  m.attr("version") = FUSEDOPT_VERSION;
+  m.attr("cuda_version") = FUSEDOPT_CUDA_VERSION;
+  m.attr("torch_version") = FUSEDOPT_TORCH_VERSION;
+  m.def("isa", get_isa);
+  m.def("set_isa", set_isa);
+  m.def("rules", rules);
+  m.def("combinations", combinations);
+  m.def("flat_tensors", flat_tensors);
+  m.def("flat_steps", flat_steps);
+  m.def("in_slot", in_slot);
+  m.def("attach_gradients", attach_gradients);
+  py::class_<Plan>(m, "Plan")
+      .def(py::init<std::string, const std::string&>())
+      .def("add_group", &Plan::add_group)
+      .def("add",
+           [](Plan& plan, const py::object& param, const std::string& name, bool duplicate,
+              const std::optional<py::tuple>& states, const py::object& step, bool first,
+              bool state_padded, bool param_padded, uintptr_t flat_grad,
+              at::ScalarType state_dtype) {
+             plan.add(param, name, duplicate, states, step, first, state_padded, param_padded,
+                      flat_grad, *storage_dtype(state_dtype));
+           })
+      .def("step", &Plan::step)
+      .def_property_readonly("span_count", &Plan::span_count)
+      .def("variant", &Plan::variant);
+}

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "macros.h"
+
+// Storage types and their conversions to and from the type that a rule computes in. All conversions
+// are integer code without branches: they vectorise on every instruction set, give the same bits on
+// every device, and do not depend on the denormal mode. NaN is stored as the canonical quiet NaN.
+namespace fusedopt {
+
+enum class DType : uint8_t { float32, float64, bfloat16, float16 };
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+template <class Storage>
+struct StorageTraits;
+template <>
+struct StorageTraits<float> {
+  using Compute = float;
+  static constexpr DType dtype = DType::float32;
+};
+template <>
+struct StorageTraits<double> {
+  using Compute = double;
+  static constexpr DType dtype = DType::float64;
+};
+template <>
+struct StorageTraits<bfloat16> {
+  using Compute = float;
+  static constexpr DType dtype = DType::bfloat16;
+};
+template <>
+struct StorageTraits<float16> {
+  using Compute = float;
+  static constexpr DType dtype = DType::float16;
+};
+
+FUSEDOPT_HD uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+FUSEDOPT_HD float bits_to_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+FUSEDOPT_HD float widen(float value) { return value; }
+FUSEDOPT_HD double widen(double value) { return value; }
+FUSEDOPT_HD float widen(bfloat16 value) { return bits_to_float(uint32_t(value.bits) << 16); }
+FUSEDOPT_HD float widen(float16 value) {
+  const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16;
+  const uint32_t magnitude = value.bits & 0x7fffu;
+  const uint32_t normal = (magnitude << 13) + (uint32_t(127 - 15) << 23);
+  const uint32_t special = (magnitude << 13) | 0x7f800000u;  // Inf and NaN
+  // An integer conversion, exact, rather than a product that has a denormal factor.
+  const uint32_t subnormal = float_to_bits(float(int32_t(magnitude)) * 0x1p-24f);
+  const uint32_t bits = magnitude < 0x0400u   ? subnormal
+                        : magnitude < 0x7c00u ? normal
+                                              : special;
+  return bits_to_float(sign | bits);
+}
+
+FUSEDOPT_HD void narrow(float value, float& out) { out = value; }
+FUSEDOPT_HD void narrow(double value, double& out) { out = value; }
+
+// To nearest, ties to even.
+FUSEDOPT_HD void narrow(float value, bfloat16& out) {
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out.bits = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+FUSEDOPT_HD void narrow(float value, float16& out) {
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t normal =
+      (magnitude - (uint32_t(127 - 15) << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Adding 0.5 moves a magnitude below 2^-14 to where one ulp is 2^-24, so the addition rounds it.
+  const uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t signed_bits = sign | (magnitude < 0x47800000u ? finite : special);
+  out.bits = uint16_t(magnitude > 0x7f800000u ? 0x7e00u : signed_bits);
+}
+
+// The storage types of one kernel. Only the combinations listed here are instantiated.
+template <class Param_, class Grad_, class State_>
+struct Types {
+  using Param = Param_;
+  using Grad = Grad_;
+  using State = State_;
+  using Compute = typename StorageTraits<Param>::Compute;
+};
+
+template <class... Members>
+struct TypeList {
+  static constexpr int size = sizeof...(Members);
+};
+
+using Combinations = TypeList<
+    // parameter, gradient, states
+    Types<float, float, float>,             //
+    Types<double, double, double>,          //
+    Types<double, float, double>,           //
+    Types<bfloat16, bfloat16, float>,       //
+    Types<bfloat16, float, float>,          //
+    Types<bfloat16, bfloat16, bfloat16>,    //
+    Types<bfloat16, float, bfloat16>,       //
+    Types<float16, float16, float>,         //
+    Types<float16, float, float>,           //
+    Types<float16, float16, float16>,       //
+    Types<float16, float, float16>>;
+
+}  // namespace fusedopt

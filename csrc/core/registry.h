@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+#pragma once
+
+#include <cstring>
+#include <vector>
+
+#include "dtype.h"
+#include "rules/list.h"
+#include "span.h"
+
+// The rule list without its types, for callers that know a rule only by its name. A kernel is one
+// (variant, combination of dtypes), numbered variant by variant in the order of the lists.
+namespace fusedopt {
+
+struct VariantInfo {
+  int states;
+  const char* const* state_names;
+};
+
+struct RuleInfo {
+  const char* name;
+  bool counts_steps;
+  int option_count;
+  const OptionKey* options;
+  int first_variant;  // index into Registry::variants
+  int (*variant)(const double* options);
+  void (*row)(const double* options, double step, bool first, double grad_factor, bool float64,
+              HyperRow& out);
+};
+
+struct CombinationInfo {
+  DType param, grad, state;
+};
+
+struct Registry {
+  std::vector<RuleInfo> rules;
+  std::vector<VariantInfo> variants;
+  std::vector<CombinationInfo> combinations;
+
+  int kernel(int variant, int combination) const {
+    return variant * int(combinations.size()) + combination;
+  }
+};
+
+// Calls visit(Member{}) for each member of a TypeList, in order.
+template <class... Members, class Visitor>
+void for_each_type(TypeList<Members...>, Visitor visit) {
+  (visit(Members{}), ...);
+}
+
+namespace detail {
+
+template <class Rule>
+typename Rule::Options options_from(const double* values) {
+  constexpr size_t count = sizeof(Rule::options) / sizeof(OptionKey);
+  static_assert(sizeof(typename Rule::Options) == count * sizeof(double),
+                "Options and its keys must agree");
+  typename Rule::Options options;
+  memcpy(&options, values, sizeof options);
+  return options;
+}
+
+template <class Rule>
+void make_row(const double* values, double step, bool first, double grad_factor, bool float64,
+              HyperRow& out) {
+  using Wide = typename Rule::template Row<double>;
+  using Narrow = typename Rule::template Row<float>;
+  constexpr size_t count = sizeof(Wide) / sizeof(double);
+  static_assert(sizeof(Wide) <= sizeof(HyperRow), "HyperRow is too small");
+  static_assert(sizeof(Narrow) == count * sizeof(float), "a Row holds values of type T only");
+  const Wide row = Rule::row(options_from<Rule>(values), step, first, grad_factor);
+  double wide[count];
+  memcpy(wide, &row, sizeof row);
+  if (float64) {
+    memcpy(out.bytes, wide, sizeof wide);
+    return;
+  }
+  float narrow[count];
+  for (size_t i = 0; i < count; ++i) narrow[i] = float(wide[i]);
+  memcpy(out.bytes, narrow, sizeof narrow);
+}
+
+}  // namespace detail
+
+inline const Registry& registry() {
+  static const Registry instance = [] {
+    Registry r;
+    for_each_type(Combinations{}, [&](auto types) {
+      using T = decltype(types);
+      r.combinations.push_back({StorageTraits<typename T::Param>::dtype,
+                                StorageTraits<typename T::Grad>::dtype,
+                                StorageTraits<typename T::State>::dtype});
+    });
+    for_each_type(Rules{}, [&](auto rule) {
+      using Rule = decltype(rule);
+      RuleInfo info;
+      info.name = Rule::name;
+      info.counts_steps = Rule::counts_steps;
+      info.option_count = int(sizeof(Rule::options) / sizeof(OptionKey));
+      info.options = Rule::options;
+      info.first_variant = int(r.variants.size());
+      info.variant = [](const double* o) { return Rule::variant(detail::options_from<Rule>(o)); };
+      info.row = detail::make_row<Rule>;
+      r.rules.push_back(info);
+      for_each_type(typename Rule::Variants{}, [&](auto variant) {
+        using Variant = decltype(variant);
+        static_assert(Variant::states <= kMaxStates, "raise kMaxStates");
+        r.variants.push_back({Variant::states, Variant::state_names});
+      });
+    });
+    return r;
+  }();
+  return instance;
+}
+
+// The entries of a kernel table: Make<Variant, Types>::value for every kernel, in kernel order.
+template <template <class, class> class Make, class Entry>
+std::vector<Entry> kernel_table() {
+  std::vector<Entry> table;
+  for_each_type(Rules{}, [&](auto rule) {
+    for_each_type(typename decltype(rule)::Variants{}, [&](auto variant) {
+      for_each_type(Combinations{}, [&](auto types) {
+        table.push_back(Make<decltype(variant), decltype(types)>::value);
+      });
+    });
+  });
+  return table;
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+#pragma once
+
+#include "average.h"
+#include "rule.h"
+
+namespace fusedopt {
+
+// Adam (Kingma and Ba, 2015, arXiv:1412.6980), AMSGrad (Reddi et al., 2018) and, with
+// decoupled_weight_decay, AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101):
+//
+//   exp_avg    = beta1 * exp_avg    + (1 - beta1) * g
+//   exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * g^2
+//   m_hat      = exp_avg / (1 - beta1^step)
+//   v_hat      = exp_avg_sq / (1 - beta2^step)
+//   p          = p - lr * m_hat / (sqrt(v_hat) + eps)
+//
+// Both corrections are folded into step_size and eps, which are the same for all elements:
+//   lr * m_hat / (sqrt(v_hat) + eps) = step_size * exp_avg / (sqrt(exp_avg_sq) + corrected_eps)
+struct Adam {
+  static constexpr const char* name = "adam";
+  static constexpr bool counts_steps = true;
+
+  struct Options {
+    double lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, amsgrad, maximize;
+  };
+  static constexpr OptionKey options[] = {
+      {"lr"},           {"betas", 0},
+      {"betas", 1},     {"eps"},
+      {"weight_decay"}, {"decoupled_weight_decay"},
+      {"amsgrad"},      {"maximize"},
+  };
+
+  template <class T>
+  struct Row {
+    T grad_factor, coupled_decay, decoupled_decay;
+    T beta1, one_minus_beta1, beta2, one_minus_beta2;
+    T step_size, eps;
+  };
+
+  FUSEDOPT_HD static Row<double> row(const Options& o, double step, bool, double grad_factor) {
+    const double correction1 = 1 - integer_power(o.beta1, (long long)(step));
+    const double correction2 = sqrt(1 - integer_power(o.beta2, (long long)(step)));
+    Row<double> row;
+    row.grad_factor = o.maximize != 0 ? -grad_factor : grad_factor;
+    row.coupled_decay = o.decoupled_weight_decay != 0 ? 0 : o.weight_decay;
+    row.decoupled_decay = o.decoupled_weight_decay != 0 ? o.lr * o.weight_decay : 0;
+    row.beta1 = o.beta1;
+    row.one_minus_beta1 = 1 - o.beta1;
+    row.beta2 = o.beta2;
+    row.one_minus_beta2 = 1 - o.beta2;
+    row.step_size = o.lr * correction2 / correction1;
+    row.eps = o.eps * correction2;
+    return row;
+  }
+
+  template <bool amsgrad>
+  struct Variant {
+    using Rule = Adam;
+    static constexpr int states = amsgrad ? 3 : 2;
+    static constexpr const char* state_names[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
+
+    template <class T>
+    FUSEDOPT_HD static void update(const Row<T>& row, T& p, T g, T* state) {
+      T& exp_avg = state[0];
+      T& exp_avg_sq = state[1];
+
+      g = row.grad_factor * g;
+      if (row.coupled_decay != 0) g += row.coupled_decay * p;
+
+      exp_avg = moving_average(exp_avg, g, row.one_minus_beta1, row.beta1);
+      exp_avg_sq = moving_average_of_square(exp_avg_sq, g, row.one_minus_beta2, row.beta2);
+
+      T second_moment = exp_avg_sq;
+      if (amsgrad) {
+        T& max_exp_avg_sq = state[2];
+        // Written so that a NaN on either side stays.
+        const bool keep = (max_exp_avg_sq > exp_avg_sq) | (max_exp_avg_sq != max_exp_avg_sq);
+        max_exp_avg_sq = keep ? max_exp_avg_sq : exp_avg_sq;
+        second_moment = max_exp_avg_sq;
+      }
+
+      T change = row.step_size * exp_avg / (sqrt(second_moment) + row.eps);
+      if (row.decoupled_decay != 0) change += row.decoupled_decay * p;
+      p -= change;
+    }
+  };
+
+  using Variants = TypeList<Variant<false>, Variant<true>>;
+  static int variant(const Options& o) { return o.amsgrad != 0 ? 1 : 0; }
+};
+
+}  // namespace fusedopt

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+#pragma once
+
+#include "adam.h"
+#include "rmsprop.h"
+#include "sgd.h"
+
+namespace fusedopt {
+
+// Every rule. CPU loops, CUDA kernels, bindings and tests follow from this list.
+using Rules = TypeList<Adam, Sgd, RmsProp>;
+
+}  // namespace fusedopt

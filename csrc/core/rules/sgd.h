@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+#pragma once
+
+#include "average.h"
+#include "rule.h"
+
+namespace fusedopt {
+
+// Stochastic gradient descent with momentum as torch defines it (Sutskever et al., 2013, without
+// the learning rate inside the buffer):
+//
+//   g               = g + weight_decay * p
+//   momentum_buffer = momentum * momentum_buffer + (1 - dampening) * g   (the first time: g)
+//   p               = p - lr * momentum_buffer    or, nesterov:  p - lr * (g + momentum * buffer)
+struct Sgd {
+  static constexpr const char* name = "sgd";
+  static constexpr bool counts_steps = false;
+
+  struct Options {
+    double lr, momentum, dampening, weight_decay, nesterov, maximize;
+  };
+  static constexpr OptionKey options[] = {
+      {"lr"}, {"momentum"}, {"dampening"}, {"weight_decay"}, {"nesterov"}, {"maximize"},
+  };
+
+  template <class T>
+  struct Row {
+    T grad_factor, weight_decay, momentum, one_minus_momentum, one_minus_dampening, lr;
+    T nesterov, first;
+  };
+
+  FUSEDOPT_HD static Row<double> row(const Options& o, double, bool first, double grad_factor) {
+    Row<double> row;
+    row.grad_factor = o.maximize != 0 ? -grad_factor : grad_factor;
+    row.weight_decay = o.weight_decay;
+    row.momentum = o.momentum;
+    row.one_minus_momentum = 1 - o.momentum;
+    row.one_minus_dampening = 1 - o.dampening;
+    row.lr = o.lr;
+    row.nesterov = o.nesterov;
+    row.first = first ? 1 : 0;
+    return row;
+  }
+
+  template <bool momentum>
+  struct Variant {
+    using Rule = Sgd;
+    static constexpr int states = momentum ? 1 : 0;
+    static constexpr const char* state_names[] = {"momentum_buffer"};
+
+    template <class T>
+    FUSEDOPT_HD static void update(const Row<T>& row, T& p, T g, T* state) {
+      g = row.grad_factor * g;
+      if (row.weight_decay != 0) g += row.weight_decay * p;
+      if (momentum) {
+        T& buffer = state[0];
+        const T continued = accumulate(buffer, row.one_minus_dampening * g, row.momentum,
+                                       row.one_minus_momentum);
+        buffer = row.first != 0 ? g : continued;
+        g = row.nesterov != 0 ? g + row.momentum * buffer : buffer;
+      }
+      p -= row.lr * g;
+    }
+  };
+
+  using Variants = TypeList<Variant<false>, Variant<true>>;
+  static int variant(const Options& o) { return o.momentum != 0 ? 1 : 0; }
+};
+
+}  // namespace fusedopt

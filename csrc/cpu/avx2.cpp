@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+#include "../core/registry.h"
+#include "cpu.h"
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2")
+#endif
+#define FUSEDOPT_ISA avx2
+#include "loop.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace fusedopt {
+namespace cpu {
+
+const SpanLoop* avx2_loops() {
+  static const auto table = kernel_table<avx2::Loop, SpanLoop>();
+  return table.data();
+}
+
+}  // namespace cpu
+}  // namespace fusedopt
+
+#else
+
+namespace fusedopt {
+namespace cpu {
+
+const SpanLoop* avx2_loops() { return nullptr; }
+
+}  // namespace cpu
+}  // namespace fusedopt
+
+#endif

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+#include <algorithm>
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+#include "cpu.h"
+
+namespace fusedopt {
+namespace cpu {
+
+namespace {
+
+// Below this many elements a second thread costs more than it brings.
+constexpr int64_t kGrain = 32768;
+// Where a span is cut, it is cut at a multiple of this, so that every piece stays aligned.
+constexpr int64_t kCut = 64;
+
+// Default rounding and no flushing of denormals for as long as it lives: whether a thread flushes
+// them is a setting of its own, and results must not depend on which thread computes them.
+class DefaultFloatingPoint {
+ public:
+#if defined(__x86_64__)
+  DefaultFloatingPoint() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~DefaultFloatingPoint() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  DefaultFloatingPoint() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" ::"r"(uint64_t(0)));
+  }
+  ~DefaultFloatingPoint() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#endif
+};
+
+const SpanLoop* loops(Isa isa) {
+  switch (isa) {
+    case Isa::avx512:
+      return avx512_loops();
+    case Isa::avx2:
+      return avx2_loops();
+    default:
+      return baseline_loops();
+  }
+}
+
+struct Work {
+  const Span* spans;
+  size_t count;
+  const HyperRow* rows;
+  const SpanLoop* loops;
+};
+
+// The cut nearest below the global element index, as an index into its span.
+int64_t cut(const Span& span, int64_t index) {
+  const int64_t local = std::max<int64_t>(0, index - span.offset);
+  return local >= span.numel ? span.numel : local / kCut * kCut;
+}
+
+void run_piece(void* context, int64_t begin, int64_t end) {
+  const Work& work = *static_cast<const Work*>(context);
+  const DefaultFloatingPoint guard;
+  const Span* last = work.spans + work.count;
+  const Span* span = std::upper_bound(work.spans, last, begin, [](int64_t index, const Span& s) {
+    return index < s.offset + s.numel;
+  });
+  for (; span != last && span->offset < end; ++span) {
+    const int64_t from = cut(*span, begin);
+    const int64_t to = cut(*span, end);
+    if (from < to) work.loops[span->kernel](*span, work.rows[span->row], from, to);
+  }
+}
+
+}  // namespace
+
+bool supported(Isa isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  switch (isa) {
+    case Isa::avx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2");
+    default:
+      return true;
+  }
+#else
+  return isa == Isa::baseline;
+#endif
+}
+
+Isa best_isa() {
+  return supported(Isa::avx512) ? Isa::avx512 : supported(Isa::avx2) ? Isa::avx2 : Isa::baseline;
+}
+
+void step(const Span* spans, size_t count, const HyperRow* rows, Isa isa,
+          ParallelFor parallel_for) {
+  if (count == 0) return;
+  Work work{spans, count, rows, loops(isa)};
+  parallel_for(spans[count - 1].offset + spans[count - 1].numel, kGrain, &work, run_piece);
+}
+
+}  // namespace cpu
+}  // namespace fusedopt

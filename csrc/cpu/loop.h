@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+// The loop over the elements of a span. Included once by each instruction set's file, inside that
+// set's target region, with FUSEDOPT_ISA naming the set's namespace: no symbol made here is shared
+// between instruction sets.
+
+namespace fusedopt {
+namespace cpu {
+namespace FUSEDOPT_ISA {
+namespace {
+
+template <class Variant, class Types>
+__attribute__((noinline)) void span_loop(const Span& span, const HyperRow& packed_row,
+                                         int64_t begin, int64_t end) {
+  using T = typename Types::Compute;
+  using State = typename Types::State;
+  constexpr int states = Variant::states;
+
+  typename Variant::Rule::template Row<T> row;
+  memcpy(&row, packed_row.bytes, sizeof row);
+
+  auto* FUSEDOPT_RESTRICT param = static_cast<typename Types::Param*>(span.param);
+  const auto* FUSEDOPT_RESTRICT grad = static_cast<const typename Types::Grad*>(span.grad);
+  State* FUSEDOPT_RESTRICT state0 = static_cast<State*>(span.states[0]);
+  State* FUSEDOPT_RESTRICT state1 = static_cast<State*>(span.states[1]);
+  State* FUSEDOPT_RESTRICT state2 = static_cast<State*>(span.states[2]);
+  static_assert(kMaxStates == 3, "one pointer per state: an array of them would not vectorise");
+
+#pragma GCC ivdep
+  for (int64_t i = begin; i < end; ++i) {
+    T p = widen(param[i]);
+    T state[kMaxStates] = {};
+    if (states > 0) state[0] = widen(state0[i]);
+    if (states > 1) state[1] = widen(state1[i]);
+    if (states > 2) state[2] = widen(state2[i]);
+    Variant::update(row, p, T(widen(grad[i])), state);
+    narrow(p, param[i]);
+    if (states > 0) narrow(state[0], state0[i]);
+    if (states > 1) narrow(state[1], state1[i]);
+    if (states > 2) narrow(state[2], state2[i]);
+  }
+}
+
+template <class Variant, class Types>
+struct Loop {
+  static constexpr SpanLoop value = span_loop<Variant, Types>;
+};
+
+}  // namespace
+}  // namespace FUSEDOPT_ISA
+}  // namespace cpu
+}  // namespace fusedopt

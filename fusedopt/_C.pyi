@@ -1,0 +1,49 @@
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+slot: int
+has_cuda: bool
+version: str
+cuda_version: str
+torch_version: str
+
+class RuleInfo(TypedDict):
+    counts_steps: bool
+    variants: tuple[tuple[str, ...], ...]
+
+def isa() -> str: ...
+def set_isa(name: str) -> None: ...
+def rules() -> dict[str, RuleInfo]: ...
+def combinations() -> list[tuple[torch.dtype, torch.dtype, torch.dtype]]: ...
+def flat_tensors(like: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]: ...
+def flat_steps(values: list[float]) -> list[Tensor]: ...
+def in_slot(tensor: Tensor) -> bool: ...
+def attach_gradients(params: list[Tensor], grads: list[Tensor]) -> None: ...
+
+class Plan:
+    def __init__(self, optimizer: str, rule: str) -> None: ...
+    def add_group(self, group: dict[str, object]) -> None: ...
+    def add(
+        self,
+        param: Tensor,
+        name: str,
+        duplicate: bool,
+        states: tuple[Tensor, ...] | None,
+        step: Tensor | None,
+        first: bool,
+        state_padded: bool,
+        param_padded: bool,
+        flat_grad: int,
+        state_dtype: torch.dtype,
+    ) -> None: ...
+    def step(
+        self,
+        groups: list[dict[str, object]],
+        grad_scale: Tensor | float | None,
+        found_inf: Tensor | float | None,
+    ) -> list[int] | None: ...
+    def variant(self, group: int) -> int: ...
+    @property
+    def span_count(self) -> int: ...

@@ -1,0 +1,182 @@
+"""Parameters, and on request their gradients, in one buffer per device and dtype."""
+
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusedopt._extension import _C
+from fusedopt._memory import check_overlap
+
+
+class Slot(NamedTuple):
+    """Where a parameter lies in a flat buffer."""
+
+    address: int
+    grad_address: int  # 0 where gradients are not flat
+
+
+class FlatBuffer:
+    """One buffer of FlatParameters: the parameters of one device and dtype, one behind the other.
+
+    Every parameter starts at a multiple of 64 elements; what lies between is zero.
+    """
+
+    def __init__(self, params: list[Tensor], gradients: bool) -> None:
+        self.params = params
+        self.data, views = _C.flat_tensors([p.detach() for p in params], params[0].dtype)
+        for param, view in zip(params, views, strict=True):
+            view.copy_(param.detach())
+        self.grads: Tensor | None = None
+        self.grad_views: list[Tensor] = []
+        if gradients:
+            self.grads, self.grad_views = _C.flat_tensors(views, params[0].dtype)
+            for param, grad in zip(params, self.grad_views, strict=True):
+                if param.grad is not None:
+                    grad.copy_(param.grad)
+        # Nothing is moved before all of it is in place.
+        self.slots: dict[int, Slot] = {}
+        for i, (param, view) in enumerate(zip(params, views, strict=True)):
+            param.data = view
+            grad_address = self.grad_views[i].data_ptr() if gradients else 0
+            self.slots[id(param)] = Slot(view.data_ptr(), grad_address)
+        if gradients:
+            self._trained = [
+                (p, g) for p, g in zip(params, self.grad_views, strict=True) if p.requires_grad
+            ]
+            self.attach_gradients()
+        _live.add(self)
+
+    def attach_gradients(self) -> None:
+        """Make the flat gradients those of the parameters again, where they are not.
+
+        A parameter that was frozen (requires_grad=False) when the buffer was made has none.
+        """
+        _C.attach_gradients([p for p, _ in self._trained], [g for _, g in self._trained])
+
+    def zero_grad(self) -> None:
+        """Fill the flat gradients with zero, and make them the parameters' gradients again."""
+        assert self.grads is not None
+        self.grads.zero_()
+        self.attach_gradients()
+
+    def grad_of(self, param: Tensor) -> Tensor:
+        return self.grad_views[next(i for i, p in enumerate(self.params) if p is param)]
+
+    def holds(self, param: Tensor) -> bool:
+        """Whether a parameter still is where it was put."""
+        return (
+            param.data_ptr() == self.slots[id(param)].address
+            and param.dtype == self.data.dtype
+            and param.device == self.data.device
+        )
+
+
+_live: weakref.WeakSet[FlatBuffer] = weakref.WeakSet()
+
+
+def find_buffer(param: Tensor) -> FlatBuffer | None:
+    """The flat buffer that a parameter was moved into, whether or not it is still there."""
+    for buffer in _live:
+        if id(param) in buffer.slots:
+            return buffer
+    return None
+
+
+class FlatParameters:
+    """Moves parameters into one contiguous buffer per (device, dtype) and makes them views of it.
+
+    An optimizer of this package then walks over each buffer in one go. With ``gradients=True`` the
+    gradients are flat, too: ``backward()`` accumulates into them, ``zero_grad()`` is one fill, and
+    a step walks over one span per buffer. Flat gradients always exist, so that a parameter that
+    took no part in the loss has a gradient of zero rather than none: it is stepped (weight decay
+    and momentum act on it) where a parameter without a gradient is left alone.
+
+    Args:
+        params: a module, or parameters, or (name, parameter) pairs. A parameter that occurs twice
+            is moved once and stays tied.
+        gradients: whether gradients are flat. Gradients that exist are kept.
+
+    Attributes:
+        buffers: one 1-d tensor per (device, dtype), with every parameter at a multiple of 64
+            elements and zeros in between.
+        grads: the same for gradients; empty without ``gradients``.
+
+    Raises:
+        TypeError: for anything but dense floating-point or complex tensors.
+        ValueError: for no parameters, or parameters that overlap in memory.
+
+    Keep the object as long as the parameters are in use: it is what keeps the layout known.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+        gradients: bool = False,
+    ) -> None:
+        self._module = params if isinstance(params, nn.Module) else None
+        by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        names: dict[int, str] = {}
+        for name, param in _named(params):
+            _check(name, param)
+            names[id(param)] = name
+            kind = (param.device, param.dtype)
+            by_kind.setdefault(kind, []).append(param)
+        if not by_kind:
+            raise ValueError("FlatParameters: got no parameters")
+        everything = [p for members in by_kind.values() for p in members]
+        check_overlap(everything, "FlatParameters", lambda p: names[id(p)])
+        self._buffers = [FlatBuffer(members, gradients) for members in by_kind.values()]
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        return [buffer.data for buffer in self._buffers]
+
+    @property
+    def grads(self) -> list[Tensor]:
+        return [buffer.grads for buffer in self._buffers if buffer.grads is not None]
+
+    def zero_grad(self) -> None:
+        """Fill the flat gradients with zero, and make them the parameters' gradients again."""
+        for buffer in self._buffers:
+            if buffer.grads is None:
+                for param in buffer.params:
+                    param.grad = None
+            else:
+                buffer.zero_grad()
+
+    def is_intact(self) -> bool:
+        """Whether every parameter still is a view of its buffer (and belongs to the module)."""
+        if self._module is not None:
+            current = {id(p) for p in self._module.parameters()}
+            if current != {id(p) for buffer in self._buffers for p in buffer.params}:
+                return False
+        return all(buffer.holds(p) for buffer in self._buffers for p in buffer.params)
+
+
+def _named(
+    params: nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(params, nn.Module):
+        yield from params.named_parameters()
+        return
+    if isinstance(params, Tensor):
+        raise TypeError("FlatParameters: got one tensor; expected a module or several parameters")
+    seen: set[int] = set()
+    for i, item in enumerate(params):
+        name, param = item if isinstance(item, tuple) else (f"parameter {i}", item)
+        if id(param) not in seen:
+            seen.add(id(param))
+            yield name, param
+
+
+def _check(name: str, param: Tensor) -> None:
+    if not isinstance(param, Tensor):
+        raise TypeError(f"FlatParameters: {name} is a {type(param).__name__}; expected a tensor")
+    if param.layout != torch.strided or not (param.is_floating_point() or param.is_complex()):
+        raise TypeError(
+            f"FlatParameters: {name} is a {param.dtype} tensor of layout {param.layout}; "
+            "expected a dense floating-point or complex tensor"
+        )

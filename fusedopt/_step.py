@@ -1,0 +1,512 @@
+"""What all optimizers share: the step, the home of their state, and its way into checkpoints."""
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fusedopt._extension import _C
+from fusedopt._flat import FlatBuffer, FlatParameters, find_buffer
+from fusedopt._memory import check_overlap, is_dense
+from fusedopt._state import OptimizerState, plain
+
+_COMBINATIONS = _C.combinations()
+
+
+class FusedOptimizer(Optimizer):
+    """Mixed into an optimizer of torch: constructor, defaults and checks stay torch's.
+
+    A subclass names its rule, by which the compiled module knows its maths.
+    """
+
+    _rule: str
+    # How an instance stores things is its own choice: a checkpoint never changes it.
+    _storage_options: Mapping[str, Any] = {"state_dtype": None}
+
+    # Class-level, as unpickling calls no constructor.
+    _plan: _C.Plan | None = None
+    _plan_state: OptimizerState | None = None  # the state, and its count of changes, of the plan
+    _plan_changes = -1
+    _flats: tuple[FlatParameters, ...] = ()
+    _flat_gradients: tuple[list[FlatBuffer], list[tuple[Tensor, Tensor]], bool] | None = None
+    _warned_detached = False
+    _loading: Mapping[Any, Any] | None = None  # the states that load_state_dict is about to set
+    _own_defaults: Mapping[str, Any] = {}
+    _flat = False
+
+    def _init(
+        self, options: Mapping[str, Any], flat: bool, differentiable: bool, args: dict[str, Any]
+    ) -> None:
+        """Construct torch's part with args; options are those that only this package has."""
+        if differentiable:
+            raise ValueError(
+                f"{type(self).__name__}: differentiable=True is not supported: fused kernels have "
+                f"no autograd formula; use torch.optim.{type(self).__name__} for it"
+            )
+        self._own_defaults = dict(options)
+        self._flat = flat
+        super().__init__(**args)
+        self.defaults.update(options)
+        self.state = OptimizerState(self.state)
+
+    # -- parameter groups ---------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        group = len(self.param_groups)
+        if isinstance(param_group, dict):
+            for key, default in self._own_defaults.items():
+                param_group.setdefault(key, default)
+        super().add_param_group(param_group)
+        added = self.param_groups[-1]
+        try:
+            if not added["params"]:
+                raise ValueError(
+                    f"{type(self).__name__}: group {group} has no parameters; expected at least one"
+                )
+            self._check_options(added, group)
+            self._check_params()
+        except Exception:
+            self.param_groups.pop()
+            raise
+        if self._flat:
+            self._flats += (FlatParameters(added["params"], gradients=True),)
+        self._plan = None
+
+    def _check_options(self, group: dict[str, Any], index: int) -> None:
+        for key, value in group.items():
+            for number in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(number, float) and math.isnan(number):
+                    raise ValueError(
+                        f"{type(self).__name__}: group {index}: {key} is NaN; expected a number"
+                    )
+
+    def _check_params(self) -> None:
+        names: dict[int, str] = {}
+        params: list[Tensor] = []
+        for group, param, name in self._named_params():
+            if id(param) in names:
+                continue
+            names[id(param)] = name
+            params.append(param)
+            self._check_param(param, name)
+            self._state_dtype(group, param, name)
+        check_overlap(params, type(self).__name__, lambda p: names[id(p)])
+
+    def _check_param(self, param: Tensor, name: str) -> None:
+        def fail(got: str, expected: str) -> NoReturn:
+            raise TypeError(f"{type(self).__name__}: {name} is {got}; expected {expected}")
+
+        if param.layout != torch.strided:
+            fail(f"a tensor of layout {param.layout}", "a dense tensor")
+        if param.data_ptr() == 0 and param.numel() > 0:
+            fail(
+                f"a {type(param).__name__} on {param.device} without memory of its own",
+                "an ordinary tensor (for a DTensor: its to_local())",
+            )
+        if param.device.type not in ("cpu", "cuda"):
+            fail(f"on {param.device}", "a tensor on a CPU or a CUDA device")
+        if param.device.type == "cuda" and not _C.has_cuda:
+            fail(
+                f"on {param.device}, but fusedopt was built for the CPU only",
+                "a build with CUDA: install the CUDA toolkit (nvcc) that torch was built with, "
+                "set CUDA_HOME, and install fusedopt again",
+            )
+        real = param.dtype.to_real() if param.is_complex() else param.dtype
+        accepted = dict.fromkeys(p for p, _, _ in _COMBINATIONS)
+        if real not in accepted:
+            fail(f"of dtype {param.dtype}", f"one of {_list(accepted)}, or complex")
+
+    def _named_params(self) -> Iterator[tuple[dict[str, Any], Tensor, str]]:
+        for group in self.param_groups:
+            for param, name in self._named_in(group):
+                yield group, param, name
+
+    def _named_in(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, str]]:
+        names = group.get("param_names")
+        number = next(g for g, other in enumerate(self.param_groups) if other is group)
+        for i, param in enumerate(group["params"]):
+            yield param, f"parameter '{names[i]}'" if names else f"parameter {i} of group {number}"
+
+    def _state_dtype(self, group: Mapping[str, Any], param: Tensor, name: str) -> torch.dtype:
+        """The dtype of a parameter's states, in reals; TypeError where it is not supported."""
+        real = param.dtype.to_real() if param.is_complex() else param.dtype
+        wanted = group.get("state_dtype")
+        default = torch.float64 if real == torch.float64 else torch.float32
+        dtype = default if wanted is None else wanted
+        accepted = dict.fromkeys(s for p, _, s in _COMBINATIONS if p == real)
+        if dtype not in accepted:
+            raise TypeError(
+                f"{type(self).__name__}: {name} of dtype {param.dtype} cannot have state_dtype="
+                f"{wanted}; expected one of {_list(accepted)}"
+            )
+        return dtype
+
+    # -- the step -----------------------------------------------------------------------------
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # GradScaler asks: may it leave unscaling and skipping to step()? On a CPU the step can look
+        # at found_inf for nothing; on a GPU that would wait for the device, which GradScaler does
+        # once for all optimizers by itself.
+        return all(p.device.type == "cpu" for group in self.param_groups for p in group["params"])
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """torch's constructors set it where fused=True; here it follows from the devices."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient, in one pass.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            RuntimeError: for a sparse gradient.
+            TypeError, ValueError: for a gradient, parameter, state or option that cannot be taken;
+                the message names it. Nothing has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        plan = self._plan
+        state = self.state
+        if plan is None or state is not self._plan_state or state.changes != self._plan_changes:
+            plan = self._make_plan()
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        missing = plan.step(self.param_groups, grad_scale, found_inf)
+        while missing is not None:
+            missing = self._step_anew(missing, grad_scale, found_inf)
+        return loss
+
+    def _step_anew(self, missing: list[int], grad_scale: Any, found_inf: Any) -> list[int] | None:
+        """Step with a new plan, in which the parameters at these positions get their state."""
+        params = [param for _, param, _ in self._named_params()]
+        new = {id(params[i]): params[i] for i in missing}
+        before = [(p, dict(self.state[p]) if p in self.state else None) for p in new.values()]
+        try:
+            return self._make_plan(new).step(self.param_groups, grad_scale, found_inf)
+        except BaseException:
+            for param, values in before:
+                if values is None:
+                    self.state.pop(param, None)
+                else:
+                    self.state[param] = values
+            raise
+
+    def _make_plan(self, new: Mapping[int, Tensor] | None = None) -> _C.Plan:
+        """Look up everything that steps walk over; make state for the parameters in new."""
+        new = new or {}
+        if not isinstance(self.state, OptimizerState):
+            self.state = OptimizerState(self.state)
+        self._check_params()
+        name = type(self).__name__
+        rule = _C.rules()[self._rule]
+        names_of_group = []
+        for group in self.param_groups:
+            lookup = _C.Plan(name, self._rule)
+            lookup.add_group(group)
+            names_of_group.append(rule["variants"][lookup.variant(0)])
+        self._make_state(new, names_of_group, rule["counts_steps"])
+
+        plan = _C.Plan(name, self._rule)
+        seen: set[int] = set()
+        for group, state_names in zip(self.param_groups, names_of_group, strict=True):
+            plan.add_group(group)
+            for param, param_name in self._named_in(group):
+                states, step = self._find_state(
+                    group, param, param_name, state_names, rule["counts_steps"]
+                )
+                param_padded, flat_grad = self._find_slot(param, param_name)
+                plan.add(
+                    param,
+                    param_name,
+                    id(param) in seen,
+                    states,
+                    step,
+                    id(param) in new,
+                    all(_C.in_slot(state) for state in states or ()),
+                    param_padded,
+                    flat_grad,
+                    self._state_dtype(group, param, param_name),
+                )
+                seen.add(id(param))
+        self._plan = plan
+        self._plan_state = self.state
+        self._plan_changes = self.state.changes
+        self._flat_gradients = None
+        return plan
+
+    def _find_slot(self, param: Tensor, name: str) -> tuple[bool, int]:
+        buffer = find_buffer(param)
+        if buffer is None:
+            return False, 0
+        slot = buffer.slots[id(param)]
+        if buffer.holds(param):
+            return True, slot.grad_address
+        if not self._warned_detached:
+            self._warned_detached = True
+            warnings.warn(
+                f"{type(self).__name__}: {name} was moved into a flat buffer and is no longer "
+                "there (module.to(), param.data = ...); it is stepped where it is now, on its own. "
+                "Make FlatParameters anew to have it flat again.",
+                stacklevel=2,
+            )
+        return False, 0
+
+    # -- state --------------------------------------------------------------------------------
+
+    def _make_state(
+        self, new: Mapping[int, Tensor], names_of_group: list[tuple[str, ...]], counts_steps: bool
+    ) -> None:
+        wanted: dict[Tensor, dict[str, Any]] = {}
+        for group, names in zip(self.param_groups, names_of_group, strict=True):
+            for param, _ in self._named_in(group):
+                if id(param) in new and param not in wanted:
+                    values = self.state.get(param, {})
+                    keys = ("step", *names) if counts_steps else names
+                    wanted[param] = {k: None for k in keys if values.get(k) is None}
+        for param, values in self._allocate(wanted).items():
+            self.state[param] = {**self.state.get(param, {}), **values}
+
+    def _allocate(self, wanted: Mapping[Tensor, Mapping[str, Any]]) -> dict[Tensor, dict[str, Any]]:
+        """State tensors for these parameters and keys, with the values given (None: zero).
+
+        Those of one key lie in one buffer per device and dtype, in the order of the parameters.
+        """
+        made: dict[Tensor, dict[str, Any]] = {param: dict(keys) for param, keys in wanted.items()}
+        together: dict[tuple[Any, ...], list[Tensor]] = {}
+        for group, param, name in self._named_params():
+            for key in wanted.get(param, ()):
+                dtype = self._state_dtype(group, param, name)
+                kind = (key, dtype.to_complex() if param.is_complex() else dtype)
+                # One buffer per dtype of the parameters, so that it has the layout of theirs.
+                members = together.setdefault((*kind, param.dtype, param.device), [])
+                if all(param is not other for other in members):
+                    members.append(param)
+        for (key, dtype, *_), members in together.items():
+            if key == "step":
+                numbers = [float(wanted[p][key] or 0) for p in members]
+                tensors = _C.flat_steps(numbers)
+            else:
+                _, tensors = _C.flat_tensors([p.detach() for p in members], dtype)
+            for param, tensor in zip(members, tensors, strict=True):
+                value = wanted[param][key]
+                if value is not None and key != "step":
+                    tensor.copy_(value.detach())
+                made[param][key] = tensor
+        return made
+
+    def _find_state(
+        self,
+        group: Mapping[str, Any],
+        param: Tensor,
+        name: str,
+        state_names: tuple[str, ...],
+        counts_steps: bool,
+    ) -> tuple[tuple[Tensor, ...] | None, Tensor | None]:
+        """The tensors that a step walks over; None while the parameter has no state.
+
+        Tensors that somebody put there are used as they are where that is possible; one of another
+        dtype, device or stride is replaced by a converted copy.
+        """
+        keys = ("step", *state_names) if counts_steps else state_names
+        values = self.state.get(param, {})
+        if any(values.get(key) is None for key in keys):
+            return None, None
+        self._check_state(param, name, {key: values[key] for key in keys})
+        unfit = {k: values[k] for k in keys if not self._fits(group, param, name, k, values[k])}
+        if unfit:
+            self.state[param].update(self._allocate({param: unfit})[param])
+            values = self.state[param]
+        step = values["step"] if counts_steps else None
+        return tuple(values[key] for key in state_names), step
+
+    def _fits(
+        self, group: Mapping[str, Any], param: Tensor, name: str, key: str, value: Any
+    ) -> bool:
+        if not isinstance(value, Tensor) or value.requires_grad:
+            return False
+        if key == "step":
+            return value.dtype == torch.float32 and value.device.type == "cpu" and value.dim() == 0
+        dtype = self._state_dtype(group, param, name)
+        like = param if is_dense(param) else torch.empty_like(param, device="meta")
+        return (
+            value.dtype == (dtype.to_complex() if param.is_complex() else dtype)
+            and value.device == param.device
+            and not (value.is_conj() or value.is_neg())
+            and all(
+                size == 1 or a == b
+                for size, a, b in zip(param.shape, value.stride(), like.stride(), strict=True)
+            )
+        )
+
+    def _check_state(self, param: Tensor, name: str, values: Mapping[str, Any]) -> None:
+        """Raise where a state cannot be that of the parameter."""
+        for key, value in values.items():
+            where = f"{type(self).__name__}: state '{key}' of {name}"
+            if key == "step":
+                if not isinstance(value, Tensor | int | float):
+                    raise TypeError(f"{where} is a {type(value).__name__}; expected a number")
+                if isinstance(value, Tensor) and value.numel() != 1:
+                    raise ValueError(f"{where} has {value.numel()} elements; expected one")
+                continue
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{where} is a {type(value).__name__}; expected a tensor")
+            if value.shape != param.shape:
+                raise ValueError(
+                    f"{where} has shape {tuple(value.shape)}; expected that of the parameter, "
+                    f"{tuple(param.shape)}"
+                )
+            real = value.is_floating_point() and not param.is_complex()
+            if not (real or (value.is_complex() and param.is_complex())):
+                raise TypeError(
+                    f"{where} has dtype {value.dtype}; expected a "
+                    f"{'complex' if param.is_complex() else 'floating-point'} one"
+                )
+
+    # -- checkpoints --------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's: plain dictionaries, the tensors themselves (not copies of them)."""
+
+        def to_plain(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            state_dict["state"] = plain(state_dict["state"])
+
+        handle = self.register_state_dict_post_hook(to_plain, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a state_dict of this class or of torch.optim's class of the same name.
+
+        States are copied and keep this optimizer's dtypes (torch would round them to the
+        parameter's); hyper-parameters are taken from the state_dict.
+
+        Raises:
+            TypeError, ValueError: for a state that does not belong to its parameter. Nothing has
+                been changed then.
+        """
+
+        # torch casts what is in "state" in a way that no subclass can change, so it gets none. The
+        # hook is the last one, and sees what the user's hooks made of the state_dict.
+        def take_state(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            self._loading = self._check_loaded(loaded)
+            return {**loaded, "state": {}}
+
+        handle = self.register_load_state_dict_pre_hook(take_state)
+        try:
+            super().load_state_dict(dict(state_dict))
+        finally:
+            handle.remove()
+            self._loading = None
+
+    def _check_loaded(self, loaded: Mapping[str, Any]) -> dict[Any, Any]:
+        """The states in a state_dict by parameter."""
+        params = {}
+        ours = [[*self._named_in(group)] for group in self.param_groups]
+        theirs = [group["params"] for group in loaded["param_groups"]]
+        if [len(group) for group in ours] != [len(group) for group in theirs]:
+            return {}  # torch's own check comes next, and says so
+        for named, ids in zip(ours, theirs, strict=True):
+            params.update(zip(ids, named, strict=True))
+        rule = _C.rules()[self._rule]
+        names = self._state_names()
+        states: dict[Any, Any] = {}
+        for key, values in loaded["state"].items():
+            if key not in params:
+                states[key] = values
+                continue
+            param, name = params[key]
+            known = {k: v for k, v in values.items() if k in names and v is not None}
+            needed = {"step", *rule["variants"][0]} if rule["counts_steps"] else set()
+            if known and (lacking := needed - set(known)):
+                raise ValueError(
+                    f"{type(self).__name__}: the state of {name} lacks {', '.join(sorted(lacking))}"
+                )
+            self._check_state(param, name, known)
+            states[param] = values
+        return states
+
+    def _state_names(self) -> set[str]:
+        variants = _C.rules()[self._rule]["variants"]
+        return {"step", *(name for names in variants for name in names)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        groups = self.__dict__.get("param_groups", [])
+        kept = [{k: group[k] for k in self._storage_options} for group in groups]
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, default in self.defaults.items():
+                group.setdefault(key, default)
+        if self._loading is not None:
+            for group, storage in zip(self.param_groups, kept, strict=True):
+                group.update(storage)
+        self.state = self._own(self.state if self._loading is None else self._loading)
+        self._plan = None
+
+    def _own(self, states: Mapping[Any, Any]) -> OptimizerState:
+        """Copies of these states, those of parameters in flat buffers."""
+        names = self._state_names()
+        known, rest = {}, {}
+        for param, values in states.items():
+            is_state = isinstance(param, Tensor) and isinstance(values, Mapping)
+            rest[param] = copy.deepcopy(
+                {k: v for k, v in values.items() if k not in names or v is None}
+                if is_state
+                else values
+            )
+            if is_state:
+                known[param] = {k: v for k, v in values.items() if k in names and v is not None}
+        for param, values in self._allocate(known).items():
+            # In the order in which they were.
+            rest[param] = {k: (values | rest[param])[k] for k in states[param]}
+        return OptimizerState(rest)
+
+    # -- gradients ----------------------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients; flat ones are filled with zero and stay, whatever set_to_none."""
+        if self._flat_gradients is None:
+            self._flat_gradients = self._find_flat_gradients()
+        buffers, views, everything = self._flat_gradients
+        if not everything:
+            super().zero_grad(set_to_none)
+        for buffer in buffers:
+            buffer.zero_grad()
+        for param, view in views:
+            view.zero_()
+            param.grad = view
+
+    def _find_flat_gradients(self) -> tuple[list[FlatBuffer], list[tuple[Tensor, Tensor]], bool]:
+        """Flat buffers of this optimizer alone; gradients in shared ones; whether that is all."""
+        mine = {id(param): param for _, param, _ in self._named_params()}
+        buffers: list[FlatBuffer] = []
+        views: list[tuple[Tensor, Tensor]] = []
+        everything = True
+        for param in mine.values():
+            buffer = find_buffer(param)
+            if buffer is None or buffer.grads is None or not buffer.holds(param):
+                everything = False
+            elif all(id(other) in mine and buffer.holds(other) for other in buffer.params):
+                if buffer not in buffers:
+                    buffers.append(buffer)
+            elif param.requires_grad:
+                views.append((param, buffer.grad_of(param)))
+        return buffers, views, everything
+
+
+def _list(dtypes: Any) -> str:
+    return ", ".join(str(dtype) for dtype in dtypes)

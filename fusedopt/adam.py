@@ -1,0 +1,130 @@
+"""Adam and AdamW."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from fusedopt._step import FusedOptimizer
+
+
+class Adam(FusedOptimizer, torch.optim.Adam):
+    r"""Adam, as :class:`torch.optim.Adam`, in one fused pass.
+
+    For a parameter :math:`\theta` with gradient :math:`g` in its step :math:`t`, element by element:
+
+    .. math::
+        m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2
+
+        \theta \leftarrow \theta - lr \cdot \frac{m / (1 - \beta_1^t)}
+            {\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+
+    with :math:`g + \lambda \theta` in place of :math:`g` for weight decay :math:`\lambda` or, with
+    ``decoupled_weight_decay``, :math:`lr \lambda \theta` taken off :math:`\theta` besides. With
+    ``amsgrad``, :math:`v` in the quotient is the largest so far. Kingma and Ba, Adam, ICLR 2015
+    (arXiv:1412.6980); Reddi et al., On the Convergence of Adam and Beyond, ICLR 2018; Loshchilov
+    and Hutter, Decoupled Weight Decay Regularization, ICLR 2019 (arXiv:1711.05101).
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in
+            torch.optim.Adam. lr may be a tensor of one element.
+        foreach, fused, capturable: accepted; the step is always the fused one.
+        differentiable: must be False.
+        state_dtype: dtype of exp_avg, exp_avg_sq and max_exp_avg_sq: by default torch.float32
+            (float64 for float64 parameters); for bfloat16 parameters also torch.bfloat16, for
+            float16 ones torch.float16, which is what torch.optim takes.
+        flat: move the parameters and their gradients into flat buffers first, see
+            :class:`fusedopt.FlatParameters`.
+
+    The state of a parameter is step (float32, 0-dim, on the CPU) and exp_avg, exp_avg_sq and, with
+    amsgrad, max_exp_avg_sq, in the parameter's shape.
+
+    Raises:
+        ValueError: as torch.optim.Adam; for differentiable=True, NaN options, a group without
+            parameters, and parameters that overlap in memory.
+        TypeError: for a parameter or state_dtype that is not supported.
+    """
+
+    _rule = "adam"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        state_dtype: torch.dtype | None = None,
+        flat: bool = False,
+    ) -> None:
+        args: dict[str, Any] = {
+            "params": params,
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "foreach": foreach,
+            "maximize": maximize,
+            "capturable": capturable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        self._init({"state_dtype": state_dtype}, flat, differentiable, args)
+
+
+class AdamW(FusedOptimizer, torch.optim.AdamW):
+    r"""AdamW, as :class:`torch.optim.AdamW`, in one fused pass.
+
+    Adam with decoupled weight decay :math:`\lambda`, see :class:`fusedopt.Adam` for its averages:
+
+    .. math::
+        \theta \leftarrow \theta - lr \left(\frac{m / (1 - \beta_1^t)}
+            {\sqrt{v / (1 - \beta_2^t)} + \epsilon} + \lambda \theta\right)
+
+    Loshchilov and Hutter, Decoupled Weight Decay Regularization, ICLR 2019 (arXiv:1711.05101).
+    Arguments, state and errors are those of :class:`fusedopt.Adam`, with weight_decay 0.01 by
+    default.
+    """
+
+    _rule = "adam"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        state_dtype: torch.dtype | None = None,
+        flat: bool = False,
+    ) -> None:
+        args: dict[str, Any] = {
+            "params": params,
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "fused": fused,
+        }
+        self._init({"state_dtype": state_dtype}, flat, differentiable, args)

@@ -1,0 +1,82 @@
+"""RMSprop."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from fusedopt._step import FusedOptimizer
+
+
+class RMSprop(FusedOptimizer, torch.optim.RMSprop):
+    r"""RMSprop, as :class:`torch.optim.RMSprop`, in one fused pass.
+
+    For a parameter :math:`\theta` with gradient :math:`g`, element by element:
+
+    .. math::
+        v \leftarrow \alpha v + (1 - \alpha) g^2, \quad
+        \theta \leftarrow \theta - lr \cdot \frac{g}{\sqrt{v} + \epsilon}
+
+    With ``centered``, :math:`v - a^2` in place of the :math:`v` in the quotient, where
+    :math:`a \leftarrow \alpha a + (1 - \alpha) g`; with ``momentum`` :math:`\mu`,
+    :math:`b \leftarrow \mu b + g / (\sqrt{v} + \epsilon)` in place of the quotient; with
+    ``eps_inside_sqrt`` the denominator is :math:`\sqrt{v + \epsilon}`, the form of most textbooks
+    and of TensorFlow. Tieleman and Hinton, lecture 6.5, 2012; centered: Graves, Generating
+    Sequences With Recurrent Neural Networks, 2013 (arXiv:1308.0850).
+
+    Args:
+        params, lr, alpha, eps, weight_decay, momentum, centered, maximize: as in
+            torch.optim.RMSprop. lr may be a tensor of one element.
+        capturable, foreach: accepted; the step is always the fused one.
+        differentiable: must be False.
+        eps_inside_sqrt: whether eps is added to the average itself rather than to its root.
+        state_dtype: dtype of square_avg, momentum_buffer and grad_avg: by default torch.float32
+            (float64 for float64 parameters); for bfloat16 parameters also torch.bfloat16, for
+            float16 ones torch.float16, which is what torch.optim takes.
+        flat: move the parameters and their gradients into flat buffers first, see
+            :class:`fusedopt.FlatParameters`.
+
+    The state of a parameter is step (float32, 0-dim, on the CPU), square_avg and, with momentum,
+    momentum_buffer and, with centered, grad_avg, in the parameter's shape.
+
+    Raises:
+        ValueError: as torch.optim.RMSprop; for differentiable=True, NaN options, a group without
+            parameters, and parameters that overlap in memory.
+        TypeError: for a parameter or state_dtype that is not supported.
+    """
+
+    _rule = "rmsprop"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        eps_inside_sqrt: bool = False,
+        state_dtype: torch.dtype | None = None,
+        flat: bool = False,
+    ) -> None:
+        args: dict[str, Any] = {
+            "params": params,
+            "lr": lr,
+            "alpha": alpha,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "centered": centered,
+            "capturable": capturable,
+            "foreach": foreach,
+            "maximize": maximize,
+        }
+        options = {"state_dtype": state_dtype, "eps_inside_sqrt": eps_inside_sqrt}
+        self._init(options, flat, differentiable, args)

@@ -1,0 +1,75 @@
+"""Stochastic gradient descent."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from fusedopt._step import FusedOptimizer
+
+
+class SGD(FusedOptimizer, torch.optim.SGD):
+    r"""Stochastic gradient descent, as :class:`torch.optim.SGD`, in one fused pass.
+
+    For a parameter :math:`\theta` with gradient :math:`g`, momentum :math:`\mu`, dampening
+    :math:`\tau` and weight decay :math:`\lambda`, element by element:
+
+    .. math::
+        g \leftarrow g + \lambda \theta, \quad
+        b \leftarrow \mu b + (1 - \tau) g \;(\text{the first time } b \leftarrow g), \quad
+        \theta \leftarrow \theta - lr \cdot b
+
+    with :math:`g + \mu b` in place of the last :math:`b` for ``nesterov``, and :math:`g` without
+    momentum. Sutskever et al., On the importance of initialization and momentum in deep learning,
+    ICML 2013, in the form that torch.optim.SGD gives it.
+
+    Args:
+        params, lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
+            lr may be a tensor of one element.
+        foreach, fused: accepted; the step is always the fused one.
+        differentiable: must be False.
+        state_dtype: dtype of momentum_buffer: by default torch.float32 (float64 for float64
+            parameters); for bfloat16 parameters also torch.bfloat16, for float16 ones
+            torch.float16, which is what torch.optim takes.
+        flat: move the parameters and their gradients into flat buffers first, see
+            :class:`fusedopt.FlatParameters`.
+
+    The state of a parameter is, with momentum, momentum_buffer, in the parameter's shape.
+
+    Raises:
+        ValueError: as torch.optim.SGD; for differentiable=True, NaN options, a group without
+            parameters, and parameters that overlap in memory.
+        TypeError: for a parameter or state_dtype that is not supported.
+    """
+
+    _rule = "sgd"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        state_dtype: torch.dtype | None = None,
+        flat: bool = False,
+    ) -> None:
+        args: dict[str, Any] = {
+            "params": params,
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+        }
+        self._init({"state_dtype": state_dtype}, flat, differentiable, args)
