@@ -185,15 +185,15 @@ struct CachedRow {
 
 void run_in_parallel(int64_t size, int64_t grain, void* context,
                      void (*body)(void*, int64_t, int64_t)) {
-  at::parallel_for(0, size, grain,
-                   [=](int64_t begin, int64_t end) { body(context, begin, end); });
+  at::parallel_for(0, size, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
 // What one optimizer walks over in a step. It is built anew whenever parameters, their state or the
 // set of buffers change; gradients are looked up in every step.
 class Plan {
  public:
-  Plan(std::string optimizer, const std::string& rule) : optimizer_(std::move(optimizer)), rule_(find_rule(rule)) {}
+  Plan(std::string optimizer, const std::string& rule)
+      : optimizer_(std::move(optimizer)), rule_(find_rule(rule)) {}
 
   void add_group(const py::dict& group) {
     group_sizes_.push_back(0);
@@ -291,8 +291,7 @@ class Plan {
         value = element.ptr();
       }
       values[i] = PyFloat_CheckExact(value) ? PyFloat_AS_DOUBLE(value) : number(value, what());
-      if (std::isnan(values[i]))
-        throw py::value_error(what() + " is NaN; expected a number");
+      if (std::isnan(values[i])) throw py::value_error(what() + " is NaN; expected a number");
     }
   }
 
@@ -359,8 +358,8 @@ class Plan {
     span.row = row(r);
 
     // Padding belongs to a flat buffer only where all of the streams are in one.
-    const bool walk_padding = r.param_padded && r.state_padded && span.grad == r.flat_grad &&
-                              zero_stays_zero(r.group);
+    const bool walk_padding =
+        r.param_padded && r.state_padded && span.grad == r.flat_grad && zero_stays_zero(r.group);
     if (!r.dense) {
       // States of such a parameter are dense; it is gathered and put back afterwards.
       const at::Tensor gathered = gather(param, dense_like(r, param));
@@ -396,8 +395,8 @@ class Plan {
                           ? combination(r.dtype, *grad_dtype, r.state_dtype)
                           : -1;
     if (index < 0)
-      throw py::type_error(describe(r) + ": a " + text(param.scalar_type()) +
-                           " parameter with a " + text(grad.scalar_type()) + " gradient and " +
+      throw py::type_error(describe(r) + ": a " + text(param.scalar_type()) + " parameter with a " +
+                           text(grad.scalar_type()) + " gradient and " +
                            text(scalar_type(r.state_dtype)) +
                            " states is not supported; a gradient has its parameter's dtype or "
                            "float32");
@@ -527,7 +526,8 @@ class Plan {
 };
 
 // The addresses of the tensors that flat_tensors made and that are alive: behind each of them lies
-// padding up to the next multiple of kSlot elements. Tensors die on any thread, with or without GIL.
+// padding up to the next multiple of kSlot elements. Tensors die on any thread, with or without
+// GIL.
 class Slots {
  public:
   void add(const void* address) {

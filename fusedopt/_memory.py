@@ -20,9 +20,7 @@ def is_dense(tensor: Tensor) -> bool:
     return torch.ops.aten.is_non_overlapping_and_dense(tensor)  # type: ignore[no-any-return]
 
 
-def check_overlap(
-    tensors: Sequence[Tensor], what: str, describe: Callable[[Tensor], str]
-) -> None:
+def check_overlap(tensors: Sequence[Tensor], what: str, describe: Callable[[Tensor], str]) -> None:
     """Raise ValueError where a tensor's memory overlaps itself (expanded) or another's.
 
     Two updates of the same memory in one step would depend on their order.
@@ -52,10 +50,7 @@ def check_overlap(
         reaching = [other for other in reaching if other[1] > begin]
         for _, _, other in reaching:
             both_dense = is_dense(tensor) and is_dense(other)
-            if (
-                both_dense
-                or torch.isin(element_addresses(tensor), element_addresses(other)).any()
-            ):
+            if both_dense or torch.isin(element_addresses(tensor), element_addresses(other)).any():
                 raise ValueError(
                     f"{what}: {describe(other)} and {describe(tensor)} overlap in memory; "
                     "pass tied parameters once, as the same tensor"

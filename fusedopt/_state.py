@@ -84,7 +84,7 @@ class OptimizerState(_CountingDict, defaultdict[Tensor, Any]):
         for param, state in dict(*args, **kwargs).items():
             self[param] = state
 
-    def __ior__(self, other: Any) -> Any:
+    def __ior__(self, other: Any) -> Any:  # type: ignore[misc]
         self.update(other)
         return self
 

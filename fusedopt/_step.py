@@ -122,15 +122,15 @@ class FusedOptimizer(Optimizer):
             fail(f"of dtype {param.dtype}", f"one of {_list(accepted)}, or complex")
 
     def _named_params(self) -> Iterator[tuple[dict[str, Any], Tensor, str]]:
-        for group in self.param_groups:
-            for param, name in self._named_in(group):
+        for g, group in enumerate(self.param_groups):
+            for param, name in self._named_in(g):
                 yield group, param, name
 
-    def _named_in(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, str]]:
+    def _named_in(self, g: int) -> Iterator[tuple[Tensor, str]]:
+        group = self.param_groups[g]
         names = group.get("param_names")
-        number = next(g for g, other in enumerate(self.param_groups) if other is group)
         for i, param in enumerate(group["params"]):
-            yield param, f"parameter '{names[i]}'" if names else f"parameter {i} of group {number}"
+            yield param, f"parameter '{names[i]}'" if names else f"parameter {i} of group {g}"
 
     def _state_dtype(self, group: Mapping[str, Any], param: Tensor, name: str) -> torch.dtype:
         """The dtype of a parameter's states, in reals; TypeError where it is not supported."""
@@ -221,9 +221,11 @@ class FusedOptimizer(Optimizer):
 
         plan = _C.Plan(name, self._rule)
         seen: set[int] = set()
-        for group, state_names in zip(self.param_groups, names_of_group, strict=True):
+        for g, (group, state_names) in enumerate(
+            zip(self.param_groups, names_of_group, strict=True)
+        ):
             plan.add_group(group)
-            for param, param_name in self._named_in(group):
+            for param, param_name in self._named_in(g):
                 states, step = self._find_state(
                     group, param, param_name, state_names, rule["counts_steps"]
                 )
@@ -270,8 +272,8 @@ class FusedOptimizer(Optimizer):
         self, new: Mapping[int, Tensor], names_of_group: list[tuple[str, ...]], counts_steps: bool
     ) -> None:
         wanted: dict[Tensor, dict[str, Any]] = {}
-        for group, names in zip(self.param_groups, names_of_group, strict=True):
-            for param, _ in self._named_in(group):
+        for g, names in enumerate(names_of_group):
+            for param, _ in self._named_in(g):
                 if id(param) in new and param not in wanted:
                     values = self.state.get(param, {})
                     keys = ("step", *names) if counts_steps else names
@@ -415,8 +417,8 @@ class FusedOptimizer(Optimizer):
 
     def _check_loaded(self, loaded: Mapping[str, Any]) -> dict[Any, Any]:
         """The states in a state_dict by parameter."""
-        params = {}
-        ours = [[*self._named_in(group)] for group in self.param_groups]
+        params: dict[Any, tuple[Tensor, str]] = {}
+        ours = [[*self._named_in(g)] for g in range(len(self.param_groups))]
         theirs = [group["params"] for group in loaded["param_groups"]]
         if [len(group) for group in ours] != [len(group) for group in theirs]:
             return {}  # torch's own check comes next, and says so

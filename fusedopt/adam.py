@@ -12,7 +12,7 @@ from fusedopt._step import FusedOptimizer
 class Adam(FusedOptimizer, torch.optim.Adam):
     r"""Adam, as :class:`torch.optim.Adam`, in one fused pass.
 
-    For a parameter :math:`\theta` with gradient :math:`g` in its step :math:`t`, element by element:
+    For a parameter :math:`\theta` with gradient :math:`g` in step :math:`t`, element by element:
 
     .. math::
         m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2

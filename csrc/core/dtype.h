@@ -66,9 +66,7 @@ FUSEDOPT_HD float widen(float16 value) {
   const uint32_t special = (magnitude << 13) | 0x7f800000u;  // Inf and NaN
   // An integer conversion, exact, rather than a product that has a denormal factor.
   const uint32_t subnormal = float_to_bits(float(int32_t(magnitude)) * 0x1p-24f);
-  const uint32_t bits = magnitude < 0x0400u   ? subnormal
-                        : magnitude < 0x7c00u ? normal
-                                              : special;
+  const uint32_t bits = magnitude < 0x0400u ? subnormal : magnitude < 0x7c00u ? normal : special;
   return bits_to_float(sign | bits);
 }
 
@@ -112,16 +110,16 @@ struct TypeList {
 
 using Combinations = TypeList<
     // parameter, gradient, states
-    Types<float, float, float>,             //
-    Types<double, double, double>,          //
-    Types<double, float, double>,           //
-    Types<bfloat16, bfloat16, float>,       //
-    Types<bfloat16, float, float>,          //
-    Types<bfloat16, bfloat16, bfloat16>,    //
-    Types<bfloat16, float, bfloat16>,       //
-    Types<float16, float16, float>,         //
-    Types<float16, float, float>,           //
-    Types<float16, float16, float16>,       //
+    Types<float, float, float>,           //
+    Types<double, double, double>,        //
+    Types<double, float, double>,         //
+    Types<bfloat16, bfloat16, float>,     //
+    Types<bfloat16, float, float>,        //
+    Types<bfloat16, bfloat16, bfloat16>,  //
+    Types<bfloat16, float, bfloat16>,     //
+    Types<float16, float16, float>,       //
+    Types<float16, float, float>,         //
+    Types<float16, float16, float16>,     //
     Types<float16, float, float16>>;
 
 }  // namespace fusedopt

@@ -53,8 +53,8 @@ struct alignas(16) Pack {
 
 constexpr int kThreads = 256;
 
-// The kernel's whole argument: spans from the front of data, rows of hyper-parameters from its back.
-// 32,764 bytes is the most that a launch takes.
+// The kernel's whole argument: spans from the front of data, rows of hyper-parameters from its
+// back. 32,764 bytes is the most that a launch takes.
 struct LaunchArgs {
   static constexpr int kBytes = 32736;
   uint32_t spans;
@@ -113,8 +113,8 @@ struct Tile {
                   (reinterpret_cast<uintptr_t>(s.grad) - before * sizeof(Grad)) % 16 == 0;
     FUSEDOPT_UNROLL
     for (int k = 0; k < states; ++k)
-      result = result &&
-               (reinterpret_cast<uintptr_t>(s.state[k]) - before * sizeof(State)) % 16 == 0;
+      result =
+          result && (reinterpret_cast<uintptr_t>(s.state[k]) - before * sizeof(State)) % 16 == 0;
     return result;
   }
 

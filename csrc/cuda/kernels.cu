@@ -11,8 +11,7 @@ namespace cuda {
 namespace {
 
 template <class Variant, class Types>
-__global__ void __launch_bounds__(kThreads)
-    step_kernel(const __grid_constant__ LaunchArgs args) {
+__global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ LaunchArgs args) {
   Tile<Variant, Types>::run(args, blockIdx.x, gridDim.x, threadIdx.x);
 }
 

@@ -26,10 +26,9 @@ struct Adam {
     double lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, amsgrad, maximize;
   };
   static constexpr OptionKey options[] = {
-      {"lr"},           {"betas", 0},
-      {"betas", 1},     {"eps"},
-      {"weight_decay"}, {"decoupled_weight_decay"},
-      {"amsgrad"},      {"maximize"},
+      {"lr"},      {"betas", 0},     {"betas", 1},
+      {"eps"},     {"weight_decay"}, {"decoupled_weight_decay"},
+      {"amsgrad"}, {"maximize"},
   };
 
   template <class T>
@@ -41,7 +40,7 @@ struct Adam {
 
   FUSEDOPT_HD static Row<double> row(const Options& o, double step, bool, double grad_factor) {
     const double correction1 = 1 - integer_power(o.beta1, (long long)(step));
-    const double correction2 = sqrt(1 - integer_power(o.beta2, (long long)(step)));
+    const double correction2 = square_root(1 - integer_power(o.beta2, (long long)(step)));
     Row<double> row;
     row.grad_factor = o.maximize != 0 ? -grad_factor : grad_factor;
     row.coupled_decay = o.decoupled_weight_decay != 0 ? 0 : o.weight_decay;
@@ -81,7 +80,7 @@ struct Adam {
         second_moment = max_exp_avg_sq;
       }
 
-      T change = row.step_size * exp_avg / (sqrt(second_moment) + row.eps);
+      T change = row.step_size * exp_avg / (square_root(second_moment) + row.eps);
       if (row.decoupled_decay != 0) change += row.decoupled_decay * p;
       p -= change;
     }

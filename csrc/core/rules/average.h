@@ -6,11 +6,20 @@
 
 #include "../macros.h"
 
+// A float that silently became a double would cost speed and, as nvcc and g++ pick different
+// overloads of sqrt, the same bits on every device.
+#if defined(__GNUC__) && !defined(__CUDACC__)
+#pragma GCC diagnostic error "-Wdouble-promotion"
+#endif
+
 // Pieces that several rules share.
 namespace fusedopt {
 
-// weight * value + (1 - weight) * average. The first form rounds once at the average's magnitude and
-// keeps the two weights summing to exactly one; the second is exact for weight = 1.
+FUSEDOPT_HD float square_root(float value) { return sqrtf(value); }
+FUSEDOPT_HD double square_root(double value) { return sqrt(value); }
+
+// weight * value + (1 - weight) * average. The first form rounds once at the average's magnitude
+// and keeps the two weights summing to exactly one; the second is exact for weight = 1.
 template <class T>
 FUSEDOPT_HD T moving_average(T average, T value, T weight, T one_minus_weight) {
   return weight < T(0.5) ? average + weight * (value - average)

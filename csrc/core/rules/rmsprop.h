@@ -12,7 +12,7 @@ namespace fusedopt {
 //   square_avg      = alpha * square_avg + (1 - alpha) * g^2
 //   grad_avg        = alpha * grad_avg + (1 - alpha) * g                (centered)
 //   variance        = square_avg  or, centered, square_avg - grad_avg^2
-//   change          = g / (sqrt(variance) + eps)  or, eps_inside_sqrt, g / sqrt(variance + eps)
+//   change          = g / (square_root(variance) + eps)  or, eps_inside_sqrt, g / sqrt(variance + eps)
 //   momentum_buffer = momentum * momentum_buffer + change               (momentum)
 //   p               = p - lr * change  or, momentum, p - lr * momentum_buffer
 struct RmsProp {
@@ -71,8 +71,9 @@ struct RmsProp {
         variance = variance < 0 ? T(0) : variance;
       }
 
-      // One of the two eps is zero, and adding zero changes no bit of a number that is not negative.
-      T change = g / (sqrt(variance + row.eps_inside) + row.eps_outside);
+      // One of the two eps is zero, and adding zero changes no bit of a number that is not
+      // negative.
+      T change = g / (square_root(variance + row.eps_inside) + row.eps_outside);
       if (momentum) {
         T& buffer = state[1];
         buffer = accumulate(buffer, change, row.momentum, row.one_minus_momentum);
@@ -84,7 +85,9 @@ struct RmsProp {
 
   using Variants = TypeList<Variant<false, false>, Variant<true, false>, Variant<false, true>,
                             Variant<true, true>>;
-  static int variant(const Options& o) { return (o.momentum > 0 ? 1 : 0) + (o.centered != 0 ? 2 : 0); }
+  static int variant(const Options& o) {
+    return (o.momentum > 0 ? 1 : 0) + (o.centered != 0 ? 2 : 0);
+  }
 };
 
 }  // namespace fusedopt

@@ -55,8 +55,8 @@ struct Sgd {
       if (row.weight_decay != 0) g += row.weight_decay * p;
       if (momentum) {
         T& buffer = state[0];
-        const T continued = accumulate(buffer, row.one_minus_dampening * g, row.momentum,
-                                       row.one_minus_momentum);
+        const T continued =
+            accumulate(buffer, row.one_minus_dampening * g, row.momentum, row.one_minus_momentum);
         buffer = row.first != 0 ? g : continued;
         g = row.nesterov != 0 ? g + row.momentum * buffer : buffer;
       }
