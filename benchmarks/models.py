@@ -69,15 +69,18 @@ class GPT(nn.Module):
 
 
 def digits_classifier(channels: int = 16, classes: int = 10) -> nn.Sequential:
-    """A small convolutional network: (batch, 1, 8, 8) images -> (batch, classes) logits."""
+    """A small convolutional network: (batch, 1, 8, 8) images -> (batch, classes) logits.
+
+    It is smooth (GELU and strides, no ReLU and maximum), so that the last bits of its weights stay
+    last bits of its loss.
+    """
     return nn.Sequential(
         nn.Conv2d(1, channels, kernel_size=3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(channels, 2 * channels, kernel_size=3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
+        nn.GELU(),
+        nn.Conv2d(channels, 2 * channels, kernel_size=3, stride=2, padding=1),
+        nn.GELU(),
         nn.Flatten(),
         nn.Linear(2 * channels * 4 * 4, 4 * channels),
-        nn.ReLU(),
+        nn.GELU(),
         nn.Linear(4 * channels, classes),
     )

@@ -1,145 +1,156 @@
 """Train one task with several optimizer implementations in lockstep, and time their steps.
 
 All runs of a task start from the same weights and see the same batches; step n of each is done
-before step n + 1 of any. So every implementation meets the same state of the machine, and each
-optimizer step is timed on real gradients, after a real backward pass.
+before step n + 1 of any. So every implementation meets the same state of the machine, and every
+timed optimizer step follows a real backward pass.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from statistics import median, quantiles
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from tqdm import tqdm
 
 import fusedopt
-from benchmarks.data import Batch, image_batches, load_digits, load_text, text_batches
-from benchmarks.models import GPT, digits_classifier
+from benchmarks.data import Batch
+from benchmarks.tasks import Task, cross_entropy, parameter_groups
 
-WARM_UP = 10  # first steps, which allocate states: left out of the step times
-CONTEXT = 64
-OURS = ("fusedopt", "fusedopt flat")
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is trained on what.
-
-    Attributes:
-        title: for people.
-        optimizer: the class's name, the same in ``torch.optim`` and in ``fusedopt``.
-        options: its arguments.
-        reference: the implementation of torch.optim that fusedopt's losses are compared with.
-        model: the model, on the device.
-        batches: endless batches.
-        score_name: what ``score`` returns, for people.
-        score: judges a trained model on data it has not seen.
-    """
-
-    title: str
-    optimizer: str
-    options: dict[str, Any]
-    reference: str
-    model: nn.Module
-    batches: Iterator[Batch]
-    score_name: str
-    score: Callable[[nn.Module], float]
-
-
-def gpt_task(seed: int, device: torch.device) -> Task:
-    """A character-level GPT on the Python language reference, by AdamW."""
-    text = load_text()
-    validation = next(text_batches(text.validation, 128, CONTEXT, seed))
-    torch.manual_seed(seed)
-    return Task(
-        title="GPT on Python's language reference",
-        optimizer="AdamW",
-        options={"lr": 1e-3, "betas": (0.9, 0.99)},
-        reference="torch fused",
-        model=GPT(len(text.vocabulary), CONTEXT).to(device),
-        batches=text_batches(text.train, 8, CONTEXT, seed),
-        score_name="validation loss",
-        score=lambda model: loss_of(model, validation).item(),
-    )
-
-
-def digits_task(seed: int, device: torch.device) -> Task:
-    """A convolutional network on scikit-learn's digits, by RMSprop, which torch has not fused."""
-    train, test = load_digits(seed)
-    torch.manual_seed(seed)
-    return Task(
-        title="digits classifier",
-        optimizer="RMSprop",
-        options={"lr": 5e-4},
-        reference="torch foreach",
-        model=digits_classifier().to(device),
-        batches=image_batches(train, 64, seed),
-        score_name="test accuracy",
-        score=lambda model: accuracy(model, test),
-    )
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters are."""
-    return next(model.parameters()).device
-
-
-def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy in nats, per character or per image."""
-    inputs, targets = (tensor.to(device_of(model)) for tensor in batch)
-    return F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
-
-
-def accuracy(model: nn.Module, batch: Batch) -> float:
-    """The fraction of images that get the right class."""
-    images, labels = (tensor.to(device_of(model)) for tensor in batch)
-    return (model(images).argmax(dim=-1) == labels).float().mean().item()
-
-
-def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, Any]]:
-    """Weight decay for matrices and kernels, none for biases and norms."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-
-
-def make_optimizer(task: Task, implementation: str, model: nn.Module) -> Optimizer:
-    """The task's optimizer over the model's parameters."""
-    module, options = {
-        "torch for-loop": (torch.optim, {"foreach": False}),
-        "torch foreach": (torch.optim, {"foreach": True}),
-        "torch fused": (torch.optim, {"fused": True}),
-        "fusedopt": (fusedopt, {}),
-        "fusedopt flat": (fusedopt, {"flat": True}),
-    }[implementation]
-    make = getattr(module, task.optimizer)
-    return make(parameter_groups(model), **task.options, **options)
-
-
-def now(device: torch.device) -> float:
-    """Seconds on a clock, with all the work given to the device done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+UNFUSED, FOREACH, FUSED = "torch for-loop", "torch foreach", "torch fused"
+OURS, OURS_FLAT = "fusedopt", "fusedopt flat"
+IMPLEMENTATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
+    UNFUSED: (torch.optim, {"foreach": False}),
+    FOREACH: (torch.optim, {"foreach": True}),
+    FUSED: (torch.optim, {"fused": True}),
+    OURS: (fusedopt, {}),
+    OURS_FLAT: (fusedopt, {"flat": True}),
+}
+WARM_UP = 10  # steps at the start, where states are made: left out of the step times
+ALLOWANCE = 10  # losses may differ by so many times what the nudge makes of them
 
 
 class Run:
-    """One implementation's training of a task: its model, its losses and its times.
+    """One training of a copy of a task's model, with its losses and times.
 
     Attributes:
-        losses: training loss of every step, before that step.
-        step_seconds: time of ``optimizer.step()`` in every step after the warm-up.
-        training_seconds: time of everything: forward, backward, step, scheduler.
-        score: of the trained model, by the task's ``score``.
+        losses: training loss at every step, before the step.
+        step_seconds: time of ``optimizer.step()`` at every step.
+        training_seconds: time of everything in all steps: forward, backward, optimizer, scheduler.
     """
+
+    def __init__(self, task: Task, implementation: str, steps: int, nudged: bool = False) -> None:
+        self.model = copy.deepcopy(task.model)
+        if nudged:
+            nudge(self.model)
+        module, options = IMPLEMENTATIONS[implementation]
+        groups = parameter_groups(self.model, task.weight_decay)
+        self.optimizer = getattr(module, task.optimizer)(groups, **task.options, **options)
+        self.scheduler = CosineAnnealingLR(self.optimizer, T_max=steps)
+        self.losses: list[float] = []
+        self.step_seconds: list[float] = []
+        self.training_seconds = 0.0
+
+    def step(self, batch: Batch) -> None:
+        """Train on one batch."""
+        start = now()
+        self.optimizer.zero_grad()
+        loss = cross_entropy(self.model, batch)
+        loss.backward()
+        before = now()
+        self.optimizer.step()
+        after = now()
+        self.scheduler.step()
+        self.losses.append(loss.item())
+        self.step_seconds.append(after - before)
+        self.training_seconds += now() - start
+
+    @property
+    def step_median(self) -> float:
+        """Median seconds of an optimizer step after the warm-up."""
+        return median(self.step_seconds[WARM_UP:])
+
+    @property
+    def step_quartiles(self) -> tuple[float, float]:
+        """Half of the optimizer steps after the warm-up took a time between these two, in seconds."""
+        low, _, high = quantiles(self.step_seconds[WARM_UP:], n=4)
+        return low, high
+
+
+@dataclass(frozen=True)
+class Result:
+    """All runs of a task.
+
+    Attributes:
+        task: what was trained.
+        runs: one by each implementation, by name.
+        scores: the task's score of each, by name.
+        reference: the torch.optim implementation whose losses the others are compared with.
+        allowed: the difference of losses that is put down to rounding.
+    """
+
+    task: Task
+    runs: dict[str, Run]
+    scores: dict[str, float]
+    reference: str
+    allowed: float
+
+    @property
+    def fastest_torch(self) -> str:
+        """The torch.optim implementation with the shortest median step."""
+        names = [name for name in self.runs if name not in (OURS, OURS_FLAT)]
+        return min(names, key=lambda name: self.runs[name].step_median)
+
+    def difference(self, name: str) -> float:
+        """The largest difference of a run's losses from the reference's; NaN if there is one."""
+        return largest_difference(self.runs[name], self.runs[self.reference])
+
+    def agrees(self, name: str) -> bool:
+        """Whether a run's losses are the reference's, but for rounding."""
+        return self.difference(name) <= self.allowed  # false for NaN
+
+
+def train(task: Task, steps: int) -> Result:
+    """Train the task with every implementation.
+
+    How far may two right implementations drift apart? Each rounds in its own way, and training
+    amplifies it. So one more run measures the amplification: the reference again, but from weights
+    moved by one rounding. ``ALLOWANCE`` times its largest difference is allowed. A slightly wrong
+    optimizer is far outside: 10 times the right eps or 1.0001 times the right beta2 gave about 100 times.
+    """
+    names = [name for name in IMPLEMENTATIONS if task.torch_fused or name != FUSED]
+    reference = FUSED if task.torch_fused else FOREACH
+    runs = {name: Run(task, name, steps) for name in names}
+    nudged = Run(task, reference, steps, nudged=True)
+    for batch in tqdm(islice(task.batches, steps), task.name, steps, unit="step", leave=False):
+        for run in (*runs.values(), nudged):
+            run.step(batch)
+    with torch.no_grad():
+        scores = {name: task.score(run.model) for name, run in runs.items()}
+    allowed = ALLOWANCE * largest_difference(nudged, runs[reference])
+    return Result(task, runs, scores, reference, allowed)
+
+
+def largest_difference(a: Run, b: Run) -> float:
+    """Of the losses of two runs at the same step; NaN if any is."""
+    return (torch.tensor(a.losses) - torch.tensor(b.losses)).abs().max().item()
+
+
+@torch.no_grad()
+def nudge(model: nn.Module) -> None:
+    """Move every weight to the next larger floating-point number."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.nextafter(torch.full_like(parameter, torch.inf)))
+
+
+def now() -> float:
+    """Seconds on a clock, when the GPU, if any, has done all it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()

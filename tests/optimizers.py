@@ -1,0 +1,145 @@
+"""The one table of optimizers that drives all tests: a row per optimizer.
+
+To have a new optimizer tested: add its formula to reference.py and its row here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from reference import adam, adamw, rmsprop, sgd
+from torch.optim import Optimizer
+
+import fusedopt
+
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One optimizer: ours, torch's, the formula, and the options that all tests run through."""
+
+    name: str
+    ours: Callable[..., Optimizer]
+    theirs: Callable[..., Optimizer]
+    reference: Callable[..., dict[str, Any]]
+    option_sets: dict[str, Options]
+    state_keys: Callable[[Options], tuple[str, ...]]  # without step
+    counts_steps: bool = True
+    ours_only: frozenset[str] = frozenset()  # options that torch does not have
+
+    def has_equal_in_torch(self, options: Options) -> bool:
+        return not self.ours_only & options.keys()
+
+    def keys(self, options: Options) -> set[str]:
+        """All keys of a parameter's state."""
+        return {*self.state_keys(options), *(("step",) if self.counts_steps else ())}
+
+
+def _adam_keys(options: Options) -> tuple[str, ...]:
+    keys = ("exp_avg", "exp_avg_sq")
+    return (*keys, "max_exp_avg_sq") if options.get("amsgrad") else keys
+
+
+def _sgd_keys(options: Options) -> tuple[str, ...]:
+    return ("momentum_buffer",) if options.get("momentum") else ()
+
+
+def _rmsprop_keys(options: Options) -> tuple[str, ...]:
+    keys = ("square_avg",)
+    keys += ("momentum_buffer",) if options.get("momentum") else ()
+    return (*keys, "grad_avg") if options.get("centered") else keys
+
+
+ADAMW = Row(
+    name="adamw",
+    ours=fusedopt.AdamW,
+    theirs=torch.optim.AdamW,
+    reference=adamw,
+    option_sets={
+        "default": {},
+        "amsgrad": {"lr": 1e-2, "amsgrad": True, "weight_decay": 0.1},
+        "maximize": {"lr": 1e-2, "maximize": True, "eps": 1e-3},
+        "no-decay-short-memory": {"lr": 1e-2, "weight_decay": 0.0, "betas": (0.8, 0.99)},
+        "no-memory": {"lr": 1e-2, "betas": (0.0, 0.0), "eps": 1e-6},
+        "beta1-below-half": {"lr": 1e-2, "betas": (0.3, 0.95), "eps": 1e-15, "weight_decay": 0.1},
+    },
+    state_keys=_adam_keys,
+)
+
+ADAM = Row(
+    name="adam",
+    ours=fusedopt.Adam,
+    theirs=torch.optim.Adam,
+    reference=adam,
+    option_sets={
+        "default": {},
+        "coupled-decay": {"lr": 1e-2, "weight_decay": 0.1},
+        "decoupled-decay": {"lr": 1e-2, "weight_decay": 0.1, "decoupled_weight_decay": True},
+        "all": {
+            "lr": 1e-2,
+            "betas": (0.8, 0.99),
+            "eps": 1e-3,
+            "weight_decay": 0.05,
+            "amsgrad": True,
+            "maximize": True,
+        },
+    },
+    state_keys=_adam_keys,
+)
+
+SGD = Row(
+    name="sgd",
+    ours=fusedopt.SGD,
+    theirs=torch.optim.SGD,
+    reference=sgd,
+    option_sets={
+        "default": {},
+        "decay": {"lr": 1e-2, "weight_decay": 0.1},
+        "maximize": {"lr": 1e-2, "weight_decay": 0.1, "maximize": True},
+        "momentum": {"lr": 1e-2, "momentum": 0.9},
+        "small-momentum": {"lr": 1e-2, "momentum": 0.3, "maximize": True},
+        "dampening": {"lr": 1e-2, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1},
+        "nesterov": {"lr": 1e-2, "momentum": 0.9, "nesterov": True},
+        "nesterov-decay": {"lr": 1e-2, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    },
+    state_keys=_sgd_keys,
+    counts_steps=False,
+)
+
+RMSPROP = Row(
+    name="rmsprop",
+    ours=fusedopt.RMSprop,
+    theirs=torch.optim.RMSprop,
+    reference=rmsprop,
+    option_sets={
+        "default": {},
+        "decay": {"weight_decay": 0.1, "eps": 1e-4},
+        "short-memory-maximize": {"lr": 1e-3, "alpha": 0.4, "maximize": True},
+        "momentum": {"lr": 1e-3, "momentum": 0.9},
+        "centered": {"lr": 1e-3, "centered": True, "weight_decay": 0.1},
+        "all": {
+            "lr": 1e-3,
+            "alpha": 0.95,
+            "eps": 1e-5,
+            "weight_decay": 0.05,
+            "momentum": 0.4,
+            "centered": True,
+            "maximize": True,
+        },
+        "inside": {"eps_inside_sqrt": True, "eps": 1e-6},
+        "inside-all": {
+            "lr": 1e-3,
+            "eps": 1e-6,
+            "momentum": 0.9,
+            "centered": True,
+            "weight_decay": 0.1,
+            "eps_inside_sqrt": True,
+        },
+    },
+    state_keys=_rmsprop_keys,
+    ours_only=frozenset({"eps_inside_sqrt"}),
+)
+
+ROWS = [ADAMW, ADAM, SGD, RMSPROP]

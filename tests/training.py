@@ -1,0 +1,133 @@
+"""What the tests share that train something: models, gradients, and comparisons of all there is."""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from optimizers import OPTIMIZERS, Case
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+SHAPES = ((33, 7), (33,), (), (5, 33), (17,), (2, 3, 5, 5))
+"""Vector body and tail, a scalar, and what conv and linear layers have."""
+
+# One case per class: momentum for SGD, and whatever else makes each class have all its states.
+RICHEST: dict[type[Optimizer], Case] = {
+    case.ours: case for case in sorted(OPTIMIZERS, key=lambda case: len(state_keys(case)))
+}
+
+
+def make_params(
+    dtype: torch.dtype = torch.float32, shapes: Sequence[tuple[int, ...]] = SHAPES, seed: int = 0
+) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
+
+
+def clone_params(params: Iterable[Tensor]) -> list[nn.Parameter]:
+    """Copies with the same strides, at other addresses."""
+    return [nn.Parameter(p.detach().clone(), p.requires_grad) for p in params]
+
+
+def set_grads(params: Iterable[Tensor], step: int, dtype: torch.dtype | None = None) -> None:
+    """Hand over gradients that depend on nothing but the step and the parameters' order."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    for p in params:
+        grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        if dtype is not None:
+            p.grad_dtype = dtype
+        p.grad = torch.empty_like(p, dtype=dtype or p.dtype).copy_(grad)
+
+
+def train(optimizer: Optimizer, steps: Iterable[int]) -> None:
+    """One step of the optimizer for each number in steps, with that number's gradients."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for step in steps:
+        set_grads(params, step)
+        optimizer.step()
+
+
+def params_of(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """A tensor as integers, so that 0 is not -0 and NaN is NaN."""
+    tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(size[tensor.element_size()])
+
+
+def assert_same_bits(ours: Any, theirs: Any) -> None:
+    """Tensors, or anything made of tensors, are equal to the last bit and of the same dtype."""
+    if isinstance(ours, Tensor):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        torch.testing.assert_close(bits(ours), bits(theirs), rtol=0, atol=0)
+    elif isinstance(ours, dict):
+        assert list(ours) == list(theirs)
+        for key in ours:
+            assert_same_bits(ours[key], theirs[key])
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            assert_same_bits(a, b)
+    else:
+        assert ours == theirs or (ours != ours and theirs != theirs)
+
+
+def states_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [dict(optimizer.state.get(p, {})) for p in params_of(optimizer)]
+
+
+def assert_equal(a: Optimizer, b: Optimizer) -> None:
+    """Two optimizers have the same parameters and states to the last bit."""
+    assert_same_bits(params_of(a), params_of(b))
+    assert_same_bits(states_of(a), states_of(b))
+
+
+def assert_close(ours: Optimizer, theirs: Optimizer) -> None:
+    """Two optimizers have the same parameters and states, up to rounding in a few dozen steps."""
+    for a, b in zip(params_of(ours), params_of(theirs), strict=True):
+        torch.testing.assert_close(a, b, **tolerance(b.dtype))
+    for a, b in zip(states_of(ours), states_of(theirs), strict=True):
+        assert set(a) == set(b)
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], check_dtype=False, **tolerance(b[key].dtype))
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    eps = torch.finfo(dtype).eps
+    return {"rtol": 30 * eps, "atol": 30 * eps}
+
+
+def snapshot(optimizer: Optimizer) -> Any:
+    """Everything that a refused operation must leave as it was, copied."""
+    groups = [
+        {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
+    ]
+    ids = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+    params = [p.detach().clone() for p in params_of(optimizer)]
+    return copy.deepcopy((params, states_of(optimizer), groups, ids, len(optimizer.state)))
+
+
+def assert_unchanged(optimizer: Optimizer, before: Any) -> None:
+    assert_same_bits(snapshot(optimizer), before)
+
+
+def both(
+    case: Case, make: Callable[[], list[nn.Parameter]] = make_params, **options: Any
+) -> tuple[Optimizer, Optimizer]:
+    """Our optimizer and torch's, each over parameters of its own."""
+    args = {**case.options, **options}
+    return case.ours(make(), **args), case.theirs(make(), **args)
+
+
+def state_keys(case: Case) -> list[str]:
+    """The keys of a parameter's state in torch."""
+    params = make_params(shapes=((2,),))
+    optimizer = case.theirs(params, **case.options)
+    train(optimizer, [0])
+    return list(optimizer.state[params[0]])
