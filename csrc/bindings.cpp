@@ -193,7 +193,10 @@ void run_in_parallel(int64_t size, int64_t grain, void* context,
 class Plan {
  public:
   Plan(std::string optimizer, const std::string& rule)
-      : optimizer_(std::move(optimizer)), rule_(find_rule(rule)) {}
+      : optimizer_(std::move(optimizer)), rule_(find_rule(rule)), params_key_("params") {
+    // Interned once: a look-up by a C string would make a Python string each time.
+    for (int i = 0; i < rule_.option_count; ++i) keys_.emplace_back(rule_.options[i].key);
+  }
 
   void add_group(const py::dict& group) {
     group_sizes_.push_back(0);
@@ -278,7 +281,7 @@ class Plan {
     auto& values = options_[g];
     for (int i = 0; i < rule_.option_count; ++i) {
       const OptionKey& key = rule_.options[i];
-      PyObject* value = PyDict_GetItemString(group, key.key);
+      PyObject* value = PyDict_GetItem(group, keys_[i].ptr());
       const auto what = [&] {
         std::string name = optimizer_ + ": group " + text(g) + ": " + key.key;
         return key.element < 0 ? name : name + "[" + text(key.element) + "]";
@@ -311,7 +314,7 @@ class Plan {
       read_options(group, int(g));
       rows_of_group_[g].clear();
       if (rule_.variant(options_[g].data()) != variants_[g]) return false;
-      PyObject* params = PyDict_GetItemString(group, "params");
+      PyObject* params = PyDict_GetItem(group, params_key_.ptr());
       if (params == nullptr || !PyList_Check(params) ||
           size_t(PyList_GET_SIZE(params)) != group_sizes_[g])
         return false;
@@ -508,6 +511,8 @@ class Plan {
 
   std::string optimizer_;
   const RuleInfo& rule_;
+  py::str params_key_;
+  std::vector<py::str> keys_;
   std::vector<Record> records_;
   std::vector<size_t> group_sizes_;
   std::vector<int> variants_;

@@ -40,6 +40,12 @@ struct Launch {
 }  // namespace
 
 const char* step(const Span* spans, size_t count, const HyperRow* rows, void* stream) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  if (cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capture))
+    return cudaGetErrorString(error);
+  if (capture != cudaStreamCaptureStatusNone)
+    return "the stream is being captured into a CUDA graph, which would replay this step with "
+           "today's learning rate and step count for ever; capture forward and backward only";
   static const auto launchers = kernel_table<Launch, Launcher>();
   // Each kernel once, when its first span is met.
   for (size_t i = 0; i < count; ++i) {
