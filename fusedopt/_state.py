@@ -88,6 +88,9 @@ class OptimizerState(_CountingDict, defaultdict[Tensor, Any]):
         self.update(other)
         return self
 
+    def copy(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+        return defaultdict(dict, self)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return defaultdict, (dict, plain(self))
 
