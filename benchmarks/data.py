@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pydoc_data.topics import topics
 
 import torch
+from sklearn import datasets
 from torch import Tensor
 
 Batch = tuple[Tensor, Tensor]  # inputs and what the model should make of them
@@ -30,8 +32,6 @@ class Text:
 
 def load_text() -> Text:
     """Python's language reference (465 KB), its last tenth kept for validation."""
-    from pydoc_data.topics import topics
-
     text = "\n".join(topics.values()).translate(TO_ASCII).encode("ascii", "ignore").decode()
     vocabulary = "".join(sorted(set(text)))
     number = {character: index for index, character in enumerate(vocabulary)}
@@ -52,8 +52,6 @@ def text_batches(tokens: Tensor, batch: int, context: int, seed: int) -> Iterato
 
 def load_digits(seed: int) -> tuple[Batch, Batch]:
     """1,797 images (1, 8, 8) with values from 0 to 1 and their digits, as (train, test)."""
-    from sklearn import datasets
-
     digits = datasets.load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(digits.target)

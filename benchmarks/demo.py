@@ -9,18 +9,19 @@ than rounding.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from benchmarks.figure import draw
-from benchmarks.tasks import digits_task, gpt_task
-from benchmarks.training import OURS, OURS_FLAT, UNFUSED, Result, train
+try:
+    from benchmarks.figure import draw
+    from benchmarks.tasks import digits_task, gpt_task
+    from benchmarks.training import OURS, OURS_FLAT, UNFUSED, Result, train
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}; the demo needs: pip install matplotlib scikit-learn tqdm")
 
-NEEDED = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "tqdm": "tqdm"}
 RESULTS = Path(__file__).parent / "results" / "demo"
 STEPS, QUICK_STEPS, FEWEST_STEPS = 300, 40, 20
 LOSS_ROWS = 6
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not disagreements:
         print(f"Same losses: {'; '.join(agreement(result) for result in results)}.")
     for result in results:
-        print(f"{speed(result)}.")
+        print(f"{speed(result, OURS)}\n{speed(result, OURS_FLAT)}")
     print(f"Plot: {plot}\nTotal: {time.perf_counter() - start:.0f} s")
     for text in disagreements:
         print(f"DIFFERENT LOSSES: {text}", file=sys.stderr)
@@ -118,7 +119,7 @@ def losses_table(result: Result) -> str:
 
 def times_table(result: Result) -> str:
     """Step times, training times and scores of every implementation."""
-    rows = [["", "optimizer step", "half are within", "all training", result.task.score_name]]
+    rows = [["", "optimizer step", "middle half of steps", "all training", result.task.score_name]]
     for name, run in result.runs.items():
         low, high = run.step_quartiles
         rows.append(
@@ -138,7 +139,7 @@ def agreement(result: Result) -> str:
     difference = max(result.difference(name) for name in (OURS, OURS_FLAT))
     return (
         f"{result.task.name} within {difference:.1e} of {result.reference} "
-        f"(rounding may make {result.allowed:.1e})"
+        f"(rounding allows {result.allowed:.1e})"
     )
 
 
@@ -146,23 +147,19 @@ def disagreements_in(result: Result) -> list[str]:
     """What to say of each implementation whose losses differ by more than rounding."""
     return [
         f"{result.task.name}: {name} is {result.difference(name):.1e} off {result.reference}, "
-        f"where rounding may make {result.allowed:.1e}"
+        f"but rounding allows only {result.allowed:.1e}"
         for name in (OURS, OURS_FLAT)
         if not result.agrees(name)
     ]
 
 
-def speed(result: Result) -> str:
-    """How fast fusedopt's steps are next to torch's."""
-    seconds = {name: run.step_median for name, run in result.runs.items()}
-    fastest = result.fastest_torch
-    others = [fastest] if fastest == UNFUSED else [fastest, UNFUSED]
-    compared = (
-        f"{name} is "
-        + " and ".join(f"{faster(seconds[other] / seconds[name])} {other}" for other in others)
-        for name in (OURS, OURS_FLAT)
+def speed(result: Result, name: str) -> str:
+    """How fast an implementation's steps are next to torch's fastest and torch's unfused ones."""
+    compared = " and ".join(
+        f"{faster(result.runs[other].step_median / result.runs[name].step_median)} {other}"
+        for other in dict.fromkeys((result.fastest_torch, UNFUSED))
     )
-    return f"{result.task.name}, {result.task.optimizer} step: {', '.join(compared)}"
+    return f"{result.task.name}: {name} does an {result.task.optimizer} step {compared}."
 
 
 def faster(ratio: float) -> str:

@@ -54,7 +54,7 @@ def gpt_task(seed: int, device: torch.device) -> Task:
     torch.manual_seed(seed)
     return Task(
         name="GPT",
-        title="GPT on Python's language reference, characters",
+        title="GPT: a character-level language model of Python's language reference",
         optimizer="AdamW",
         options={"lr": 1e-3, "betas": (0.9, 0.99)},
         weight_decay=0.1,
@@ -72,7 +72,7 @@ def digits_task(seed: int, device: torch.device) -> Task:
     torch.manual_seed(seed)
     return Task(
         name="digits",
-        title="classifier of scikit-learn's handwritten digits",
+        title="digits: a classifier of scikit-learn's handwritten digits",
         optimizer="RMSprop",
         options={"lr": 2e-3},
         weight_decay=1e-3,

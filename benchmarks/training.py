@@ -24,7 +24,7 @@ from benchmarks.data import Batch
 from benchmarks.tasks import Task, cross_entropy, parameter_groups
 
 UNFUSED, FOREACH, FUSED = "torch for-loop", "torch foreach", "torch fused"
-OURS, OURS_FLAT = "fusedopt", "fusedopt flat"
+OURS, OURS_FLAT = "fusedopt", "fusedopt flat=True"
 IMPLEMENTATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     UNFUSED: (torch.optim, {"foreach": False}),
     FOREACH: (torch.optim, {"foreach": True}),
@@ -78,7 +78,7 @@ class Run:
 
     @property
     def step_quartiles(self) -> tuple[float, float]:
-        """Half of the optimizer steps after the warm-up took a time between these two, in seconds."""
+        """The middle half of the optimizer steps after the warm-up: from, to, in seconds."""
         low, _, high = quantiles(self.step_seconds[WARM_UP:], n=4)
         return low, high
 
@@ -121,8 +121,8 @@ def train(task: Task, steps: int) -> Result:
 
     How far may two right implementations drift apart? Each rounds in its own way, and training
     amplifies it. So one more run measures the amplification: the reference again, but from weights
-    moved by one rounding. ``ALLOWANCE`` times its largest difference is allowed. A slightly wrong
-    optimizer is far outside: 10 times the right eps or 1.0001 times the right beta2 gave about 100 times.
+    moved by one rounding. ``ALLOWANCE`` times its largest difference is allowed. Small mistakes are
+    far outside: AdamW with eps 1e-7 for 1e-8, or beta2 0.9901 for 0.99, was over 100 times off.
     """
     names = [name for name in IMPLEMENTATIONS if task.torch_fused or name != FUSED]
     reference = FUSED if task.torch_fused else FOREACH
