@@ -13,7 +13,7 @@
 #include <mutex>
 #include <optional>
 #include <sstream>
-#include <unordered_set>
+#include <unordered_map>
 
 #include "core/registry.h"
 #include "cpu/cpu.h"
@@ -134,6 +134,86 @@ double number(PyObject* value, const std::string& what) {
   return result;
 }
 
+// A rule's options in a parameter group.
+class OptionReader {
+ public:
+  explicit OptionReader(const RuleInfo& rule) : rule_(rule) {
+    // Interned once: a look-up by a C string would make a Python string each time.
+    for (int i = 0; i < rule.option_count; ++i) keys_.emplace_back(rule.options[i].key);
+  }
+
+  void read(const std::string& optimizer, PyObject* group, size_t g, double* values) const {
+    for (int i = 0; i < rule_.option_count; ++i) {
+      const OptionKey& key = rule_.options[i];
+      const auto what = [&] {
+        std::string name = optimizer + ": group " + text(g) + ": " + key.key;
+        return key.element < 0 ? name : name + "[" + text(key.element) + "]";
+      };
+      PyObject* value = PyDict_GetItem(group, keys_[i].ptr());
+      if (value == nullptr) throw py::key_error(what() + " is missing");
+      py::object element;
+      if (key.element >= 0) {
+        element = py::reinterpret_steal<py::object>(PySequence_GetItem(value, key.element));
+        if (!element) throw py::error_already_set();
+        value = element.ptr();
+      }
+      values[i] = PyFloat_CheckExact(value) ? PyFloat_AS_DOUBLE(value) : number(value, what());
+      if (std::isnan(values[i])) throw py::value_error(what() + " is NaN; expected a number");
+    }
+  }
+
+ private:
+  const RuleInfo& rule_;
+  std::vector<py::str> keys_;
+};
+
+constexpr size_t kMaxOptions = 16;
+
+// The keys of a parameter's state, as the options of its group want it.
+py::tuple state_names(const std::string& optimizer, const std::string& rule_name,
+                      const py::dict& group, size_t index) {
+  const RuleInfo& rule = find_rule(rule_name);
+  std::array<double, kMaxOptions> options;
+  OptionReader(rule).read(optimizer, group.ptr(), index, options.data());
+  const VariantInfo& variant =
+      registry().variants[rule.first_variant + rule.variant(options.data())];
+  py::list names;
+  if (rule.counts_steps) names.append("step");
+  for (int k = 0; k < variant.states; ++k) names.append(variant.state_names[k]);
+  return py::tuple(names);
+}
+
+// The tensors that flat_tensors made and that are alive, by address: behind each of them lies
+// padding up to the next multiple of kSlot elements. Tensors die on any thread, with or without the
+// GIL.
+class Slots {
+ public:
+  void add(const void* address, size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    bytes_[address] = bytes;
+  }
+  void remove(const void* address) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    bytes_.erase(address);
+  }
+  bool holds(const at::Tensor& tensor) {
+    if (tensor.numel() == 0) return true;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = bytes_.find(tensor.const_data_ptr());
+    return found != bytes_.end() && found->second == tensor.nbytes();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<const void*, size_t> bytes_;
+};
+
+Slots& slots() {
+  // Never destroyed: tensors may outlive the destructors of static objects.
+  static Slots* instance = new Slots;
+  return *instance;
+}
+
 // One parameter of an optimizer, with what a step needs to know of it and has to find unchanged.
 // It is held as a Python object: torch.utils.swap_tensors may exchange the tensor behind it.
 struct Record {
@@ -147,11 +227,10 @@ struct Record {
   bool has_state = false;
   bool dense = true;  // its elements fill one run of memory
   bool contiguous = true;
-  bool state_padded = false;  // the states lie in slots of a shared buffer
+  bool in_slots = false;  // the parameter and its states lie in slots of flat buffers
 
   const void* data = nullptr;
   const void* flat_grad = nullptr;  // where its gradient lies in a flat buffer, else null
-  bool param_padded = false;        // the parameter lies in a slot of a flat buffer
   int64_t numel = 0;                // in reals: a complex number is two
   int64_t padding = 0;              // reals behind it in a slot
   at::ScalarType scalar;
@@ -193,23 +272,25 @@ void run_in_parallel(int64_t size, int64_t grain, void* context,
 class Plan {
  public:
   Plan(std::string optimizer, const std::string& rule)
-      : optimizer_(std::move(optimizer)), rule_(find_rule(rule)), params_key_("params") {
-    // Interned once: a look-up by a C string would make a Python string each time.
-    for (int i = 0; i < rule_.option_count; ++i) keys_.emplace_back(rule_.options[i].key);
-  }
+      : optimizer_(std::move(optimizer)),
+        rule_(find_rule(rule)),
+        option_reader_(rule_),
+        params_key_("params") {}
 
   void add_group(const py::dict& group) {
     group_sizes_.push_back(0);
     options_.emplace_back();
     rows_of_group_.emplace_back();
-    read_options(group.ptr(), int(group_sizes_.size()) - 1);
+    option_reader_.read(optimizer_, group.ptr(), group_sizes_.size() - 1, options_.back().data());
     variants_.push_back(rule_.variant(options_.back().data()));
   }
 
   // Adds the next parameter of the group added last.
+  // Adds the next parameter of the group added last. states are in the order of state_names, or
+  // none while there is no gradient yet; flat_grad is where its gradient lies in a flat buffer.
   void add(const py::object& param, const std::string& name, bool duplicate,
-           const std::optional<py::tuple>& states, const py::object& step, bool first,
-           bool state_padded, bool param_padded, uintptr_t flat_grad, DType state_dtype) {
+           const std::optional<py::tuple>& states, bool first, uintptr_t flat_grad,
+           at::ScalarType state_dtype) {
     const at::Tensor& tensor = THPVariable_Unpack(param.ptr());
     Record r;
     r.param = param;
@@ -220,7 +301,7 @@ class Plan {
     r.data = tensor.unsafeGetTensorImpl()->data();
     r.scalar = tensor.scalar_type();
     r.dtype = *storage_dtype(r.scalar);
-    r.state_dtype = state_dtype;
+    r.state_dtype = *storage_dtype(state_dtype);
     r.device = tensor.device();
     const int64_t reals = tensor.is_complex() ? 2 : 1;
     r.numel = tensor.numel() * reals;
@@ -228,19 +309,21 @@ class Plan {
     r.dense = tensor.is_non_overlapping_and_dense();
     r.contiguous = tensor.is_contiguous();
     r.strides = tensor.strides().vec();
-    r.state_padded = state_padded;
-    r.param_padded = param_padded;
+    r.in_slots = slots().holds(tensor);
     r.flat_grad = reinterpret_cast<const void*>(flat_grad);
+    r.has_state = states.has_value();
     if (states) {
-      r.has_state = true;
-      for (size_t k = 0; k < states->size(); ++k) {
-        r.states.push_back((*states)[k]);
-        r.state_data[k] = data_of(r.states.back());
+      for (const auto& item : *states) {
+        const auto state = py::reinterpret_borrow<py::object>(item);
+        if (rule_.counts_steps && r.step_value == nullptr) {
+          r.step = state;
+          r.step_value = static_cast<float*>(data_of(state));
+          continue;
+        }
+        r.state_data[r.states.size()] = data_of(state);
+        r.in_slots = r.in_slots && slots().holds(THPVariable_Unpack(state.ptr()));
+        r.states.push_back(state);
       }
-    }
-    if (!step.is_none()) {
-      r.step = step;
-      r.step_value = static_cast<float*>(data_of(step));
     }
     ++group_sizes_.back();
     records_.push_back(std::move(r));
@@ -264,9 +347,6 @@ class Plan {
     return std::nullopt;
   }
 
-  // The variant of a group, by its index among the rule's variants.
-  int variant(int group) const { return variants_.at(group); }
-
   // Spans walked by the last step.
   int64_t span_count() const {
     size_t count = 0;
@@ -276,27 +356,6 @@ class Plan {
 
  private:
   std::string describe(const Record& r) const { return optimizer_ + ": " + r.name; }
-
-  void read_options(PyObject* group, int g) {
-    auto& values = options_[g];
-    for (int i = 0; i < rule_.option_count; ++i) {
-      const OptionKey& key = rule_.options[i];
-      PyObject* value = PyDict_GetItem(group, keys_[i].ptr());
-      const auto what = [&] {
-        std::string name = optimizer_ + ": group " + text(g) + ": " + key.key;
-        return key.element < 0 ? name : name + "[" + text(key.element) + "]";
-      };
-      if (value == nullptr) throw py::key_error(what() + " is missing");
-      py::object element;
-      if (key.element >= 0) {
-        element = py::reinterpret_steal<py::object>(PySequence_GetItem(value, key.element));
-        if (!element) throw py::error_already_set();
-        value = element.ptr();
-      }
-      values[i] = PyFloat_CheckExact(value) ? PyFloat_AS_DOUBLE(value) : number(value, what());
-      if (std::isnan(values[i])) throw py::value_error(what() + " is NaN; expected a number");
-    }
-  }
 
   // Whether all the spans could be made; if not, missing_ tells for whom state has to be made.
   bool prepare(const py::list& groups) {
@@ -311,7 +370,7 @@ class Plan {
     size_t next = 0;
     for (size_t g = 0; g < group_sizes_.size(); ++g) {
       PyObject* group = PyList_GET_ITEM(groups.ptr(), g);
-      read_options(group, int(g));
+      option_reader_.read(optimizer_, group, g, options_[g].data());
       rows_of_group_[g].clear();
       if (rule_.variant(options_[g].data()) != variants_[g]) return false;
       PyObject* params = PyDict_GetItem(group, params_key_.ptr());
@@ -361,8 +420,7 @@ class Plan {
     span.row = row(r);
 
     // Padding belongs to a flat buffer only where all of the streams are in one.
-    const bool walk_padding =
-        r.param_padded && r.state_padded && span.grad == r.flat_grad && zero_stays_zero(r.group);
+    const bool walk_padding = r.in_slots && span.grad == r.flat_grad && zero_stays_zero(r.group);
     if (!r.dense) {
       // States of such a parameter are dense; it is gathered and put back afterwards.
       const at::Tensor gathered = gather(param, dense_like(r, param));
@@ -511,12 +569,12 @@ class Plan {
 
   std::string optimizer_;
   const RuleInfo& rule_;
+  OptionReader option_reader_;
   py::str params_key_;
-  std::vector<py::str> keys_;
   std::vector<Record> records_;
   std::vector<size_t> group_sizes_;
   std::vector<int> variants_;
-  std::vector<std::array<double, 16>> options_;
+  std::vector<std::array<double, kMaxOptions>> options_;
   std::vector<std::vector<CachedRow>> rows_of_group_;
 
   // Of the step at hand; kept so that a step allocates nothing.
@@ -529,39 +587,6 @@ class Plan {
   std::vector<at::Tensor> temporaries_;
   std::vector<CopyBack> copy_back_;
 };
-
-// The addresses of the tensors that flat_tensors made and that are alive: behind each of them lies
-// padding up to the next multiple of kSlot elements. Tensors die on any thread, with or without
-// GIL.
-class Slots {
- public:
-  void add(const void* address) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    addresses_.insert(address);
-  }
-  void remove(const void* address) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    addresses_.erase(address);
-  }
-  bool contains(const void* address) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return addresses_.count(address) != 0;
-  }
-
- private:
-  std::mutex mutex_;
-  std::unordered_set<const void*> addresses_;
-};
-
-Slots& slots() {
-  // Never destroyed: tensors may outlive the destructors of static objects.
-  static Slots* instance = new Slots;
-  return *instance;
-}
-
-bool in_slot(const at::Tensor& tensor) {
-  return tensor.numel() == 0 || slots().contains(tensor.const_data_ptr());
-}
 
 // Tensors with the shapes and dense strides of `like`, one behind the other in one zeroed buffer,
 // each at a multiple of kSlot elements. Each has a Storage of its own, exactly its size, whose
@@ -582,7 +607,7 @@ std::pair<at::Tensor, std::vector<at::Tensor>> flat_tensors(const std::vector<at
     const auto release = [buffer](void* address) { slots().remove(address); };
     views.push_back(
         at::from_blob(next, tensor.sizes(), strides, release, options, buffer.device()));
-    if (tensor.numel() > 0) slots().add(next);
+    if (tensor.numel() > 0) slots().add(next, views.back().nbytes());
     next += padded(tensor.numel()) * int64_t(c10::elementSize(dtype));
   }
   return {buffer, views};
@@ -657,24 +682,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("torch_version") = FUSEDOPT_TORCH_VERSION;
   m.def("isa", get_isa);
   m.def("set_isa", set_isa);
+  m.def("state_names", state_names);
   m.def("rules", rules);
   m.def("combinations", combinations);
   m.def("flat_tensors", flat_tensors);
   m.def("flat_steps", flat_steps);
-  m.def("in_slot", in_slot);
   m.def("attach_gradients", attach_gradients);
   py::class_<Plan>(m, "Plan")
       .def(py::init<std::string, const std::string&>())
       .def("add_group", &Plan::add_group)
-      .def("add",
-           [](Plan& plan, const py::object& param, const std::string& name, bool duplicate,
-              const std::optional<py::tuple>& states, const py::object& step, bool first,
-              bool state_padded, bool param_padded, uintptr_t flat_grad,
-              at::ScalarType state_dtype) {
-             plan.add(param, name, duplicate, states, step, first, state_padded, param_padded,
-                      flat_grad, *storage_dtype(state_dtype));
-           })
+      .def("add", &Plan::add)
       .def("step", &Plan::step)
-      .def_property_readonly("span_count", &Plan::span_count)
-      .def("variant", &Plan::variant);
+      .def_property_readonly("span_count", &Plan::span_count);
 }

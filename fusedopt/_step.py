@@ -3,7 +3,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -69,7 +69,7 @@ class FusedOptimizer(Optimizer):
                     f"{type(self).__name__}: group {group} has no parameters; expected at least one"
                 )
             self._check_options(added, group)
-            self._check_params()
+            self._check_params([group])
         except Exception:
             self.param_groups.pop()
             raise
@@ -85,17 +85,16 @@ class FusedOptimizer(Optimizer):
                         f"{type(self).__name__}: group {index}: {key} is NaN; expected a number"
                     )
 
-    def _check_params(self) -> None:
-        names: dict[int, str] = {}
-        params: list[Tensor] = []
-        for group, param, name in self._named_params():
-            if id(param) in names:
-                continue
-            names[id(param)] = name
-            params.append(param)
-            self._check_param(param, name)
-            self._state_dtype(group, param, name)
-        check_overlap(params, type(self).__name__, lambda p: names[id(p)])
+    def _check_params(self, groups: Iterable[int]) -> None:
+        params: dict[int, tuple[Tensor, str]] = {}
+        for g in groups:
+            for param, name in self._named_in(g):
+                if id(param) not in params:
+                    params[id(param)] = param, name
+                    self._check_param(param, name)
+                    self._state_dtype(self.param_groups[g], param, name)
+        tensors = [param for param, _ in params.values()]
+        check_overlap(tensors, type(self).__name__, lambda p: params[id(p)][1])
 
     def _check_param(self, param: Tensor, name: str) -> None:
         def fail(got: str, expected: str) -> NoReturn:
@@ -209,38 +208,30 @@ class FusedOptimizer(Optimizer):
         new = new or {}
         if not isinstance(self.state, OptimizerState):
             self.state = OptimizerState(self.state)
-        self._check_params()
+        self._check_params(range(len(self.param_groups)))
         name = type(self).__name__
-        rule = _C.rules()[self._rule]
-        names_of_group = []
-        for group in self.param_groups:
-            lookup = _C.Plan(name, self._rule)
-            lookup.add_group(group)
-            names_of_group.append(rule["variants"][lookup.variant(0)])
-        self._make_state(new, names_of_group, rule["counts_steps"])
+        keys_of_group = [
+            _C.state_names(name, self._rule, group, g) for g, group in enumerate(self.param_groups)
+        ]
+        self._complete_state(new, keys_of_group)
 
         plan = _C.Plan(name, self._rule)
         seen: set[int] = set()
-        for g, (group, state_names) in enumerate(
-            zip(self.param_groups, names_of_group, strict=True)
-        ):
-            plan.add_group(group)
+        for g, keys in enumerate(keys_of_group):
+            plan.add_group(self.param_groups[g])
             for param, param_name in self._named_in(g):
-                states, step = self._find_state(
-                    group, param, param_name, state_names, rule["counts_steps"]
-                )
-                param_padded, flat_grad = self._find_slot(param, param_name)
+                values = self.state.get(param, {})
+                states = None
+                if all(values.get(key) is not None for key in keys):
+                    states = tuple(values[key] for key in keys)
                 plan.add(
                     param,
                     param_name,
                     id(param) in seen,
                     states,
-                    step,
                     id(param) in new,
-                    all(_C.in_slot(state) for state in states or ()),
-                    param_padded,
-                    flat_grad,
-                    self._state_dtype(group, param, param_name),
+                    self._flat_grad(param, param_name),
+                    self._state_dtype(self.param_groups[g], param, param_name),
                 )
                 seen.add(id(param))
         self._plan = plan
@@ -249,13 +240,13 @@ class FusedOptimizer(Optimizer):
         self._flat_gradients = None
         return plan
 
-    def _find_slot(self, param: Tensor, name: str) -> tuple[bool, int]:
+    def _flat_grad(self, param: Tensor, name: str) -> int:
+        """The address of a parameter's flat gradient; 0 for none. Warns of a lost parameter."""
         buffer = find_buffer(param)
         if buffer is None:
-            return False, 0
-        slot = buffer.slots[id(param)]
+            return 0
         if buffer.holds(param):
-            return True, slot.grad_address
+            return buffer.slots[id(param)].grad_address
         if not self._warned_detached:
             self._warned_detached = True
             warnings.warn(
@@ -264,22 +255,33 @@ class FusedOptimizer(Optimizer):
                 "Make FlatParameters anew to have it flat again.",
                 stacklevel=2,
             )
-        return False, 0
+        return 0
 
     # -- state --------------------------------------------------------------------------------
 
-    def _make_state(
-        self, new: Mapping[int, Tensor], names_of_group: list[tuple[str, ...]], counts_steps: bool
+    def _complete_state(
+        self, new: Mapping[int, Tensor], keys_of_group: list[tuple[str, ...]]
     ) -> None:
+        """Make what the parameters in new lack, and convert what does not fit its parameter.
+
+        Tensors that somebody put there are used as they are where that is possible; one of another
+        dtype, device or stride is replaced by a converted copy.
+        """
         wanted: dict[Tensor, dict[str, Any]] = {}
-        for g, names in enumerate(names_of_group):
-            for param, _ in self._named_in(g):
-                if id(param) in new and param not in wanted:
-                    values = self.state.get(param, {})
-                    keys = ("step", *names) if counts_steps else names
-                    wanted[param] = {k: None for k in keys if values.get(k) is None}
+        for g, keys in enumerate(keys_of_group):
+            for param, name in self._named_in(g):
+                if param in wanted:
+                    continue
+                values = self.state.get(param, {})
+                present = {k: values[k] for k in keys if values.get(k) is not None}
+                self._check_state(param, name, present)
+                fits = self._fit(self.param_groups[g], param, name)
+                wanted[param] = {k: v for k, v in present.items() if not fits(k, v)}
+                if id(param) in new:
+                    wanted[param].update({k: None for k in keys if k not in present})
         for param, values in self._allocate(wanted).items():
-            self.state[param] = {**self.state.get(param, {}), **values}
+            if values:
+                self.state[param] = {**self.state.get(param, {}), **values}
 
     def _allocate(self, wanted: Mapping[Tensor, Mapping[str, Any]]) -> dict[Tensor, dict[str, Any]]:
         """State tensors for these parameters and keys, with the values given (None: zero).
@@ -288,14 +290,16 @@ class FusedOptimizer(Optimizer):
         """
         made: dict[Tensor, dict[str, Any]] = {param: dict(keys) for param, keys in wanted.items()}
         together: dict[tuple[Any, ...], list[Tensor]] = {}
+        seen: set[int] = set()
         for group, param, name in self._named_params():
+            if id(param) in seen:
+                continue
+            seen.add(id(param))
             for key in wanted.get(param, ()):
                 dtype = self._state_dtype(group, param, name)
                 kind = (key, dtype.to_complex() if param.is_complex() else dtype)
                 # One buffer per dtype of the parameters, so that it has the layout of theirs.
-                members = together.setdefault((*kind, param.dtype, param.device), [])
-                if all(param is not other for other in members):
-                    members.append(param)
+                together.setdefault((*kind, param.dtype, param.device), []).append(param)
         for (key, dtype, *_), members in together.items():
             if key == "step":
                 numbers = [float(wanted[p][key] or 0) for p in members]
@@ -309,49 +313,32 @@ class FusedOptimizer(Optimizer):
                 made[param][key] = tensor
         return made
 
-    def _find_state(
-        self,
-        group: Mapping[str, Any],
-        param: Tensor,
-        name: str,
-        state_names: tuple[str, ...],
-        counts_steps: bool,
-    ) -> tuple[tuple[Tensor, ...] | None, Tensor | None]:
-        """The tensors that a step walks over; None while the parameter has no state.
-
-        Tensors that somebody put there are used as they are where that is possible; one of another
-        dtype, device or stride is replaced by a converted copy.
-        """
-        keys = ("step", *state_names) if counts_steps else state_names
-        values = self.state.get(param, {})
-        if any(values.get(key) is None for key in keys):
-            return None, None
-        self._check_state(param, name, {key: values[key] for key in keys})
-        unfit = {k: values[k] for k in keys if not self._fits(group, param, name, k, values[k])}
-        if unfit:
-            self.state[param].update(self._allocate({param: unfit})[param])
-            values = self.state[param]
-        step = values["step"] if counts_steps else None
-        return tuple(values[key] for key in state_names), step
-
-    def _fits(
-        self, group: Mapping[str, Any], param: Tensor, name: str, key: str, value: Any
-    ) -> bool:
-        if not isinstance(value, Tensor) or value.requires_grad:
-            return False
-        if key == "step":
-            return value.dtype == torch.float32 and value.device.type == "cpu" and value.dim() == 0
+    def _fit(
+        self, group: Mapping[str, Any], param: Tensor, name: str
+    ) -> Callable[[str, Any], bool]:
+        """Tells whether a step can walk over a value of a parameter's state as it is."""
         dtype = self._state_dtype(group, param, name)
+        if param.is_complex():
+            dtype = dtype.to_complex()
         like = param if is_dense(param) else torch.empty_like(param, device="meta")
-        return (
-            value.dtype == (dtype.to_complex() if param.is_complex() else dtype)
-            and value.device == param.device
-            and not (value.is_conj() or value.is_neg())
-            and all(
-                size == 1 or a == b
-                for size, a, b in zip(param.shape, value.stride(), like.stride(), strict=True)
+
+        def fits(key: str, value: Any) -> bool:
+            if not isinstance(value, Tensor) or value.requires_grad:
+                return False
+            if key == "step":
+                cpu_scalar = value.device.type == "cpu" and value.dim() == 0
+                return value.dtype == torch.float32 and cpu_scalar
+            return (
+                value.dtype == dtype
+                and value.device == param.device
+                and not (value.is_conj() or value.is_neg())
+                and all(
+                    size == 1 or a == b
+                    for size, a, b in zip(param.shape, value.stride(), like.stride(), strict=True)
+                )
             )
-        )
+
+        return fits
 
     def _check_state(self, param: Tensor, name: str, values: Mapping[str, Any]) -> None:
         """Raise where a state cannot be that of the parameter."""
