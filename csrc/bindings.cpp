@@ -362,6 +362,7 @@ class Plan {
     missing_.clear();
     active_.clear();
     rows_.clear();
+    zero_stays_zero_.clear();
     temporaries_.clear();
     copy_back_.clear();
     for (auto& work : work_) work.spans.clear();
@@ -420,7 +421,7 @@ class Plan {
     span.row = row(r);
 
     // Padding belongs to a flat buffer only where all of the streams are in one.
-    const bool walk_padding = r.in_slots && span.grad == r.flat_grad && zero_stays_zero(r.group);
+    const bool walk_padding = r.in_slots && span.grad == r.flat_grad && zero_stays_zero_[span.row];
     if (!r.dense) {
       // States of such a parameter are dense; it is gathered and put back afterwards.
       const at::Tensor gathered = gather(param, dense_like(r, param));
@@ -487,13 +488,6 @@ class Plan {
                              param.options());
   }
 
-  // Whether an element that is zero in all streams stays so, as padding has to.
-  bool zero_stays_zero(int group) const {
-    for (int i = 0; i < rule_.option_count; ++i)
-      if (std::string_view(rule_.options[i].key) == "eps" && options_[group][i] == 0) return false;
-    return true;
-  }
-
   // Lengthens the last span by one that adjoins it in every stream.
   bool extend(Span& last, const Span& span, const Record& r, const at::Tensor& grad) const {
     if (last.kernel != span.kernel || last.row != span.row) return false;
@@ -528,6 +522,9 @@ class Plan {
       if (it->step == step && it->first == r.first && it->float64 == float64) return it->index;
     rows_.emplace_back();
     rule_.row(options_[r.group].data(), step, r.first, grad_factor_, float64, rows_.back());
+    zero_stays_zero_.push_back(
+        registry().variants[rule_.first_variant + variants_[r.group]].zero_stays_zero(rows_.back(),
+                                                                                      float64));
     cached.push_back({step, r.first, float64, int(rows_.size()) - 1});
     return cached.back().index;
   }
@@ -583,6 +580,7 @@ class Plan {
   std::vector<int> missing_;
   std::vector<Record*> active_;
   std::vector<HyperRow> rows_;
+  std::vector<bool> zero_stays_zero_;  // for each row: padding may be walked along
   std::vector<DeviceWork> work_;
   std::vector<at::Tensor> temporaries_;
   std::vector<CopyBack> copy_back_;
@@ -626,15 +624,25 @@ std::vector<at::Tensor> flat_steps(const std::vector<double>& values) {
   return views;
 }
 
-// Makes grads[i] the gradient of params[i] where it fits the parameter and is not so already.
-void attach_gradients(const py::list& params, const py::list& grads) {
+// Gives parameters their flat gradients back, where they have others. A parameter that is frozen,
+// or that was moved to where its flat gradient does not fit, has none.
+void attach_gradients(const py::list& params, const py::list& grads,
+                      const std::vector<uintptr_t>& addresses) {
+  const auto at = [](const at::Tensor& tensor, const at::Tensor& like, uintptr_t address) {
+    return reinterpret_cast<uintptr_t>(tensor.unsafeGetTensorImpl()->data()) == address &&
+           tensor.scalar_type() == like.scalar_type() && tensor.device() == like.device() &&
+           tensor.sizes() == like.sizes();
+  };
   for (size_t i = 0; i < params.size(); ++i) {
     const at::Tensor& param = THPVariable_Unpack(PyList_GET_ITEM(params.ptr(), i));
-    const at::Tensor& grad = THPVariable_Unpack(PyList_GET_ITEM(grads.ptr(), i));
-    if (param.unsafeGetTensorImpl()->grad().is_same(grad)) continue;
-    if (param.scalar_type() == grad.scalar_type() && param.device() == grad.device() &&
-        param.sizes() == grad.sizes())
-      param.mutable_grad() = grad;
+    const at::Tensor& flat = THPVariable_Unpack(PyList_GET_ITEM(grads.ptr(), i));
+    const at::Tensor& current = param.unsafeGetTensorImpl()->grad();
+    if (!param.requires_grad() || !at(flat, param, addresses[i])) {
+      if (current.defined()) param.mutable_grad().reset();
+    } else if (!current.defined() || !at(current, flat, addresses[i])) {
+      // An alias, as .grad.data = ... would move the flat gradient itself.
+      param.mutable_grad() = flat.detach();
+    }
   }
 }
 

@@ -14,6 +14,7 @@ from fusedopt._memory import check_overlap
 class Slot(NamedTuple):
     """Where a parameter lies in a flat buffer."""
 
+    number: int
     address: int
     grad_address: int  # 0 where gradients are not flat
 
@@ -30,40 +31,37 @@ class FlatBuffer:
         for param, view in zip(params, views, strict=True):
             view.copy_(param.detach())
         self.grads: Tensor | None = None
-        self.grad_views: list[Tensor] = []
+        self._grad_views: list[Tensor] = []
         if gradients:
-            self.grads, self.grad_views = _C.flat_tensors(views, params[0].dtype)
-            for param, grad in zip(params, self.grad_views, strict=True):
+            self.grads, self._grad_views = _C.flat_tensors(views, params[0].dtype)
+            for param, grad in zip(params, self._grad_views, strict=True):
                 if param.grad is not None:
                     grad.copy_(param.grad)
         # Nothing is moved before all of it is in place.
+        grad_addresses = [grad.data_ptr() for grad in self._grad_views] or [0] * len(params)
         self.slots: dict[int, Slot] = {}
         for i, (param, view) in enumerate(zip(params, views, strict=True)):
             param.data = view
-            grad_address = self.grad_views[i].data_ptr() if gradients else 0
-            self.slots[id(param)] = Slot(view.data_ptr(), grad_address)
+            self.slots[id(param)] = Slot(i, view.data_ptr(), grad_addresses[i])
         if gradients:
-            self._trained = [
-                (p, g) for p, g in zip(params, self.grad_views, strict=True) if p.requires_grad
-            ]
-            self.attach_gradients()
+            _C.attach_gradients(params, self._grad_views, grad_addresses)
         _live.add(self)
 
-    def attach_gradients(self) -> None:
-        """Make the flat gradients those of the parameters again, where they are not.
-
-        A parameter that was frozen (requires_grad=False) when the buffer was made has none.
-        """
-        _C.attach_gradients([p for p, _ in self._trained], [g for _, g in self._trained])
-
     def zero_grad(self) -> None:
-        """Fill the flat gradients with zero, and make them the parameters' gradients again."""
+        """Fill the flat gradients with zero, and make them the parameters' gradients again.
+
+        Frozen parameters and those that were moved elsewhere have no gradient afterwards.
+        """
         assert self.grads is not None
         self.grads.zero_()
-        self.attach_gradients()
+        addresses = [slot.grad_address for slot in self.slots.values()]
+        _C.attach_gradients(self.params, self._grad_views, addresses)
 
-    def grad_of(self, param: Tensor) -> Tensor:
-        return self.grad_views[next(i for i, p in enumerate(self.params) if p is param)]
+    def zero_grad_of(self, param: Tensor) -> None:
+        slot = self.slots[id(param)]
+        view = self._grad_views[slot.number]
+        view.zero_()
+        _C.attach_gradients([param], [view], [slot.grad_address])
 
     def holds(self, param: Tensor) -> bool:
         """Whether a parameter still is where it was put."""
@@ -179,4 +177,8 @@ def _check(name: str, param: Tensor) -> None:
         raise TypeError(
             f"FlatParameters: {name} is a {param.dtype} tensor of layout {param.layout}; "
             "expected a dense floating-point or complex tensor"
+        )
+    if param.device.type not in ("cpu", "cuda"):
+        raise TypeError(
+            f"FlatParameters: {name} is on {param.device}; expected a CPU or a CUDA device"
         )

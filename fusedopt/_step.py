@@ -33,7 +33,7 @@ class FusedOptimizer(Optimizer):
     _plan_state: OptimizerState | None = None  # the state, and its count of changes, of the plan
     _plan_changes = -1
     _flats: tuple[FlatParameters, ...] = ()
-    _flat_gradients: tuple[list[FlatBuffer], list[tuple[Tensor, Tensor]], bool] | None = None
+    _flat_gradients: tuple[list[FlatBuffer], list[tuple[Tensor, FlatBuffer]], bool] | None = None
     _warned_detached = False
     _loading: Mapping[Any, Any] | None = None  # the states that load_state_dict is about to set
     _own_defaults: Mapping[str, Any] = {}
@@ -404,27 +404,30 @@ class FusedOptimizer(Optimizer):
 
     def _check_loaded(self, loaded: Mapping[str, Any]) -> dict[Any, Any]:
         """The states in a state_dict by parameter."""
-        params: dict[Any, tuple[Tensor, str]] = {}
         ours = [[*self._named_in(g)] for g in range(len(self.param_groups))]
         theirs = [group["params"] for group in loaded["param_groups"]]
         if [len(group) for group in ours] != [len(group) for group in theirs]:
             return {}  # torch's own check comes next, and says so
-        for named, ids in zip(ours, theirs, strict=True):
-            params.update(zip(ids, named, strict=True))
-        rule = _C.rules()[self._rule]
         names = self._state_names()
+        params: dict[Any, tuple[Tensor, str, set[str]]] = {}
+        for g, (named, ids) in enumerate(zip(ours, theirs, strict=True)):
+            options = {**self.defaults, **loaded["param_groups"][g]}
+            keys = _C.state_names(type(self).__name__, self._rule, options, g)
+            # Without a momentum buffer, SGD's first step is still to come.
+            needed = set(keys) if "step" in keys else set()
+            params.update({key: (*of, needed) for key, of in zip(ids, named, strict=True)})
         states: dict[Any, Any] = {}
         for key, values in loaded["state"].items():
             if key not in params:
                 states[key] = values
                 continue
-            param, name = params[key]
+            param, name, needed = params[key]
+            where = f"{type(self).__name__}: the state of {name}"
+            if not isinstance(values, Mapping):
+                raise TypeError(f"{where} is a {type(values).__name__}; expected a dictionary")
             known = {k: v for k, v in values.items() if k in names and v is not None}
-            needed = {"step", *rule["variants"][0]} if rule["counts_steps"] else set()
             if known and (lacking := needed - set(known)):
-                raise ValueError(
-                    f"{type(self).__name__}: the state of {name} lacks {', '.join(sorted(lacking))}"
-                )
+                raise ValueError(f"{where} lacks {', '.join(sorted(lacking))}")
             self._check_state(param, name, known)
             states[param] = values
         return states
@@ -470,31 +473,25 @@ class FusedOptimizer(Optimizer):
         """Reset the gradients; flat ones are filled with zero and stay, whatever set_to_none."""
         if self._flat_gradients is None:
             self._flat_gradients = self._find_flat_gradients()
-        buffers, views, everything = self._flat_gradients
+        buffers, shared, everything = self._flat_gradients
         if not everything:
             super().zero_grad(set_to_none)
         for buffer in buffers:
             buffer.zero_grad()
-        for param, view in views:
-            view.zero_()
-            param.grad = view
+        for param, buffer in shared:
+            buffer.zero_grad_of(param)
 
-    def _find_flat_gradients(self) -> tuple[list[FlatBuffer], list[tuple[Tensor, Tensor]], bool]:
-        """Flat buffers of this optimizer alone; gradients in shared ones; whether that is all."""
+    def _find_flat_gradients(
+        self,
+    ) -> tuple[list[FlatBuffer], list[tuple[Tensor, FlatBuffer]], bool]:
+        """Flat buffers of this optimizer alone; parameters in others; whether these are all."""
         mine = {id(param): param for _, param, _ in self._named_params()}
-        buffers: list[FlatBuffer] = []
-        views: list[tuple[Tensor, Tensor]] = []
-        everything = True
-        for param in mine.values():
-            buffer = find_buffer(param)
-            if buffer is None or buffer.grads is None or not buffer.holds(param):
-                everything = False
-            elif all(id(other) in mine and buffer.holds(other) for other in buffer.params):
-                if buffer not in buffers:
-                    buffers.append(buffer)
-            elif param.requires_grad:
-                views.append((param, buffer.grad_of(param)))
-        return buffers, views, everything
+        found = {key: find_buffer(param) for key, param in mine.items()}
+        flat = {key: b for key, b in found.items() if b is not None and b.grads is not None}
+        distinct = {id(buffer): buffer for buffer in flat.values()}
+        own = {key: b for key, b in distinct.items() if all(p in mine for p in b.slots)}
+        shared = [(mine[key], b) for key, b in flat.items() if id(b) not in own]
+        return list(own.values()), shared, len(flat) == len(mine)
 
 
 def _list(dtypes: Any) -> str:

@@ -16,6 +16,8 @@ namespace fusedopt {
 struct VariantInfo {
   int states;
   const char* const* state_names;
+  // Whether an element that is zero in all streams stays so, as padding has to.
+  bool (*zero_stays_zero)(const HyperRow& row, bool float64);
 };
 
 struct RuleInfo {
@@ -81,6 +83,24 @@ void make_row(const double* values, double step, bool first, double grad_factor,
   memcpy(out.bytes, narrow, sizeof narrow);
 }
 
+template <class Variant, class T>
+bool zero_stays_zero_in(const HyperRow& packed_row) {
+  typename Variant::Rule::template Row<T> row;
+  memcpy(&row, packed_row.bytes, sizeof row);
+  T p = 0;
+  T state[kMaxStates] = {};
+  Variant::update(row, p, T(0), state);
+  bool result = p == 0;
+  for (T value : state) result = result && value == 0;
+  return result;
+}
+
+template <class Variant>
+bool zero_stays_zero(const HyperRow& row, bool float64) {
+  return float64 ? zero_stays_zero_in<Variant, double>(row)
+                 : zero_stays_zero_in<Variant, float>(row);
+}
+
 }  // namespace detail
 
 inline const Registry& registry() {
@@ -106,7 +126,8 @@ inline const Registry& registry() {
       for_each_type(typename Rule::Variants{}, [&](auto variant) {
         using Variant = decltype(variant);
         static_assert(Variant::states <= kMaxStates, "raise kMaxStates");
-        r.variants.push_back({Variant::states, Variant::state_names});
+        r.variants.push_back(
+            {Variant::states, Variant::state_names, detail::zero_stays_zero<Variant>});
       });
     });
     return r;
