@@ -347,6 +347,20 @@ class Plan {
     return std::nullopt;
   }
 
+  // For the garbage collector: a parameter may refer to its optimizer, which holds its plan.
+  int traverse(visitproc visit, void* arg) const {
+    for (const Record& r : records_) {
+      Py_VISIT(r.param.ptr());
+      for (const auto& state : r.states) Py_VISIT(state.ptr());
+      if (r.step) Py_VISIT(r.step.ptr());
+    }
+    return 0;
+  }
+  void clear() {
+    group_sizes_.clear();  // so that a step, should there be one yet, asks for another plan
+    std::vector<Record>().swap(records_);
+  }
+
   // Spans walked by the last step.
   int64_t span_count() const {
     size_t count = 0;
@@ -375,12 +389,13 @@ class Plan {
       rows_of_group_[g].clear();
       if (rule_.variant(options_[g].data()) != variants_[g]) return false;
       PyObject* params = PyDict_GetItem(group, params_key_.ptr());
-      if (params == nullptr || !PyList_Check(params) ||
-          size_t(PyList_GET_SIZE(params)) != group_sizes_[g])
-        return false;
+      if (params == nullptr || !(PyList_Check(params) || PyTuple_Check(params)))
+        throw py::type_error(optimizer_ + ": group " + text(g) +
+                             ": params is not a list of parameters");
+      if (size_t(PySequence_Fast_GET_SIZE(params)) != group_sizes_[g]) return false;
       for (size_t i = 0; i < group_sizes_[g]; ++i, ++next) {
         Record& r = records_[next];
-        if (PyList_GET_ITEM(params, i) != r.param.ptr()) return false;
+        if (PySequence_Fast_GET_ITEM(params, i) != r.param.ptr()) return false;
         if (r.duplicate) continue;
         const at::Tensor& param = THPVariable_Unpack(r.param.ptr());
         const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
@@ -674,6 +689,27 @@ std::vector<std::array<at::ScalarType, 3>> combinations() {
   return result;
 }
 
+Plan* plan_of(PyObject* self) {
+  auto* instance = reinterpret_cast<py::detail::instance*>(self);
+  const bool constructed = instance->get_value_and_holder().holder_constructed();
+  return constructed ? py::cast<Plan*>(py::handle(self)) : nullptr;
+}
+
+// Lets the garbage collector look through a Plan.
+void collect_plans(PyHeapTypeObject* heap_type) {
+  PyTypeObject* type = &heap_type->ht_type;
+  type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    const Plan* plan = plan_of(self);
+    return plan == nullptr ? 0 : plan->traverse(visit, arg);
+  };
+  type->tp_clear = [](PyObject* self) {
+    if (Plan* plan = plan_of(self)) plan->clear();
+    return 0;
+  };
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -696,7 +732,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("flat_tensors", flat_tensors);
   m.def("flat_steps", flat_steps);
   m.def("attach_gradients", attach_gradients);
-  py::class_<Plan>(m, "Plan")
+  py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_plans))
       .def(py::init<std::string, const std::string&>())
       .def("add_group", &Plan::add_group)
       .def("add", &Plan::add)

@@ -1,7 +1,6 @@
 """What all optimizers share: the step, the home of their state, and its way into checkpoints."""
 
 import copy
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
@@ -68,7 +67,7 @@ class FusedOptimizer(Optimizer):
                 raise ValueError(
                     f"{type(self).__name__}: group {group} has no parameters; expected at least one"
                 )
-            self._check_options(added, group)
+            _C.state_names(type(self).__name__, self._rule, added, group)  # reads all options
             self._check_params([group])
         except Exception:
             self.param_groups.pop()
@@ -76,14 +75,6 @@ class FusedOptimizer(Optimizer):
         if self._flat:
             self._flats += (FlatParameters(added["params"], gradients=True),)
         self._plan = None
-
-    def _check_options(self, group: dict[str, Any], index: int) -> None:
-        for key, value in group.items():
-            for number in value if isinstance(value, tuple | list) else (value,):
-                if isinstance(number, float) and math.isnan(number):
-                    raise ValueError(
-                        f"{type(self).__name__}: group {index}: {key} is NaN; expected a number"
-                    )
 
     def _check_params(self, groups: Iterable[int]) -> None:
         params: dict[int, tuple[Tensor, str]] = {}
@@ -184,8 +175,12 @@ class FusedOptimizer(Optimizer):
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         missing = plan.step(self.param_groups, grad_scale, found_inf)
-        while missing is not None:
+        # A new plan for what changed outside, then one with the state that is missing.
+        for _ in range(2):
+            if missing is None:
+                return loss
             missing = self._step_anew(missing, grad_scale, found_inf)
+        assert missing is None, "a plan that was just made must fit"
         return loss
 
     def _step_anew(self, missing: list[int], grad_scale: Any, found_inf: Any) -> list[int] | None:
@@ -274,6 +269,8 @@ class FusedOptimizer(Optimizer):
                     continue
                 values = self.state.get(param, {})
                 present = {k: values[k] for k in keys if values.get(k) is not None}
+                if present and "step" in keys and "step" not in present:
+                    present = {"step": None, **present}
                 self._check_state(param, name, present)
                 fits = self._fit(self.param_groups[g], param, name)
                 wanted[param] = {k: v for k, v in present.items() if not fits(k, v)}
@@ -349,9 +346,16 @@ class FusedOptimizer(Optimizer):
                     raise TypeError(f"{where} is a {type(value).__name__}; expected a number")
                 if isinstance(value, Tensor) and value.numel() != 1:
                     raise ValueError(f"{where} has {value.numel()} elements; expected one")
+                if not float(value) >= 0:
+                    raise ValueError(f"{where} is {float(value)}; expected a count of steps")
                 continue
             if not isinstance(value, Tensor):
                 raise TypeError(f"{where} is a {type(value).__name__}; expected a tensor")
+            if value.layout != torch.strided or value.device.type == "meta":
+                raise TypeError(
+                    f"{where} is of layout {value.layout} on {value.device}; expected a dense "
+                    f"tensor on {param.device}"
+                )
             if value.shape != param.shape:
                 raise ValueError(
                     f"{where} has shape {tuple(value.shape)}; expected that of the parameter, "
