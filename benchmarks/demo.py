@@ -23,7 +23,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"{error}; the demo needs: pip install matplotlib scikit-learn tqdm")
 
 RESULTS = Path(__file__).parent / "results" / "demo"
-STEPS, QUICK_STEPS, FEWEST_STEPS = 300, 40, 20
+STEPS, QUICK_STEPS, FEWEST_STEPS = 240, 40, 20
 LOSS_ROWS = 6
 
 

@@ -128,7 +128,8 @@ def train(task: Task, steps: int) -> Result:
     reference = FUSED if task.torch_fused else FOREACH
     runs = {name: Run(task, name, steps) for name in names}
     nudged = Run(task, reference, steps, nudged=True)
-    for batch in tqdm(islice(task.batches, steps), task.name, steps, unit="step", leave=False):
+    batches = islice(task.batches, steps)
+    for batch in tqdm(batches, task.name, steps, leave=False, mininterval=1, unit="step"):
         for run in (*runs.values(), nudged):
             run.step(batch)
     with torch.no_grad():

@@ -62,7 +62,9 @@ ADAMW = Row(
         "amsgrad": {"lr": 1e-2, "amsgrad": True, "weight_decay": 0.1},
         "maximize": {"lr": 1e-2, "maximize": True, "eps": 1e-3},
         "no-decay-short-memory": {"lr": 1e-2, "weight_decay": 0.0, "betas": (0.8, 0.99)},
-        "no-memory": {"lr": 1e-2, "betas": (0.0, 0.0), "eps": 1e-6},
+        # A large eps, or all steps would be as long as lr, and rounding a bfloat16 parameter would
+        # err by the same amount in each of them: an accident of lr, not of the implementation.
+        "no-memory": {"lr": 1e-2, "betas": (0.0, 0.0), "eps": 1.0},
         "beta1-below-half": {"lr": 1e-2, "betas": (0.3, 0.95), "eps": 1e-15, "weight_decay": 0.1},
     },
     state_keys=_adam_keys,
@@ -121,7 +123,6 @@ RMSPROP = Row(
         "centered": {"lr": 1e-3, "centered": True, "weight_decay": 0.1},
         "all": {
             "lr": 1e-3,
-            "alpha": 0.95,
             "eps": 1e-5,
             "weight_decay": 0.05,
             "momentum": 0.4,

@@ -1,0 +1,44 @@
+"""What all tests share: the devices to run on, and settings put back after each test."""
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+from fusedopt._extension import _C
+
+# Examples take as long as the machine is busy. In CI the same ones each time.
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+NO_CUDA = "no CUDA device" if not torch.cuda.is_available() else "fusedopt was built without CUDA"
+HAS_CUDA = torch.cuda.is_available() and _C.has_cuda
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not HAS_CUDA, reason=NO_CUDA)]
+)
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device that steps run on."""
+    return str(request.param)
+
+
+@pytest.fixture(params=[CUDA])
+def cuda(request: pytest.FixtureRequest) -> str:
+    """The GPU, for tests that make no sense without."""
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def settings_as_before() -> Iterator[None]:
+    """Seeds the random generators; undoes what a test did to settings of the process."""
+    torch.manual_seed(0)
+    isa, threads = _C.isa(), torch.get_num_threads()
+    yield
+    _C.set_isa(isa)
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)

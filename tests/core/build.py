@@ -1,0 +1,132 @@
+"""Builds of the core without torch: as shipped, with sanitizers, or with planted faults.
+
+A build lands in build/tests-core, in a folder named after the checksum of all that goes into it,
+so it is made again only when something has changed.
+"""
+
+import ast
+import contextlib
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CACHE = ROOT / "build" / "tests-core"
+CXX = shlex.split(os.environ.get("CXX", "c++"))
+JOBS = len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A replacement of text that must stand exactly once in a file of csrc."""
+
+    file: str
+    old: str
+    new: str
+
+    def apply(self, csrc: Path) -> None:
+        path = csrc / self.file
+        text = path.read_text()
+        count = text.count(self.old)
+        assert count == 1, f"csrc/{self.file} has {count} times, not once: {self.old}"
+        path.write_text(text.replace(self.old, self.new))
+
+
+# For a build with a fault these combinations and the baseline loops do, and compile in seconds.
+SMALL = "Types<float, float, float>, Types<bfloat16, float, bfloat16>"
+
+
+def make_small(csrc: Path) -> None:
+    path = csrc / "core/dtype.h"
+    pattern = r"using Combinations = TypeList<.*?>>;"
+    text, count = re.subn(
+        pattern, f"using Combinations = TypeList<{SMALL}>;", path.read_text(), flags=re.DOTALL
+    )
+    assert count == 1, f"csrc/core/dtype.h has {count} times, not once: {pattern}"
+    path.write_text(text)
+    for isa in ("avx2", "avx512"):
+        Fault(f"cpu/{isa}.cpp", "#if defined(__x86_64__)", "#if 0").apply(csrc)
+
+
+def host_flags() -> list[str]:
+    """The flags that the product is built with. setup.py itself would run when imported."""
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "HOST_FLAGS":
+            code = compile(ast.Expression(node.value), "setup.py", "eval")
+            # C++17 as for nvcc, which compiles the same headers.
+            return ["-std=c++17", *eval(code, {"__builtins__": {}}), "-fPIC", "-pthread"]
+    raise AssertionError("setup.py has no HOST_FLAGS")
+
+
+def run(command: Sequence[str | Path]) -> str:
+    """What the command prints; its output is the error where it fails."""
+    result = subprocess.run(list(map(str, command)), text=True, capture_output=True, check=False)
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, f"{shlex.join(map(str, command))}\n{output}"
+    return output
+
+
+def checksum(sources: Sequence[Path], *others: object) -> str:
+    digest = hashlib.sha256(repr((others, run([*CXX, "--version"]))).encode())
+    for path in sources:
+        digest.update(f"{path.relative_to(ROOT)} ".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def build(
+    name: str,
+    target: str = "core.so",
+    extra_flags: Sequence[str] = (),
+    faults: Sequence[Fault] = (),
+    small: bool = False,
+) -> Path:
+    """The target, a library or an executable, beside the object files it was linked from."""
+    flags = [*host_flags(), *extra_flags]
+    sources = [HERE / "core_api.cpp"]
+    if target != "core.so":
+        sources.insert(0, HERE / "sanitize.cpp")  # which includes the other one
+    csrc_files = [path for part in ("core", "cpu") for path in (ROOT / "csrc" / part).rglob("*.*")]
+    key = checksum([*sources, *sorted(csrc_files)], target, flags, faults, small)
+    folder = CACHE / f"{name}-{key}"
+    if folder.exists():
+        return folder / target
+
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="making-", dir=CACHE) as scratch:
+        csrc, work = Path(scratch, "csrc"), Path(scratch, "out")
+        work.mkdir()
+        for part in ("core", "cpu"):
+            shutil.copytree(ROOT / "csrc" / part, csrc / part)
+        if small:
+            make_small(csrc)
+        for fault in faults:
+            fault.apply(csrc)
+
+        def compile_one(source: Path) -> Path:
+            out = work / f"{source.stem}.o"
+            run([*CXX, *flags, f"-I{csrc}", "-c", source, "-o", out])
+            return out
+
+        # The longest to compile goes first.
+        with ThreadPoolExecutor(JOBS) as pool:
+            objects = list(
+                pool.map(compile_one, [sources[0], *sorted((csrc / "cpu").glob("*.cpp"))])
+            )
+        link = ["-shared"] if target == "core.so" else []
+        run([*CXX, *flags, *link, *objects, "-o", work / target])
+
+        with contextlib.suppress(OSError):  # where another run has just made the same
+            work.rename(folder)
+    for stale in CACHE.glob(f"{name}-{'[0-9a-f]' * 16}"):
+        if stale != folder:
+            shutil.rmtree(stale, ignore_errors=True)
+    return folder / target

@@ -1,0 +1,245 @@
+"""What a build of the core has to pass: each check raises AssertionError where it does not.
+
+The tests run them on the core as it is; the mutation check runs them on builds with a fault.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+
+from .library import BACKWARD, FORWARD, THREADED, Core, Kernel
+from .memory import INFINITY, QUIET_NAN, Streams, extreme, to_bits, to_values
+from .reference import RULES, Options
+
+Step = Callable[[np.ndarray], object]
+
+SIZES = [0, 1, 3, 15, 17, 1000]
+ROUNDING = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+SMALLEST = {"float64": 0.0, "float32": 0.0, "bfloat16": 0.0, "float16": 2.0**-25}
+
+
+def options_of(core: Core, kernel: Kernel) -> list[Options]:
+    options = RULES[kernel.rule].all_options()
+    return [o for o in options if core.variant(kernel.rule, o) == kernel.variant]
+
+
+def make_rows(core: Core, kernel: Kernel, count: int, seed: int = 0) -> np.ndarray:
+    """Rows that all differ: in options, step, first and gradient factor."""
+    random = np.random.default_rng(seed)
+    options = options_of(core, kernel)
+    return np.stack(
+        [
+            core.row(
+                kernel,
+                options[i % len(options)],
+                step=int(random.integers(1, 1000)),
+                first=bool(random.random() < 0.3),
+                grad_factor=random.uniform(0.5, 2),
+            )
+            for i in range(count)
+        ]
+    )
+
+
+def all_ways(core: Core, rows: np.ndarray) -> Iterator[tuple[str, Step]]:
+    """Every instruction set, and the CUDA kernel with grids of several shapes and orders."""
+    for isa in core.isas:
+        yield isa, partial(core.cpu_step, rows=rows, isa=isa)
+    for blocks, order in [(0, FORWARD), (0, BACKWARD), (0, 2), (1, FORWARD), (3, 3), (1000, 4)]:
+        name = f"the tile with {blocks or 'exactly enough'} blocks in order {order}"
+        yield name, partial(core.tile_step, rows=rows, blocks=blocks, order=order)
+
+
+def flushing_denormals(step: Step) -> Step:
+    """The step by a thread that flushes denormals, which must make no difference to it."""
+
+    def run(spans: np.ndarray) -> None:
+        torch.set_flush_denormal(True)
+        try:
+            step(spans)
+        finally:
+            torch.set_flush_denormal(False)
+
+    return run
+
+
+def check_reference(core: Core, kernel: Kernel) -> None:
+    """One step from nothing, and one amidst training, against the formulas in float64."""
+    update = RULES[kernel.rule].update
+    for options in options_of(core, kernel):
+        for step in (1, 7):
+            first = step == 1
+            streams = Streams(kernel, [*SIZES, kernel.chunk + 3], seed=step)
+            if first:
+                streams.set_zero(kernel.states)
+            rows = core.row(kernel, options, step, first, grad_factor=0.5).reshape(1, -1)
+            old = [
+                to_values(dtype, array[live])
+                for dtype, array, live in zip(
+                    kernel.dtypes, streams.before, streams.live, strict=True
+                )
+            ]
+            states = dict(zip(kernel.states, old[2:], strict=True))
+            factor = -0.5 if options["maximize"] else 0.5
+            param, states = update(options, step, first, old[0], factor * old[1], states)
+            want = {"param": param, "grad": old[1]} | states
+
+            tile = ("the tile", partial(core.tile_step, rows=rows))
+            ways = [(isa, partial(core.cpu_step, rows=rows, isa=isa)) for isa in core.isas]
+            for way, run in [*ways, tile]:
+                got = streams.after(run)
+                for stream, dtype, bits in zip(kernel.streams, kernel.dtypes, got, strict=True):
+                    expected = want[stream]
+                    computed = ROUNDING["float64" if kernel.dtypes[0] == "float64" else "float32"]
+                    bound = ROUNDING[dtype] * np.abs(expected) + SMALLEST[dtype]
+                    bound += 16 * computed * np.abs(expected).max()
+                    error = np.abs(to_values(dtype, bits) - expected)
+                    assert (error <= bound).all(), (
+                        f"{kernel} by {way}, step {step}, {options}: {stream} is off by "
+                        f"{(error / bound).max():.3g} bounds at {np.argmax(error / bound)}"
+                    )
+
+
+def check_same_bits(core: Core, kernel: Kernel) -> None:
+    """The same bits every way, for all sizes, aligned and misaligned, with special values."""
+    chunk, streams = kernel.chunk, len(kernel.streams)
+    sizes = [*SIZES, chunk - 1, chunk, chunk + 1, 2 * chunk + 3]
+    together = [[shift] * streams for shift in (0, 1, 2, 4, 7)]
+    apart = [[(k * i) % 16 for i in range(streams)] for k in (1, 2, 5)] + [
+        [8] + [0] * (streams - 1),
+        [0] * (streams - 1) + [1],
+    ]
+    shifts = np.repeat(np.array(together + apart), len(sizes), axis=0)
+    numel = sizes * (len(together) + len(apart))
+    rows = make_rows(core, kernel, 7)
+    memory = Streams(kernel, numel, shifts, np.arange(len(numel)) % len(rows), extreme)
+    want = memory.after(partial(core.cpu_step, rows=rows, isa="baseline"))
+    for way, step in all_ways(core, rows):
+        memory.assert_same(memory.after(step), want, way)
+    for isa in core.isas:
+        step = flushing_denormals(partial(core.cpu_step, rows=rows, isa=isa))
+        memory.assert_same(memory.after(step), want, f"{isa} where denormals are flushed")
+
+
+def check_division(core: Core, kernel: Kernel) -> None:
+    """The same bits however a step is cut into pieces, in whatever order or thread they run."""
+    sizes = [1000, 100003, 17, 64, 3, 500]
+    shifts = np.arange(len(sizes) * len(kernel.streams)).reshape(len(sizes), -1) % 16
+    rows = make_rows(core, kernel, 2)
+    memory = Streams(kernel, sizes, shifts, np.arange(len(sizes)) % 2, extreme)
+    want = memory.after(partial(core.cpu_step, rows=rows, isa="baseline"))
+
+    total = sum(sizes)
+    even = [(np.linspace(0, total, n + 1).astype(int), THREADED) for n in (1, 2, 3)]
+    borders = np.cumsum([0, *sizes])
+    near = np.concatenate([borders + i for i in (-65, -64, -1, 0, 1, 63, 64)])
+    random = np.random.default_rng(0).integers(0, total, 50)
+    cuts = np.unique(np.concatenate([near, random, [0, 1, total]]).clip(0, total))
+    for isa in core.isas:
+        for places, order in [*even, (cuts, BACKWARD), (cuts, 2)]:
+            step = partial(core.cpu_step, rows=rows, isa=isa, cuts=places, order=order)
+            memory.assert_same(
+                memory.after(step), want, f"{isa} in {len(places) - 1} pieces, order {order}"
+            )
+    for blocks, order in [(0, 2), (3, BACKWARD)]:
+        step = partial(core.tile_step, rows=rows, blocks=blocks, order=order)
+        memory.assert_same(memory.after(step), want, f"the tile with {blocks} blocks")
+
+
+def check_many_spans(core: Core, kernel: Kernel) -> None:
+    """2000 spans, more than one launch takes, with rows that change at nearly every span."""
+    random = np.random.default_rng(0)
+    sizes = random.integers(0, 40, 2000)
+    shifts = random.integers(0, 16, (len(sizes), len(kernel.streams)))
+    rows = make_rows(core, kernel, 23)
+    which = np.where(random.random(len(sizes)) < 0.2, 0, random.integers(0, 23, len(sizes)))
+    memory = Streams(kernel, sizes, shifts, which, extreme)
+    want = memory.after(partial(core.cpu_step, rows=rows, isa="baseline"))
+    for isa in core.isas:
+        got = memory.after(partial(core.cpu_step, rows=rows, isa=isa))
+        memory.assert_same(got, want, isa)
+    for blocks, order in [(0, BACKWARD), (3, FORWARD)]:
+        memory.reset()
+        launches = core.tile_step(memory.spans, rows, blocks, order)
+        assert launches >= 3, f"{kernel}: {launches} launches"
+        memory.assert_same(memory.result(), want, f"the tile with {blocks} blocks")
+
+
+def float32_samples() -> np.ndarray:
+    """Four million floats: all sign, exponent and upper mantissa bits, with lower ones around
+    the ties of both 16-bit formats, subnormal ones included."""
+    random = np.random.default_rng(0)
+    lower = [0, 1, 0x0FFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x3001, 0x5000, 0x7FFF, 0x8000]
+    lower += [0x8001, 0x9000, 0xB000, 0xF000, 0xFFFF]
+    upper = np.arange(1 << 16, dtype=np.uint32) << 16
+    grid = (upper[:, None] | np.array(lower, np.uint32)).ravel()
+    # What float16 holds as a subnormal has its tie at a bit that depends on the exponent.
+    below = random.integers(0x32000000, 0x39000000, 1 << 21, dtype=np.uint32)
+    bit = np.uint32(1) << random.integers(12, 25, len(below), dtype=np.uint32)
+    ties = (below & ~(bit - 1)) | bit
+    ties += random.integers(-1, 2, len(ties)).astype(np.uint32)
+    signs = random.integers(0, 2, len(ties), dtype=np.uint32) << 31
+    return np.concatenate([grid, ties | signs, random.integers(0, 1 << 32, 1 << 20, np.uint32)])
+
+
+def find(core: Core, rule: str, states: tuple[str, ...], *dtypes: str) -> list[Kernel]:
+    return [
+        k
+        for k in core.kernels
+        if (k.rule, k.states) == (rule, states) and k.dtypes[: len(dtypes)] == dtypes
+    ]
+
+
+def check_conversions(core: Core) -> None:
+    """Rounding to 16 bits and back, in the loops themselves, against torch and numpy."""
+    sgd = RULES["sgd"].defaults
+    samples = float32_samples()
+    values = torch.from_numpy(samples.view(np.float32))
+    for dtype in ("bfloat16", "float16"):
+        expected = values.to(getattr(torch, dtype)).view(torch.int16).numpy().view(np.uint16)
+        expected = np.where(np.isnan(values.numpy()), np.uint16(QUIET_NAN[dtype]), expected)
+        if dtype == "float16":
+            with np.errstate(over="ignore", under="ignore"):
+                other = values.numpy().astype(np.float16)
+            assert np.array_equal(
+                expected[~np.isnan(other)], other.view(np.uint16)[~np.isnan(other)]
+            )
+        for kernel in find(core, "sgd", (), dtype, "float32"):
+            # -0.0 - (-1 * g) is g, whatever its sign.
+            rows = core.row(kernel, sgd | {"lr": -1.0}).reshape(1, -1)
+            memory = Streams(kernel, [len(samples)])
+            memory.before[0][memory.live[0]] = 0x8000
+            memory.before[1][memory.live[1]] = samples
+            for way, step in [*all_ways(core, rows)][: len(core.isas) + 1]:
+                memory.reset()
+                step(memory.spans)
+                got = memory.arrays[0][memory.live[0]]
+                wrong = np.flatnonzero(got != expected)
+                assert not len(wrong), (
+                    f"{dtype} by {way}: {len(wrong)} wrong, first {samples[wrong[0]]:#x} -> "
+                    f"{got[wrong[0]]:#x}, not {expected[wrong[0]]:#x}"
+                )
+
+        # In a first step the momentum buffer is the gradient.
+        codes = np.arange(1 << 16, dtype=np.uint16)
+        for kernel in find(core, "sgd", ("momentum_buffer",), dtype, dtype, "float32"):
+            rows = core.row(kernel, sgd | {"momentum": 0.9}, first=True).reshape(1, -1)
+            memory = Streams(kernel, [len(codes)])
+            memory.before[1][memory.live[1]] = codes
+            widened = to_bits("float32", to_values(dtype, codes))
+            is_nan = (codes & 0x7FFF) > INFINITY[dtype]
+            widened[is_nan] = QUIET_NAN["float32"]
+            for way, step in all_ways(core, rows):
+                got = memory.after(step)[2]
+                assert np.array_equal(got, widened), f"{dtype} to float32 by {way}"
+
+
+CHECKS: dict[str, Callable[[Core, Kernel], None]] = {
+    "reference": check_reference,
+    "same bits": check_same_bits,
+    "division": check_division,
+    "many spans": check_many_spans,
+}
+"""Those that are run for each kernel."""

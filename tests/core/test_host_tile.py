@@ -1,0 +1,123 @@
+"""The core by itself: every kernel on every instruction set and as CUDA would run it."""
+
+import mmap
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import pytest
+
+from . import checks
+from .library import SPAN, THREADED, Core, Kernel
+from .memory import Streams, extreme
+from .reference import RULES
+
+
+def test_every_rule_and_variant_has_a_reference(core: Core) -> None:
+    assert set(core.rules) == set(RULES)
+    for kernel in core.kernels:
+        assert checks.options_of(core, kernel), f"no options lead to {kernel}"
+
+
+@pytest.mark.parametrize("check", checks.CHECKS.values(), ids=checks.CHECKS)
+def test_every_kernel(core: Core, check: Callable[[Core, Kernel], None]) -> None:
+    for kernel in core.kernels:
+        check(core, kernel)
+
+
+def test_conversions(core: Core) -> None:
+    checks.check_conversions(core)
+
+
+def test_step_over_mixed_kernels(core: Core) -> None:
+    """Spans of many kernels in one step, in any order, as an optimizer with many groups has."""
+    random = np.random.default_rng(0)
+    kernels, rows, memories = core.kernels[::5], [], []
+    for kernel in kernels:
+        sizes = random.integers(1, 300, 60)
+        shifts = random.integers(0, 16, (len(sizes), len(kernel.streams)))
+        which = len(rows) + random.integers(0, 3, len(sizes))
+        rows += [*checks.make_rows(core, kernel, 3)]
+        memories.append(Streams(kernel, sizes, shifts, which, extreme))
+    table = np.stack(rows)
+    want = [m.after(partial(core.cpu_step, rows=table, isa="baseline")) for m in memories]
+
+    spans = random.permutation(np.concatenate([memory.spans for memory in memories]))
+    spans["offset"] = np.cumsum(spans["numel"]) - spans["numel"]
+    cuts = np.linspace(0, spans["numel"].sum(), 4).astype(int)
+    ways = [partial(core.tile_step, rows=table, order=2)]
+    ways += [
+        partial(core.cpu_step, rows=table, isa=isa, cuts=cuts, order=THREADED) for isa in core.isas
+    ]
+    for step in ways:
+        for memory in memories:
+            memory.reset()
+        step(spans)
+        for memory, expected in zip(memories, want, strict=True):
+            memory.assert_same(memory.result(), expected, str(step))
+
+
+class HugeSpan:
+    """A span of more than 2^32 bfloat16 elements, behind a small one. Only the pages that are
+    touched take memory: no test may walk along all of it."""
+
+    NUMEL = 2**32 + 5
+    BEGIN = 1003  # not at a 16-byte boundary
+    FIRST = 1000  # elements of the span before
+
+    def __init__(self, core: Core) -> None:
+        self.kernel = checks.find(core, "sgd", (), "bfloat16", "bfloat16")[0]
+        self.rows = checks.make_rows(core, self.kernel, 1)
+        no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named since Python 3.13
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+        size = 2 * (self.BEGIN + self.NUMEL + 8192)
+        try:
+            maps = [mmap.mmap(-1, size, flags) for _ in range(2)]
+        except OSError as error:
+            pytest.skip(f"no {size} bytes of address space: {error}")
+        self.param, self.grad = (np.frombuffer(m, np.uint16) for m in maps)
+        self.spans = np.zeros(2, SPAN)
+        self.spans["param"] = self.param.ctypes.data + np.array([0, 2 * self.BEGIN])
+        self.spans["grad"] = self.grad.ctypes.data + np.array([0, 2 * self.BEGIN])
+        self.spans["numel"] = self.FIRST, self.NUMEL
+        self.spans["offset"] = 0, self.FIRST
+        self.spans["kernel"] = self.kernel.index
+
+    def check(self, core: Core, begin: int, end: int, step: Callable[[], object]) -> None:
+        """Checks that a step updates the elements [begin, end) of the span and none near them."""
+        begin, end = max(begin, 0), min(end, self.NUMEL)
+        window = slice(max(0, self.BEGIN + begin - 5000), self.BEGIN + end + 5000)
+        memory = Streams(self.kernel, [window.stop - window.start])
+        before = [array[live] for array, live in zip(memory.before, memory.live, strict=True)]
+        inside = slice(self.BEGIN + begin - window.start, self.BEGIN + end - window.start)
+        after, _ = memory.after(partial(core.cpu_step, rows=self.rows, isa="baseline"))
+        want = before[0].copy()
+        want[inside] = after[inside]
+        self.param[window], self.grad[window] = before
+        step()
+        assert np.array_equal(self.param[window], want), f"[{begin}, {end})"
+
+
+def test_tile_of_a_span_beyond_32_bits(core: Core) -> None:
+    huge = HugeSpan(core)
+    chunk, shift = huge.kernel.chunk, huge.BEGIN % 8
+    chunks = 1 + -(-(huge.NUMEL + shift) // chunk)
+    for element in (0, 2**31, 2**32 - chunk, 2**32, huge.NUMEL - 1):
+        near = (element + shift) // chunk
+        for place in (near - 1, near):
+            if place >= 0:
+                run = partial(core.tile_chunks, huge.spans, huge.rows, [1 + place])
+                begin = place * chunk - shift
+                huge.check(core, begin, begin + chunk, run)
+    assert core.tile_chunks(huge.spans, huge.rows, []) == chunks
+
+
+def test_loop_over_a_span_beyond_32_bits(core: Core) -> None:
+    huge = HugeSpan(core)
+    for isa in core.isas:
+        for element in (2**31, 2**32, huge.NUMEL):
+            # Cuts are moved down to a multiple of 64, except at the very end.
+            cuts = [huge.FIRST + element - 1000, huge.FIRST + element]
+            begin, end = (element - 1000) // 64 * 64, element
+            step = partial(core.cpu_step, huge.spans, huge.rows, isa, cuts)
+            huge.check(core, begin, end, step)

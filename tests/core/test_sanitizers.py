@@ -1,0 +1,54 @@
+"""AddressSanitizer and UndefinedBehaviorSanitizer over all kernels, on buffers of exact sizes."""
+
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from .build import CXX, Fault, build
+from .library import Core
+
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# -O1: at -O3 the compiler needs twice as long and fewer lines of a report are right.
+FLAGS = ["-O1", "-g1", *SANITIZERS]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sanitizers() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "empty.cpp")
+        source.write_text("int main() {}")
+        command = [*CXX, *SANITIZERS, str(source), "-o", str(source.with_suffix(""))]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip(f"{CXX[0]} cannot link with sanitizers (their runtime is not installed)")
+
+
+def run(program: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": ""}
+    return subprocess.run(
+        [program], text=True, capture_output=True, check=False, env=environment, timeout=300
+    )
+
+
+def test_core_is_clean(core: Core) -> None:
+    result = run(build("sanitized", "sanitize", FLAGS))
+    assert result.returncode == 0, result.stderr[:5000]
+    assert result.stdout.startswith(f"{len(core.kernels)} kernels")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("cpu/loop.h", "i < end; ++i", "i <= end; ++i"),
+        Fault("core/tile.h", "if (i >= 0 && i < s.numel) update", "if (i >= 0) update"),
+    ],
+    ids=["loop", "tile"],
+)
+def test_an_overrun_is_found(fault: Fault) -> None:
+    """The control: a sanitizer that finds nothing might just not have been there."""
+    name = f"sanitized-{Path(fault.file).stem}"
+    result = run(build(name, "sanitize", FLAGS, [fault], small=True))
+    assert result.returncode != 0
+    assert "heap-buffer-overflow" in result.stderr
