@@ -9,11 +9,15 @@ than rounding.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
 
 import torch
+
+import fusedopt
+from fusedopt._extension import _C
 
 try:
     from benchmarks.figure import draw
@@ -43,16 +47,21 @@ def main(arguments: list[str] | None = None) -> int:
 
     plot = options.output / "demo.png"
     draw(results, plot)
-    print()
+    agree = conclude(results)
+    print(f"Plot: {os.path.relpath(plot)}\nTotal: {time.perf_counter() - start:.0f} s")
+    return 0 if agree else 1
+
+
+def conclude(results: list[Result]) -> bool:
+    """Print what the runs show; returns whether the losses agree."""
     disagreements = [text for result in results for text in disagreements_in(result)]
-    if not disagreements:
-        print(f"Same losses: {'; '.join(agreement(result) for result in results)}.")
+    if disagreements:
+        print("", *disagreements, sep="\nDIFFERENT LOSSES: ", file=sys.stderr)
+    else:
+        print(f"\nSame losses: {'; '.join(agreement(result) for result in results)}.")
     for result in results:
         print(f"{speed(result, OURS)}\n{speed(result, OURS_FLAT)}")
-    print(f"Plot: {plot}\nTotal: {time.perf_counter() - start:.0f} s")
-    for text in disagreements:
-        print(f"DIFFERENT LOSSES: {text}", file=sys.stderr)
-    return 1 if disagreements else 0
+    return not disagreements
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -63,7 +72,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "Nothing is downloaded: the text comes with Python, the digits with scikit-learn.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to train; auto takes a GPU if there is one",
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps of each model")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the plot")
@@ -73,20 +87,28 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         options.steps = QUICK_STEPS
     if options.steps < FEWEST_STEPS:
         parser.error(f"--steps {options.steps}: at least {FEWEST_STEPS} are needed")
-    gpu = torch.cuda.is_available()
-    if options.device == "cuda" and not gpu:
-        parser.error("--device cuda: torch finds no GPU here")
+    no_gpu = why_no_gpu()
+    if options.device == "cuda" and no_gpu:
+        parser.error(f"--device cuda: {no_gpu}")
     if options.device == "auto":
-        options.device = "cuda" if gpu else "cpu"
+        options.device = "cpu" if no_gpu else "cuda"
     options.device = torch.device(options.device)
     return options
+
+
+def why_no_gpu() -> str | None:
+    """Why a GPU cannot be used, or None."""
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    return None if _C.has_cuda else "there is a GPU, but fusedopt was built without CUDA"
 
 
 def describe(device: torch.device) -> str:
     """The device, for people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"the CPU, {torch.get_num_threads()} threads"
+    reason = why_no_gpu() or "by choice"
+    return f"the CPU ({reason}), {fusedopt.isa()}, threads: {torch.get_num_threads()}"
 
 
 def table(rows: list[list[str]]) -> str:

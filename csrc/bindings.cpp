@@ -639,26 +639,31 @@ std::vector<at::Tensor> flat_steps(const std::vector<double>& values) {
   return views;
 }
 
-// Gives parameters their flat gradients back, where they have others. A parameter that is frozen,
-// or that was moved to where its flat gradient does not fit, has none.
-void attach_gradients(const py::list& params, const py::list& grads,
-                      const std::vector<uintptr_t>& addresses) {
+// Gives the parameters that are at their addresses their flat gradients back, where they have
+// others; frozen ones have none. Returns whether all parameters are where they were put.
+bool attach_gradients(const py::list& params, const py::list& grads,
+                      const std::vector<uintptr_t>& addresses,
+                      const std::vector<uintptr_t>& grad_addresses) {
   const auto at = [](const at::Tensor& tensor, const at::Tensor& like, uintptr_t address) {
     return reinterpret_cast<uintptr_t>(tensor.unsafeGetTensorImpl()->data()) == address &&
            tensor.scalar_type() == like.scalar_type() && tensor.device() == like.device() &&
            tensor.sizes() == like.sizes();
   };
+  bool all = true;
   for (size_t i = 0; i < params.size(); ++i) {
     const at::Tensor& param = THPVariable_Unpack(PyList_GET_ITEM(params.ptr(), i));
     const at::Tensor& flat = THPVariable_Unpack(PyList_GET_ITEM(grads.ptr(), i));
     const at::Tensor& current = param.unsafeGetTensorImpl()->grad();
-    if (!param.requires_grad() || !at(flat, param, addresses[i])) {
+    if (!at(param, flat, addresses[i]) || !at(flat, flat, grad_addresses[i])) {
+      all = false;
+    } else if (!param.requires_grad()) {
       if (current.defined()) param.mutable_grad().reset();
-    } else if (!current.defined() || !at(current, flat, addresses[i])) {
+    } else if (!current.defined() || !at(current, flat, grad_addresses[i])) {
       // An alias, as .grad.data = ... would move the flat gradient itself.
       param.mutable_grad() = flat.detach();
     }
   }
+  return all;
 }
 
 py::dict rules() {

@@ -44,24 +44,31 @@ class FlatBuffer:
             param.data = view
             self.slots[id(param)] = Slot(i, view.data_ptr(), grad_addresses[i])
         if gradients:
-            _C.attach_gradients(params, self._grad_views, grad_addresses)
+            self._attach(params)
         _live.add(self)
 
-    def zero_grad(self) -> None:
+    def zero_grad(self) -> bool:
         """Fill the flat gradients with zero, and make them the parameters' gradients again.
 
-        Frozen parameters and those that were moved elsewhere have no gradient afterwards.
+        Frozen parameters have no gradient afterwards; those that have left the buffer keep theirs.
+        Returns whether there were none of these.
         """
         assert self.grads is not None
         self.grads.zero_()
-        addresses = [slot.grad_address for slot in self.slots.values()]
-        _C.attach_gradients(self.params, self._grad_views, addresses)
+        return self._attach(self.params)
 
     def zero_grad_of(self, param: Tensor) -> None:
-        slot = self.slots[id(param)]
-        view = self._grad_views[slot.number]
-        view.zero_()
-        _C.attach_gradients([param], [view], [slot.grad_address])
+        self._grad_views[self.slots[id(param)].number].zero_()
+        self._attach([param])
+
+    def _attach(self, params: list[Tensor]) -> bool:
+        slots = [self.slots[id(param)] for param in params]
+        return _C.attach_gradients(
+            params,
+            [self._grad_views[slot.number] for slot in slots],
+            [slot.address for slot in slots],
+            [slot.grad_address for slot in slots],
+        )
 
     def holds(self, param: Tensor) -> bool:
         """Whether a parameter still is where it was put."""
@@ -71,16 +78,28 @@ class FlatBuffer:
             and param.device == self.data.device
         )
 
+    def holds_gradient(self, param: Tensor) -> bool:
+        """Whether a parameter, and its flat gradient, are where they were put."""
+        slot = self.slots[id(param)]
+        return (
+            self.grads is not None
+            and self.holds(param)
+            and self._grad_views[slot.number].data_ptr() == slot.grad_address
+        )
+
 
 _live: weakref.WeakSet[FlatBuffer] = weakref.WeakSet()
 
 
 def find_buffer(param: Tensor) -> FlatBuffer | None:
-    """The flat buffer that a parameter was moved into, whether or not it is still there."""
+    """The flat buffer that a parameter lies in, else one that it was moved into and has left."""
+    left = None
     for buffer in _live:
         if id(param) in buffer.slots:
-            return buffer
-    return None
+            if buffer.holds(param):
+                return buffer
+            left = buffer
+    return left
 
 
 class FlatParameters:

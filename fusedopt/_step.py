@@ -69,12 +69,25 @@ class FusedOptimizer(Optimizer):
                 )
             _C.state_names(type(self).__name__, self._rule, added, group)  # reads all options
             self._check_params([group])
+            if self._flat and not self._are_flat(added["params"]):
+                self._flats += (FlatParameters(added["params"], gradients=True),)
         except Exception:
             self.param_groups.pop()
             raise
-        if self._flat:
-            self._flats += (FlatParameters(added["params"], gradients=True),)
         self._plan = None
+
+    def _are_flat(self, params: list[Tensor]) -> bool:
+        """Whether flat=True finds the parameters in flat buffers with flat gradients already."""
+        buffers = [find_buffer(param) for param in params]
+        held = [b is not None and b.holds(p) for b, p in zip(buffers, params, strict=True)]
+        flat = [b is not None and b.holds_gradient(p) for b, p in zip(buffers, params, strict=True)]
+        if any(held) and not all(flat):
+            raise ValueError(
+                f"{type(self).__name__}: flat=True, but some of the parameters are in "
+                "FlatParameters already, with others that are not, or without gradients; make one "
+                "FlatParameters(..., gradients=True) of all of them instead"
+            )
+        return all(flat)
 
     def _check_params(self, groups: Iterable[int]) -> None:
         params: dict[int, tuple[Tensor, str]] = {}
@@ -480,10 +493,15 @@ class FusedOptimizer(Optimizer):
         buffers, shared, everything = self._flat_gradients
         if not everything:
             super().zero_grad(set_to_none)
-        for buffer in buffers:
-            buffer.zero_grad()
-        for param, buffer in shared:
-            buffer.zero_grad_of(param)
+        if not buffers and not shared:
+            return
+        with torch.autograd.profiler.record_function(self._zero_grad_profile_name):
+            intact = [buffer.zero_grad() for buffer in buffers]
+            for param, buffer in shared:
+                buffer.zero_grad_of(param)
+        if not all(intact):
+            self._flat_gradients = None
+            self.zero_grad(set_to_none)
 
     def _find_flat_gradients(
         self,
@@ -491,9 +509,13 @@ class FusedOptimizer(Optimizer):
         """Flat buffers of this optimizer alone; parameters in others; whether these are all."""
         mine = {id(param): param for _, param, _ in self._named_params()}
         found = {key: find_buffer(param) for key, param in mine.items()}
-        flat = {key: b for key, b in found.items() if b is not None and b.grads is not None}
+        flat = {
+            key: buffer
+            for key, buffer in found.items()
+            if buffer is not None and buffer.holds_gradient(mine[key])
+        }
         distinct = {id(buffer): buffer for buffer in flat.values()}
-        own = {key: b for key, b in distinct.items() if all(p in mine for p in b.slots)}
+        own = {key: b for key, b in distinct.items() if all(flat.get(p) is b for p in b.slots)}
         shared = [(mine[key], b) for key, b in flat.items() if id(b) not in own]
         return list(own.values()), shared, len(flat) == len(mine)
 

@@ -105,6 +105,12 @@ def realistic(param: torch.dtype, grad: torch.dtype, total: int, steps: int) -> 
     return Data(params.to(param), grads.to(grad))
 
 
+def special_values(dtype: torch.dtype) -> tuple[float, ...]:
+    info = torch.finfo(dtype)
+    overflows, underflows = 10 * info.max**0.5, info.tiny**0.5 / 10  # when squared
+    return torch.inf, torch.nan, info.max, overflows, underflows, info.tiny / 8, -0.0
+
+
 @lru_cache(maxsize=2)
 def harsh(param: torch.dtype, grad: torch.dtype, total: int, steps: int) -> Data:
     """Realistic values, and among them, in a third of the elements, what is not: infinite, NaN,
@@ -112,29 +118,17 @@ def harsh(param: torch.dtype, grad: torch.dtype, total: int, steps: int) -> Data
     random = torch.Generator().manual_seed(1)
     calm = realistic(param, grad, total, steps)
     params, grads = real_view(calm.params).clone(), real_view(calm.grads).clone()
+    # Each special value in one of 42 elements of the gradients and in one other of the parameters.
     kinds = torch.randint(42, params.shape, generator=random)
-    signs = torch.randn(grads.shape, generator=random).sign()
-    # Not in all steps, or the first infinity would be the end of everything that comes after.
     now = torch.rand(grads.shape, generator=random) < 0.2
-    for first, values in ((0, grads), (7, params)):
-        info = torch.finfo(values.dtype)
-        for kind, value in enumerate(
-            (
-                torch.inf,
-                torch.nan,
-                info.max,
-                10 * info.max**0.5,
-                info.tiny**0.5 / 10,
-                info.tiny / 8,
-                -0.0,
-            ),
-            start=first,
-        ):
-            here = kinds == kind
-            # Denormals and zeros all the time, so that the moments become denormal as well.
-            here = here & (now | (abs(value) < 1)) if values is grads else here
-            special = (value * signs).to(values.dtype) if value else torch.full_like(grads, value)
-            values[here] = (special if values is grads else special[0])[here]
+    for kind in range(7):
+        here = kinds == kind
+        value = special_values(grads.dtype)[kind]
+        # Infinities in some steps only; small values in all, so that the moments get small as well.
+        grads[here & now if abs(value) > 1 else here.expand_as(now)] = value
+        params[kinds == 7 + kind] = special_values(params.dtype)[kind]
+    signs = torch.randint(2, grads.shape, generator=random, dtype=torch.int8) * 2 - 1
+    grads *= signs
     if param.is_complex:
         params = torch.view_as_complex(params.view(total, 2))
         grads = torch.view_as_complex(grads.view(steps, total, 2))
@@ -166,6 +160,12 @@ def reals(tensors: Sequence[Tensor]) -> Tensor:
 def real_view(values: Tensor) -> Tensor:
     """Complex numbers as pairs of reals, in the last dimension."""
     return torch.view_as_real(values).flatten(-2) if values.is_complex() else values
+
+
+def bits(values: Tensor) -> Tensor:
+    """As integers; all NaN alike, as which of them a processor makes is its own affair."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    return values.view(integer).masked_fill(values.isnan(), -1)
 
 
 @dataclass(frozen=True)
@@ -233,21 +233,21 @@ def train(
     for layout, tensor in zip(layouts, memory, strict=True):
         assert tensor is None or gaps_are_untouched(layout, tensor), layout
     values = {"param": reals(params)}
-    for key in optimizer.state[params[0]]:
-        states = [optimizer.state[param][key] for param in params]
+    states = [optimizer.state.get(param, {}) for param in params]
+    for key in dict.fromkeys(key for state in states for key in state):  # not all groups have all
+        members = [state[key] for state in states if key in state]
         if key == "step":
-            assert {float(step) for step in states} == {len(data.grads)}
+            assert {float(step) for step in members} == {len(data.grads)}
         else:
-            values[key] = reals(states)
+            values[key] = reals(members)
     return Result(values, optimizer)
 
 
 def gaps_are_untouched(layout: Layout, tensor: Tensor) -> bool:
-    whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    whole.set_(tensor.untyped_storage())
-    mine = torch.zeros(whole.shape, dtype=torch.bool, device=tensor.device)
     if layout.stride is None and layout.offset == 0:
         return True
+    whole = tensor.as_strided((tensor.untyped_storage().size() // tensor.element_size(),), (1,), 0)
+    mine = torch.zeros(whole.shape, dtype=torch.bool, device=tensor.device)
     mine.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
     return bool((whole[~mine] == GAP).all())
 

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import Data, Groups, Layout, Result, harsh, real_view, realistic, train
+from cases import Data, Groups, Layout, Result, bits, harsh, real_view, realistic, train
 from optimizers import ROWS, Row
-from torch import Tensor
 
 import fusedopt
 from fusedopt._extension import _C
 
 STEPS = 20
-# Several of them make more elements than three threads get together at least (32768 each), with
-# cuts inside of a tensor, between two, and between two groups.
+# Once for each set of options they make enough elements for three threads (32768 are too few for
+# two), cut inside of a tensor, between two, and between two groups.
 LAYOUTS = [
     Layout(()),
     Layout((0,)),
@@ -90,12 +89,6 @@ def run(row: Row, data: Data, state_dtype: torch.dtype, setting: Setting = PLAIN
         torch.set_flush_denormal(False)
 
 
-def bits(values: Tensor) -> Tensor:
-    """As integers; all NaN alike, as which of them a processor makes is its own affair."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    return values.view(integer).masked_fill(values.isnan(), -1)
-
-
 def assert_same_bits(a: Result, b: Result) -> None:
     assert a.values.keys() == b.values.keys()
     for key in a.values:
@@ -135,13 +128,12 @@ def test_same_bits_on_cuda(row: Row, storage: Storage, flat: bool, cuda: str) ->
 def test_the_data_is_harsh(row: Row) -> None:
     """And all threads get something to do."""
     values = plain_result(row.name, STORAGES[0]).values
-    assert values["param"].numel() > 3 * 32768
+    assert values["param"].numel() > 2 * 32768
     for key, value in values.items():
         tiny = torch.finfo(value.dtype).tiny
         denormal = (value != 0) & (value.abs() < tiny)
         for what in (value.isnan(), value.isinf(), denormal, value.isfinite()):
-            share = what.double().mean()
-            assert 0.005 < share < 0.95, (key, share)
+            assert what.sum() > 20, key
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -156,13 +148,12 @@ def test_float32_gradients_with_the_same_values(row: Row, storage: Storage) -> N
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
 def test_complex_numbers_are_pairs_of_reals(row: Row, dtype: torch.dtype) -> None:
-    total = 20011
-    data = harsh(dtype, dtype, total, STEPS)
+    size, options = 1001, [*row.option_sets.values()]
+    data = harsh(dtype, dtype, size * len(options), STEPS)
     as_reals = Data(real_view(data.params), real_view(data.grads))
-    for options in row.option_sets.values():
-        numbers = train(row.ours, Groups([options], [[Layout((total,))]]), data)
-        reals = train(row.ours, Groups([options], [[Layout((2 * total,))]]), as_reals)
-        assert_same_bits(numbers, reals)
+    numbers = train(row.ours, Groups(options, [[Layout((size,))]] * len(options)), data)
+    reals = train(row.ours, Groups(options, [[Layout((2 * size,))]] * len(options)), as_reals)
+    assert_same_bits(numbers, reals)
 
 
 def cpu_times() -> dict[str, int]:

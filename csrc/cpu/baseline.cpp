@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+#if defined(__x86_64__) && !defined(__FMA__)
+#define FUSEDOPT_EMULATE_FMA
+#endif
 #include "../core/registry.h"
 #include "cpu.h"
 

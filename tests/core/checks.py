@@ -236,6 +236,36 @@ def check_conversions(core: Core) -> None:
                 assert np.array_equal(got, widened), f"{dtype} to float32 by {way}"
 
 
+def check_multiply_add(core: Core) -> None:
+    """p - lr * g rounded once, where rounding twice would show: the product is half a unit in the
+    last place of p, but for so little that a double's sum with p does not hold it."""
+    random = np.random.default_rng(0)
+    a = random.integers(1 << 23, 1 << 24, 1 << 13)
+    b = np.rint(2.0**47 / a).astype(np.int64)
+    off = np.abs(a * b - (1 << 47))
+    a, b = (factor[(off > 0) & (off < 1 << 18)] for factor in (a, b))
+    assert len(a) > 100
+
+    kernel = find(core, "sgd", (), "float32", "float32")[0]
+    options = [RULES["sgd"].defaults | {"lr": factor * 2.0**-47} for factor in a]
+    rows = np.stack([core.row(kernel, o) for o in options])
+    memory = Streams(kernel, [512] * len(a), rows=np.arange(len(a)))
+    shape = (len(a), 512)
+    signs = random.choice([-1.0, 1.0], (2, *shape))
+    scale = 2.0 ** random.choice([-126, -100, 0, 20], shape)
+    # With the smallest scale, p is subnormal at times.
+    p = np.where(scale < 2.0**-120, random.integers(0, 1 << 24, shape) * 2.0**-23, 0)
+    p = np.where(p == 0, random.integers(1 << 23, 1 << 24, shape) * 2.0**-23, p)
+    memory.before[0][memory.live[0]] = to_bits("float32", signs[0] * p * scale).ravel()
+    grad = signs[1] * b[:, None] * 2.0**-24 * scale
+    memory.before[1][memory.live[1]] = to_bits("float32", grad).ravel()
+    # The tile, on the host, has its multiply-add from the C library.
+    want = memory.after(partial(core.tile_step, rows=rows))
+    for isa in core.isas:
+        got = memory.after(partial(core.cpu_step, rows=rows, isa=isa))
+        memory.assert_same(got, want, isa)
+
+
 CHECKS: dict[str, Callable[[Core, Kernel], None]] = {
     "reference": check_reference,
     "same bits": check_same_bits,

@@ -29,6 +29,10 @@ def test_conversions(core: Core) -> None:
     checks.check_conversions(core)
 
 
+def test_multiply_add(core: Core) -> None:
+    checks.check_multiply_add(core)
+
+
 def test_step_over_mixed_kernels(core: Core) -> None:
     """Spans of many kernels in one step, in any order, as an optimizer with many groups has."""
     random = np.random.default_rng(0)

@@ -12,10 +12,12 @@ from .library import Core
 
 FLAGS = ["-O1"]  # what the compiler makes of a fault is not the point
 
-ADAM, SGD, RMSPROP = (f"core/rules/{name}.h" for name in ("adam", "sgd", "rmsprop"))
+ADAM, SGD, RMSPROP, AVERAGE = (
+    f"core/rules/{name}.h" for name in ("adam", "sgd", "rmsprop", "average")
+)
 TILE, LOOP, DISPATCH, DTYPE = "core/tile.h", "cpu/loop.h", "cpu/dispatch.cpp", "core/dtype.h"
 
-BIAS = "correction1 = 1 - integer_power(o.beta1, (long long)(step"
+BIAS = "correction1 = one_minus_power(o.beta1, (long long)(step"
 DECAY = "row.coupled_decay = o.decoupled_weight_decay != 0 ? 0 : o.weight_decay;"
 COUPLED = "row.coupled_decay = o.weight_decay; if (true) row.decoupled_decay = 0; else"
 
@@ -56,12 +58,17 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "bfloat16 cut off": (DTYPE, "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16", "bits >> 16"),
         "bfloat16 ties away": (DTYPE, "0x7fffu + ((bits >> 16) & 1u)", "0x8000u"),
     },
+    "multiply-add": {
+        "rounded twice": (AVERAGE, "halfway & to_other ? other : nearest", "nearest"),
+    },
 }
 
 
 def run(check: str, core: Core) -> None:
     if check == "conversions":
         checks.check_conversions(core)
+    elif check == "multiply-add":
+        checks.check_multiply_add(core)
     else:
         for kernel in core.kernels:
             checks.CHECKS[check](core, kernel)

@@ -39,8 +39,8 @@ struct Adam {
   };
 
   FUSEDOPT_HD static Row<double> row(const Options& o, double step, bool, double grad_factor) {
-    const double correction1 = 1 - integer_power(o.beta1, (long long)(step));
-    const double correction2 = square_root(1 - integer_power(o.beta2, (long long)(step)));
+    const double correction1 = one_minus_power(o.beta1, (long long)(step));
+    const double correction2 = square_root(one_minus_power(o.beta2, (long long)(step)));
     Row<double> row;
     row.grad_factor = o.maximize != 0 ? -grad_factor : grad_factor;
     row.coupled_decay = o.decoupled_weight_decay != 0 ? 0 : o.weight_decay;
@@ -66,7 +66,7 @@ struct Adam {
       T& exp_avg_sq = state[1];
 
       g = row.grad_factor * g;
-      if (row.coupled_decay != 0) g += row.coupled_decay * p;
+      if (row.coupled_decay != 0) g = multiply_add(row.coupled_decay, p, g);
 
       exp_avg = moving_average(exp_avg, g, row.one_minus_beta1, row.beta1);
       exp_avg_sq = moving_average_of_square(exp_avg_sq, g, row.one_minus_beta2, row.beta2);
@@ -81,7 +81,7 @@ struct Adam {
       }
 
       T change = row.step_size * exp_avg / (square_root(second_moment) + row.eps);
-      if (row.decoupled_decay != 0) change += row.decoupled_decay * p;
+      if (row.decoupled_decay != 0) change = multiply_add(row.decoupled_decay, p, change);
       p -= change;
     }
   };

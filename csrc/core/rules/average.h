@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 
 #include "../macros.h"
 
@@ -18,38 +20,63 @@ namespace fusedopt {
 FUSEDOPT_HD float square_root(float value) { return sqrtf(value); }
 FUSEDOPT_HD double square_root(double value) { return sqrt(value); }
 
+// a * b + c, rounded once. It is exact IEEE arithmetic, so that it gives the same bits where there
+// is an instruction for it and where there is none.
+FUSEDOPT_HD double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+FUSEDOPT_HD float multiply_add(float a, float b, float c) {
+#if defined(FUSEDOPT_EMULATE_FMA)
+  // The product is exact in double, the sum has an error that is known exactly. It matters only where
+  // the sum lies halfway between two floats, as rounding cannot tell then to which it is nearer. In
+  // double throughout, so that it vectorises, where a call of fmaf would not. (A sum within 2^-53 of
+  // halfway between the largest float and Inf becomes Inf on either side.)
+  const double product = double(a) * double(b);
+  const double sum = product + double(c);
+  const double part = sum - product;
+  const double error = (product - (sum - part)) + (double(c) - part);
+  const double nearest = double(float(sum));
+  const double beyond = sum - nearest;
+  const double other = nearest + 2 * beyond;
+  const bool halfway = double(float(other)) == other;
+  const bool to_other = ((beyond > 0) & (error > 0)) | ((beyond < 0) & (error < 0));
+  return float(halfway & to_other ? other : nearest);
+#else
+  return fmaf(a, b, c);
+#endif
+}
+
 // weight * value + (1 - weight) * average. The first form rounds once at the average's magnitude
 // and keeps the two weights summing to exactly one; the second is exact for weight = 1.
 template <class T>
 FUSEDOPT_HD T moving_average(T average, T value, T weight, T one_minus_weight) {
-  return weight < T(0.5) ? average + weight * (value - average)
-                         : one_minus_weight * average + weight * value;
+  return weight < T(0.5) ? multiply_add(weight, value - average, average)
+                         : multiply_add(one_minus_weight, average - value, value);
 }
 
-// The moving average of value^2. An average that has overflowed stays Inf, as in torch, where the
-// difference in moving_average would make it NaN.
+// The moving average of value^2. An average that has overflowed stays Inf, as in torch, where a
+// difference would make it NaN.
 template <class T>
 FUSEDOPT_HD T moving_average_of_square(T average, T value, T weight, T one_minus_weight) {
   const T square = value * value;
-  const T updated = moving_average(average, square, weight, one_minus_weight);
+  const T updated = weight < T(0.5) ? multiply_add(weight, square - average, average)
+                                    : multiply_add(weight, square, one_minus_weight * average);
   return average == T(INFINITY) ? average + square : updated;
 }
 
-// momentum * buffer + value; the first form rounds only once at the buffer's magnitude.
-template <class T>
-FUSEDOPT_HD T accumulate(T buffer, T value, T momentum, T one_minus_momentum) {
-  return momentum > T(0.5) ? buffer + (value - one_minus_momentum * buffer)
-                           : momentum * buffer + value;
-}
-
-// base^exponent by repeated squaring: the same bits on every device, which no libm's pow promises.
-FUSEDOPT_HD double integer_power(double base, long long exponent) {
-  double power = 1;
+// 1 - base^exponent by repeated squaring in twice the precision of double: the same bits on every
+// device, which no libm's pow promises, and exact to the last bit, however close the power is to 1.
+FUSEDOPT_HD double one_minus_power(double base, long long exponent) {
+  double power = 1, power_low = 0, base_low = 0;
+  const auto multiply = [](double& a, double& a_low, double b, double b_low) {
+    const double product = a * b;
+    const double low = fma(a, b, -product) + (a * b_low + a_low * b);
+    a = product + low;
+    a_low = low - (a - product);
+  };
   for (; exponent > 0; exponent >>= 1) {
-    if (exponent & 1) power *= base;
-    base *= base;
+    if (exponent & 1) multiply(power, power_low, base, base_low);
+    multiply(base, base_low, base, base_low);
   }
-  return power;
+  return (1 - power) - power_low;
 }
 
 }  // namespace fusedopt

@@ -12,9 +12,9 @@ namespace fusedopt {
 //   square_avg      = alpha * square_avg + (1 - alpha) * g^2
 //   grad_avg        = alpha * grad_avg + (1 - alpha) * g                (centered)
 //   variance        = square_avg  or, centered, square_avg - grad_avg^2
-//   change          = g / (square_root(variance) + eps)  or, eps_inside_sqrt, g / sqrt(variance + eps)
-//   momentum_buffer = momentum * momentum_buffer + change               (momentum)
-//   p               = p - lr * change  or, momentum, p - lr * momentum_buffer
+//   change          = g / (square_root(variance) + eps)  or, eps_inside_sqrt, g / sqrt(variance +
+//   eps) momentum_buffer = momentum * momentum_buffer + change               (momentum) p = p - lr
+//   * change  or, momentum, p - lr * momentum_buffer
 struct RmsProp {
   static constexpr const char* name = "rmsprop";
   static constexpr bool counts_steps = true;
@@ -29,7 +29,7 @@ struct RmsProp {
 
   template <class T>
   struct Row {
-    T grad_factor, weight_decay, alpha, one_minus_alpha, momentum, one_minus_momentum, lr;
+    T grad_factor, weight_decay, alpha, one_minus_alpha, momentum, lr;
     T eps_inside, eps_outside;
   };
 
@@ -40,7 +40,6 @@ struct RmsProp {
     row.alpha = o.alpha;
     row.one_minus_alpha = 1 - o.alpha;
     row.momentum = o.momentum;
-    row.one_minus_momentum = 1 - o.momentum;
     row.lr = o.lr;
     row.eps_inside = o.eps_inside_sqrt != 0 ? o.eps : 0;
     row.eps_outside = o.eps_inside_sqrt != 0 ? 0 : o.eps;
@@ -59,14 +58,14 @@ struct RmsProp {
       T& square_avg = state[0];
 
       g = row.grad_factor * g;
-      if (row.weight_decay != 0) g += row.weight_decay * p;
+      if (row.weight_decay != 0) g = multiply_add(row.weight_decay, p, g);
       square_avg = moving_average_of_square(square_avg, g, row.one_minus_alpha, row.alpha);
 
       T variance = square_avg;
       if (centered) {
         T& grad_avg = state[momentum ? 2 : 1];
         grad_avg = moving_average(grad_avg, g, row.one_minus_alpha, row.alpha);
-        variance -= grad_avg * grad_avg;
+        variance = multiply_add(-grad_avg, grad_avg, variance);
         // Rounding can leave a tiny negative variance, whose root would be NaN.
         variance = variance < 0 ? T(0) : variance;
       }
@@ -76,10 +75,10 @@ struct RmsProp {
       T change = g / (square_root(variance + row.eps_inside) + row.eps_outside);
       if (momentum) {
         T& buffer = state[1];
-        buffer = accumulate(buffer, change, row.momentum, row.one_minus_momentum);
+        buffer = multiply_add(row.momentum, buffer, change);
         change = buffer;
       }
-      p -= row.lr * change;
+      p = multiply_add(-row.lr, change, p);
     }
   };
 

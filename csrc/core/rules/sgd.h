@@ -26,7 +26,7 @@ struct Sgd {
 
   template <class T>
   struct Row {
-    T grad_factor, weight_decay, momentum, one_minus_momentum, one_minus_dampening, lr;
+    T grad_factor, weight_decay, momentum, one_minus_dampening, lr;
     T nesterov, first;
   };
 
@@ -35,7 +35,6 @@ struct Sgd {
     row.grad_factor = o.maximize != 0 ? -grad_factor : grad_factor;
     row.weight_decay = o.weight_decay;
     row.momentum = o.momentum;
-    row.one_minus_momentum = 1 - o.momentum;
     row.one_minus_dampening = 1 - o.dampening;
     row.lr = o.lr;
     row.nesterov = o.nesterov;
@@ -52,15 +51,14 @@ struct Sgd {
     template <class T>
     FUSEDOPT_HD static void update(const Row<T>& row, T& p, T g, T* state) {
       g = row.grad_factor * g;
-      if (row.weight_decay != 0) g += row.weight_decay * p;
+      if (row.weight_decay != 0) g = multiply_add(row.weight_decay, p, g);
       if (momentum) {
         T& buffer = state[0];
-        const T continued =
-            accumulate(buffer, row.one_minus_dampening * g, row.momentum, row.one_minus_momentum);
+        const T continued = multiply_add(row.momentum, buffer, row.one_minus_dampening * g);
         buffer = row.first != 0 ? g : continued;
-        g = row.nesterov != 0 ? g + row.momentum * buffer : buffer;
+        g = row.nesterov != 0 ? multiply_add(row.momentum, buffer, g) : buffer;
       }
-      p -= row.lr * g;
+      p = multiply_add(-row.lr, g, p);
     }
   };
 
