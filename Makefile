@@ -10,7 +10,7 @@ ARGS ?=
 PY := $(if $(strip $(VENV)),$(VENV)/bin/python,$(PYTHON))
 # The tools that come with the interpreter: $(call tool,ruff)
 tool = "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/$(1)"
-SOURCES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help env build demo test bench lint format check-binary gpu-check dist clean
 

@@ -129,11 +129,10 @@ def test_the_data_is_harsh(row: Row) -> None:
     """And all threads get something to do."""
     values = plain_result(row.name, STORAGES[0]).values
     assert values["param"].numel() > 2 * 32768
-    for key, value in values.items():
-        tiny = torch.finfo(value.dtype).tiny
-        denormal = (value != 0) & (value.abs() < tiny)
-        for what in (value.isnan(), value.isinf(), denormal, value.isfinite()):
-            assert what.sum() > 20, key
+    everything = torch.cat([*values.values()])
+    denormal = (everything != 0) & (everything.abs() < torch.finfo(everything.dtype).tiny)
+    for kind in (everything.isnan(), everything.isinf(), denormal, everything.isfinite()):
+        assert kind.sum() > 100
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

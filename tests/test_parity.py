@@ -9,6 +9,7 @@ for the parameters and for each of the states. The first says that ours is as ne
 equally exact results have to be; the second that it is not the less exact one.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -179,21 +180,26 @@ def test_half_parameters_with_float32_gradients_and_states(
         assert error.mean() <= 1e-5 * np.abs(reference[key]).mean(), key
 
 
+# Of the last one, the square overflows, but not the square weighted by 1 - beta2.
+EXTREME = [torch.inf, -torch.inf, torch.nan, 1e30, -1e30, 1e-42, -0.0, 1e20]
+
+
+@pytest.mark.parametrize("gradient", EXTREME)
 @pytest.mark.parametrize("case", IN_TORCH)
-def test_an_element_lives_and_dies_as_in_torch(case: str, device: str) -> None:
-    """By a gradient that is not finite, overflows when squared, or is too small for that."""
+def test_an_element_lives_and_dies_as_in_torch(case: str, gradient: float, device: str) -> None:
+    """By one gradient that is not finite, overflows when squared, or is too small for that."""
     row, options = BY_ID[case]
-    extreme = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e30, -1e30, 1e-42, -0.0])
-    grads = torch.randn(6, len(extreme))
-    grads[2] = extreme
-    data = Data(torch.linspace(-1, 1, len(extreme)), grads)
-    groups = Groups([options], [[Layout((len(extreme),))]])
+    grads = torch.randn(6, 3)
+    grads[2, 1] = gradient
+    data = Data(torch.tensor([-1.0, 0.5, 2.0]), grads)
+    groups = Groups([options], [[Layout((3,))]])
     ours = train(row.ours, groups, data, device).values
     theirs = train(row.theirs, groups, data, device, **LOOP).values
     for key in theirs:
         alive = theirs[key].isfinite()
         torch.testing.assert_close(ours[key][alive], theirs[key][alive])
-    assert not ours["param"][:3].isfinite().any()
+    if not math.isfinite(gradient):
+        assert not ours["param"][1].isfinite()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ namespace fusedopt {
 #if defined(__CUDACC__)
 using Quad = uint4;
 #else
-struct alignas(16) Quad {
+struct alignas(16) [[gnu::may_alias]] Quad {
   uint32_t x, y, z, w;
 };
 #endif
@@ -224,8 +224,8 @@ struct Tile {
       for (int k = 0; k < states; ++k) to.state[k] = static_cast<State*>(from.states[k]);
       to.numel = from.numel;
       to.first_chunk = args.chunks;
-      // A launch counts its chunks in 32 bits, so the spans that would overflow go into the next.
-      if (uint64_t(args.chunks) + uint64_t(from.numel / kChunk + 2) > UINT32_MAX) break;
+      // A launch counts its chunks in 31 bits; the spans that would overflow go into the next.
+      if (uint64_t(args.chunks) + uint64_t(from.numel / kChunk + 2) > INT32_MAX) break;
       if (new_row) {
         memcpy(args.data + capacity - (++packed_rows) * sizeof(Row), rows[from.row].bytes,
                sizeof(Row));

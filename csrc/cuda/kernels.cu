@@ -23,8 +23,7 @@ cudaError_t launch_all(const Span* spans, size_t count, int kernel, const HyperR
   while (next < count) {
     next = Tile<Variant, Types>::pack(spans, count, next, kernel, rows, args);
     if (args.spans == 0) break;
-    const unsigned grid = args.chunks < INT32_MAX ? args.chunks : INT32_MAX;
-    step_kernel<Variant, Types><<<grid, kThreads, 0, stream>>>(args);
+    step_kernel<Variant, Types><<<args.chunks, kThreads, 0, stream>>>(args);
     if (cudaError_t error = cudaGetLastError()) return error;
   }
   return cudaSuccess;

@@ -11,7 +11,7 @@ import torch
 
 from .library import BACKWARD, FORWARD, THREADED, Core, Kernel
 from .memory import INFINITY, QUIET_NAN, Streams, extreme, to_bits, to_values
-from .reference import RULES, Options
+from .options import RULES, Options
 
 Step = Callable[[np.ndarray], object]
 
@@ -21,7 +21,7 @@ SMALLEST = {"float64": 0.0, "float32": 0.0, "bfloat16": 0.0, "float16": 2.0**-25
 
 
 def options_of(core: Core, kernel: Kernel) -> list[Options]:
-    options = RULES[kernel.rule].all_options()
+    options = RULES[kernel.rule].all_options
     return [o for o in options if core.variant(kernel.rule, o) == kernel.variant]
 
 

@@ -10,7 +10,7 @@ import pytest
 from . import checks
 from .library import SPAN, THREADED, Core, Kernel
 from .memory import Streams, extreme
-from .reference import RULES
+from .options import RULES
 
 
 def test_every_rule_and_variant_has_a_reference(core: Core) -> None:

@@ -25,10 +25,10 @@ FUSEDOPT_HD double square_root(double value) { return sqrt(value); }
 FUSEDOPT_HD double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 FUSEDOPT_HD float multiply_add(float a, float b, float c) {
 #if defined(FUSEDOPT_EMULATE_FMA)
-  // The product is exact in double, the sum has an error that is known exactly. It matters only where
-  // the sum lies halfway between two floats, as rounding cannot tell then to which it is nearer. In
-  // double throughout, so that it vectorises, where a call of fmaf would not. (A sum within 2^-53 of
-  // halfway between the largest float and Inf becomes Inf on either side.)
+  // The product is exact in double, the sum has an error that is known exactly. It matters only
+  // where the sum lies halfway between two floats, as rounding cannot tell then to which it is
+  // nearer. In double throughout, so that it vectorises, where a call of fmaf would not. (A sum
+  // within 2^-53 of halfway between the largest float and Inf becomes Inf on either side.)
   const double product = double(a) * double(b);
   const double sum = product + double(c);
   const double part = sum - product;

@@ -12,9 +12,10 @@ namespace fusedopt {
 //   square_avg      = alpha * square_avg + (1 - alpha) * g^2
 //   grad_avg        = alpha * grad_avg + (1 - alpha) * g                (centered)
 //   variance        = square_avg  or, centered, square_avg - grad_avg^2
-//   change          = g / (square_root(variance) + eps)  or, eps_inside_sqrt, g / sqrt(variance +
-//   eps) momentum_buffer = momentum * momentum_buffer + change               (momentum) p = p - lr
-//   * change  or, momentum, p - lr * momentum_buffer
+//   change          = g / (sqrt(variance) + eps)
+//                     or, eps_inside_sqrt, g / sqrt(variance + eps)
+//   momentum_buffer = momentum * momentum_buffer + change               (momentum)
+//   p               = p - lr * change  or, momentum, p - lr * momentum_buffer
 struct RmsProp {
   static constexpr const char* name = "rmsprop";
   static constexpr bool counts_steps = true;

@@ -1,0 +1,23 @@
+"""The options that every kernel of a rule is tried with: those of the table of optimizers."""
+
+from dataclasses import dataclass, field
+
+from optimizers import ROWS
+from reference import Options, Step
+
+
+@dataclass
+class Rule:
+    update: Step
+    defaults: Options
+    all_options: list[Options] = field(default_factory=list)
+
+
+# Large, so that whatever goes wrong with them is far above rounding.
+LARGE = {"lr": 0.1, "eps": 0.05}
+
+RULES: dict[str, Rule] = {}
+for row in ROWS:
+    large = {key: value for key, value in LARGE.items() if key in row.defaults}
+    rule = RULES.setdefault(row.ours._rule, Rule(row.step, row.defaults | large))
+    rule.all_options += [row.defaults | options | large for options in row.option_sets.values()]
