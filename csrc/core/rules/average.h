@@ -52,14 +52,15 @@ FUSEDOPT_HD T moving_average(T average, T value, T weight, T one_minus_weight) {
                          : multiply_add(one_minus_weight, average - value, value);
 }
 
-// The moving average of value^2. An average that has overflowed stays Inf, as in torch, where a
+// The moving average of value^2. The weight comes first, as in torch: the square of 1e20 overflows,
+// its share in the average does not. An average that has overflowed stays Inf, as in torch, where a
 // difference would make it NaN.
 template <class T>
 FUSEDOPT_HD T moving_average_of_square(T average, T value, T weight, T one_minus_weight) {
-  const T square = value * value;
-  const T updated = weight < T(0.5) ? multiply_add(weight, square - average, average)
-                                    : multiply_add(weight, square, one_minus_weight * average);
-  return average == T(INFINITY) ? average + square : updated;
+  const T weighted = weight * value;
+  const T updated = weight < T(0.5) ? average + multiply_add(weighted, value, -(weight * average))
+                                    : multiply_add(weighted, value, one_minus_weight * average);
+  return average == T(INFINITY) ? average + weighted * value : updated;
 }
 
 // 1 - base^exponent by repeated squaring in twice the precision of double: the same bits on every
