@@ -77,7 +77,7 @@ FUSEDOPT_HD void narrow(double value, double& out) { out = value; }
 FUSEDOPT_HD void narrow(float value, bfloat16& out) {
   const uint32_t bits = float_to_bits(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  out.bits = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+  out.bits = uint16_t(value != value ? 0x7fc0u : rounded);
 }
 
 FUSEDOPT_HD void narrow(float value, float16& out) {

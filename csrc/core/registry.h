@@ -89,7 +89,7 @@ bool zero_stays_zero_in(const HyperRow& packed_row) {
   memcpy(&row, packed_row.bytes, sizeof row);
   T p = 0;
   T state[kMaxStates] = {};
-  Variant::update(row, p, T(0), state);
+  Variant::template update<false>(row, p, T(0), state);
   bool result = p == 0;
   for (T value : state) result = result && value == 0;
   return result;

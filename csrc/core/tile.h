@@ -126,7 +126,7 @@ struct Tile {
       T states_of_i[kMaxStates];
       FUSEDOPT_UNROLL
       for (int k = 0; k < states; ++k) states_of_i[k] = widen(state[k].get(i));
-      Variant::update(row, value, T(widen(g.get(i))), states_of_i);
+      Variant::template update<false>(row, value, T(widen(g.get(i))), states_of_i);
       Param stored;
       narrow(value, stored);
       p.set(i, stored);
@@ -144,7 +144,7 @@ struct Tile {
     T states_of_i[kMaxStates];
     FUSEDOPT_UNROLL
     for (int k = 0; k < states; ++k) states_of_i[k] = widen(s.state[k][i]);
-    Variant::update(row, value, T(widen(s.grad[i])), states_of_i);
+    Variant::template update<false>(row, value, T(widen(s.grad[i])), states_of_i);
     narrow(value, s.param[i]);
     FUSEDOPT_UNROLL
     for (int k = 0; k < states; ++k) narrow(states_of_i[k], s.state[k][i]);

@@ -9,15 +9,12 @@ namespace cpu {
 namespace FUSEDOPT_ISA {
 namespace {
 
-template <class Variant, class Types>
-__attribute__((noinline)) void span_loop(const Span& span, const HyperRow& packed_row,
-                                         int64_t begin, int64_t end) {
+template <bool usual, class Variant, class Types, class Row>
+inline __attribute__((always_inline)) void run(const Span& span, const Row& row, int64_t begin,
+                                               int64_t end) {
   using T = typename Types::Compute;
   using State = typename Types::State;
   constexpr int states = Variant::states;
-
-  typename Variant::Rule::template Row<T> row;
-  memcpy(&row, packed_row.bytes, sizeof row);
 
   auto* FUSEDOPT_RESTRICT param = static_cast<typename Types::Param*>(span.param);
   const auto* FUSEDOPT_RESTRICT grad = static_cast<const typename Types::Grad*>(span.grad);
@@ -33,11 +30,24 @@ __attribute__((noinline)) void span_loop(const Span& span, const HyperRow& packe
     if (states > 0) state[0] = widen(state0[i]);
     if (states > 1) state[1] = widen(state1[i]);
     if (states > 2) state[2] = widen(state2[i]);
-    Variant::update(row, p, T(widen(grad[i])), state);
+    Variant::template update<usual>(row, p, T(widen(grad[i])), state);
     narrow(p, param[i]);
     if (states > 0) narrow(state[0], state0[i]);
     if (states > 1) narrow(state[1], state1[i]);
     if (states > 2) narrow(state[2], state2[i]);
+  }
+}
+
+template <class Variant, class Types>
+__attribute__((noinline)) void span_loop(const Span& span, const HyperRow& packed_row,
+                                         int64_t begin, int64_t end) {
+  using Rule = typename Variant::Rule;
+  typename Rule::template Row<typename Types::Compute> row;
+  memcpy(&row, packed_row.bytes, sizeof row);
+  if (Rule::usual(row)) {
+    run<true, Variant, Types>(span, row, begin, end);
+  } else {
+    run<false, Variant, Types>(span, row, begin, end);
   }
 }
 

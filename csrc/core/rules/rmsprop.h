@@ -34,6 +34,12 @@ struct RmsProp {
     T eps_inside, eps_outside;
   };
 
+  // What nearly all rows have in common; with it known, update() takes fewer instructions.
+  template <class T>
+  FUSEDOPT_HD static bool usual(const Row<T>& row) {
+    return row.weight_decay == 0 && row.one_minus_alpha < T(0.5);
+  }
+
   FUSEDOPT_HD static Row<double> row(const Options& o, double, bool, double grad_factor) {
     Row<double> row;
     row.grad_factor = o.maximize != 0 ? -grad_factor : grad_factor;
@@ -54,18 +60,18 @@ struct RmsProp {
     static constexpr const char* state_names[] = {
         "square_avg", momentum ? "momentum_buffer" : "grad_avg", "grad_avg"};
 
-    template <class T>
+    template <bool usual, class T>
     FUSEDOPT_HD static void update(const Row<T>& row, T& p, T g, T* state) {
       T& square_avg = state[0];
 
       g = row.grad_factor * g;
-      if (row.weight_decay != 0) g = multiply_add(row.weight_decay, p, g);
-      square_avg = moving_average_of_square(square_avg, g, row.one_minus_alpha, row.alpha);
+      if (!usual && row.weight_decay != 0) g = multiply_add(row.weight_decay, p, g);
+      square_avg = moving_average_of_square<usual>(square_avg, g, row.one_minus_alpha, row.alpha);
 
       T variance = square_avg;
       if (centered) {
         T& grad_avg = state[momentum ? 2 : 1];
-        grad_avg = moving_average(grad_avg, g, row.one_minus_alpha, row.alpha);
+        grad_avg = moving_average<usual>(grad_avg, g, row.one_minus_alpha, row.alpha);
         variance = multiply_add(-grad_avg, grad_avg, variance);
         // Rounding can leave a tiny negative variance, whose root would be NaN.
         variance = variance < 0 ? T(0) : variance;

@@ -30,6 +30,12 @@ struct Sgd {
     T nesterov, first;
   };
 
+  // Nothing is worth a loop of its own.
+  template <class T>
+  FUSEDOPT_HD static bool usual(const Row<T>&) {
+    return false;
+  }
+
   FUSEDOPT_HD static Row<double> row(const Options& o, double, bool first, double grad_factor) {
     Row<double> row;
     row.grad_factor = o.maximize != 0 ? -grad_factor : grad_factor;
@@ -48,7 +54,7 @@ struct Sgd {
     static constexpr int states = momentum ? 1 : 0;
     static constexpr const char* state_names[] = {"momentum_buffer"};
 
-    template <class T>
+    template <bool, class T>
     FUSEDOPT_HD static void update(const Row<T>& row, T& p, T g, T* state) {
       g = row.grad_factor * g;
       if (row.weight_decay != 0) g = multiply_add(row.weight_decay, p, g);
