@@ -12,7 +12,7 @@ PY := $(if $(strip $(VENV)),$(VENV)/bin/python,$(PYTHON))
 tool = "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/$(1)"
 SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help env build demo test bench lint format check-binary gpu-check dist clean
+.PHONY: help env build demo test bench lint format check-binary check-tables tables gpu-check dist clean
 
 help:  ## list the targets
 	@echo 'Each sets up what it needs. PYTHON=python3.12 chooses what .venv is made from;'
@@ -59,6 +59,15 @@ format: env  ## format all sources
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(call tool,clang-format) -i $(SOURCES)
+
+RESULTS = benchmarks/results/cpu.json
+check-tables: env  ## check that the tables in the documentation are those of the results
+	$(PY) -m benchmarks.report $(RESULTS) --check
+	$(PY) -m benchmarks.report $(RESULTS) --check --readme-file docs/performance.md
+
+tables: env  ## write the tables of the results into the documentation
+	$(PY) -m benchmarks.report $(RESULTS) --readme
+	$(PY) -m benchmarks.report $(RESULTS) --readme --readme-file docs/performance.md
 
 check-binary: build  ## check in the disassembly that the loops are packed
 	$(PY) tests/binary/check_binary.py
