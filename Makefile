@@ -61,21 +61,22 @@ format: env  ## format all sources
 	$(call tool,clang-format) -i $(SOURCES)
 
 RESULTS = benchmarks/results/cpu.json
+GPU_RESULTS = $(sort $(wildcard benchmarks/results/nvidia-*.json))
 check-tables: env  ## check that the tables in the documentation are those of the results
 	$(PY) -m benchmarks.report $(RESULTS) --check
 	$(PY) -m benchmarks.report $(RESULTS) --check --readme-file docs/performance.md
+	$(PY) -m benchmarks.report --gpu $(GPU_RESULTS) --check
 
 tables: env  ## write the tables of the results into the documentation
 	$(PY) -m benchmarks.report $(RESULTS) --readme
 	$(PY) -m benchmarks.report $(RESULTS) --readme --readme-file docs/performance.md
+	$(PY) -m benchmarks.report --gpu $(GPU_RESULTS) --readme
 
 check-binary: build  ## check in the disassembly that the loops are packed
 	$(PY) tests/binary/check_binary.py
 
-gpu-check: export FUSEDOPT_CUDA = 1
-gpu-check: export FUSEDOPT_CUDA_ARCHS = native
-gpu-check: build  ## build for the GPUs of this machine and run the tests that need one
-	$(PY) -m pytest -m cuda $(ARGS)
+gpu-check: env  ## build, test, sanitize and measure on this machine's GPU; OUT=folder also keeps the results there
+	$(PY) -m benchmarks.gpu_check $(ARGS)
 
 # The wheel is built from the sdist; both are then tried where nothing else of fusedopt is.
 CLEAN = build/clean-env

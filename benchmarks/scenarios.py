@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import torch
+
+from benchmarks.shapes import (
+    GPT_2_MEDIUM,
+    GPT_2_SMALL,
+    LLAMA_3_8B_ENDS,
+    LLAMA_3_8B_LAYER,
+    LLAMA_3_8B_LAYERS,
+    RESNET_50,
+    VIT_B_16,
+    Shapes,
+)
 
 
 @dataclass(frozen=True)
@@ -16,9 +28,11 @@ class OptimizerSetup:
         name: how the command line and the tables call it.
         class_name: the class's name, the same in ``torch.optim`` and in ``fusedopt``.
         states: number of state tensors per parameter, each of the parameter's shape.
-        options: constructor arguments beyond the defaults, which are equal everywhere.
+        options: constructor arguments, whatever an implementation's defaults are.
         dtype: of parameters, gradients and states.
-        scenarios: the scenarios it runs in; empty for all.
+        max_grad_norm: where not None, the gradients are clipped by their global norm as well.
+        loss_scale: where not None, what a GradScaler multiplied the gradients by: each call
+            unscales, clips, steps, updates the scaler and resets the gradients.
     """
 
     name: str
@@ -26,12 +40,16 @@ class OptimizerSetup:
     states: int
     options: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
-    scenarios: tuple[str, ...] = ()
+    max_grad_norm: float | None = None
+    loss_scale: float | None = None
 
     @property
     def bytes_per_parameter(self) -> int:
-        """Bytes a step must move at least: reads p, g and states, writes p and states."""
-        return self.dtype.itemsize * (3 + 2 * self.states)
+        """Bytes a step must move at least: reads p, g and states, writes p and states.
+
+        Before it can clip, it must have read all gradients for their norm.
+        """
+        return self.dtype.itemsize * (3 + 2 * self.states + (self.max_grad_norm is not None))
 
 
 @dataclass(frozen=True)
@@ -40,35 +58,143 @@ class Scenario:
 
     Attributes:
         name: how the command line and the tables call it.
-        shapes: pairs of a number of tensors and their shape.
+        shapes: of the tensors, without those of layers.
+        layer: the shapes of one layer's tensors.
+        layers: how many of these there are.
+        groups: how many parameter groups the tensors are dealt out to, evenly and in order.
+        without: implementations that are left out, as they cannot differ from another here.
+        note: what the tables say about it.
     """
 
     name: str
-    shapes: tuple[tuple[int, tuple[int, ...]], ...]
+    shapes: Shapes
+    layer: Shapes = ()
+    layers: int = 0
+    groups: int = 1
+    without: tuple[str, ...] = ()
+    note: str = ""
 
     @property
-    def tensors(self) -> list[tuple[int, ...]]:
-        """The shape of each tensor, in order."""
-        return [shape for count, shape in self.shapes for _ in range(count)]
+    def tensors(self) -> Shapes:
+        """The shape of each tensor."""
+        return self.shapes + self.layers * self.layer
 
+    @property
+    def elements(self) -> int:
+        """Of all tensors together."""
+        return sum(prod(shape) for shape in self.tensors)
+
+    def fitting(self, elements: int) -> Scenario:
+        """This scenario, or one like it with at most so many elements, which its note says.
+
+        Fewer layers or, of a single tensor, a smaller one. ValueError where that is not enough.
+        """
+        if self.elements <= elements:
+            return self
+        if self.layers:
+            layers = (elements - replace(self, layers=0).elements) // sum(map(prod, self.layer))
+            if layers > 0:
+                return replace(self, layers=layers, note=f"{layers} of {self.layers} layers")
+        elif self.shapes == ((self.elements,),) and elements > 0:
+            size = 1 << (elements.bit_length() - 1)
+            return replace(self, shapes=((size,),), note=f"{size:,} elements")
+        raise ValueError(
+            f"{self.name} does not fit: there is memory for {elements:,} elements in each "
+            "implementation"
+        )
+
+
+KI, MI, GI = 2**10, 2**20, 2**30
+# Given to everybody, as the defaults of other packages are not torch's.
+ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+RMSPROP = {"alpha": 0.99, "eps": 1e-8}
+# AdamW does not mind the scale of a gradient, so that nobody could see whether it was clipped. Next
+# to an eps of the size of the clipped gradients it does.
+ADAMW_CLIP = {**ADAMW, "eps": 1e-4}
 
 OPTIMIZERS = {
     setup.name: setup
     for setup in (
-        OptimizerSetup("AdamW", "AdamW", states=2),
+        OptimizerSetup("AdamW", "AdamW", states=2, options=ADAMW),
         OptimizerSetup("SGD", "SGD", states=1, options={"momentum": 0.9}),
-        OptimizerSetup("RMSprop", "RMSprop", states=1),
+        OptimizerSetup("RMSprop", "RMSprop", states=1, options=RMSPROP),
+        OptimizerSetup("AdamW-bf16", "AdamW", states=2, options=ADAMW, dtype=torch.bfloat16),
+        OptimizerSetup("AdamW-clip", "AdamW", states=2, options=ADAMW_CLIP, max_grad_norm=1.0),
         OptimizerSetup(
-            "AdamW-bf16", "AdamW", states=2, dtype=torch.bfloat16, scenarios=("1x64Mi",)
+            "AdamW-pipeline",
+            "AdamW",
+            states=2,
+            options=ADAMW_CLIP,
+            max_grad_norm=1.0,
+            loss_scale=65536.0,
         ),
     )
 }
+PLAIN = ("AdamW", "SGD", "RMSprop")
+
+# Where tensors are as large as this, memory alone counts: how they lie and how a step is launched
+# do not.
+HUGE = ("fusedopt-flat", "fusedopt-graph", "torch-fused-graph")
 
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
-        Scenario("1x64Mi", ((1, (64 * 1024 * 1024,)),)),
-        Scenario("1000x1Ki", ((1000, (1024,)),)),
-        Scenario("200x100K", ((200, (100_000,)),)),
+        Scenario("1x64Mi", ((64 * MI,),)),
+        Scenario("1000x1Ki", 1000 * ((1 * KI,),)),
+        Scenario("200x100K", 200 * ((100_000,),)),
+        Scenario("1x1Gi", ((1 * GI,),), without=HUGE),
+        Scenario(
+            "Llama-3-8B",
+            LLAMA_3_8B_ENDS,
+            layer=LLAMA_3_8B_LAYER,
+            layers=LLAMA_3_8B_LAYERS,
+            without=HUGE,
+        ),
+        Scenario("Llama-3-8B-layer", LLAMA_3_8B_LAYER),
+        Scenario("ResNet-50", RESNET_50),
+        Scenario("ViT-B-16", VIT_B_16),
+        Scenario("GPT-2-small", GPT_2_SMALL),
+        Scenario("GPT-2-medium", GPT_2_MEDIUM),
+        Scenario("500-groups", 500 * ((4 * KI,),), groups=500),
     )
 }
+
+# What is measured by default, by the type of device: scenarios, and the optimizers in each.
+SUITES: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": {
+        "1x64Mi": (*PLAIN, "AdamW-bf16"),
+        "1000x1Ki": PLAIN,
+        "200x100K": (*PLAIN, "AdamW-clip"),
+    },
+    "cuda": {
+        "1x1Gi": PLAIN,
+        "Llama-3-8B": ("AdamW", "AdamW-bf16", "AdamW-pipeline"),
+        "ResNet-50": (*PLAIN, "AdamW-pipeline"),
+        "1000x1Ki": PLAIN,
+        "500-groups": ("AdamW",),
+    },
+}
+
+
+def choose_cases(
+    device_type: str, optimizers: list[str] | None, scenarios: list[str] | None
+) -> list[tuple[OptimizerSetup, Scenario]]:
+    """The cases that these choices ask for, None being no choice.
+
+    Optimizers and scenarios that were both chosen are all combined. Otherwise the device's suite
+    says what goes with what, and a scenario that is not in it gets the plain optimizers.
+    """
+    suite = SUITES[device_type]
+    if scenarios is None:
+        scenarios = list(suite)
+        allowed = suite
+    else:
+        allowed = {name: suite.get(name, PLAIN) for name in scenarios}
+        if optimizers is not None:
+            allowed = dict.fromkeys(scenarios, tuple(optimizers))
+    return [
+        (OPTIMIZERS[optimizer], SCENARIOS[scenario])
+        for scenario in scenarios
+        for optimizer in optimizers or allowed[scenario]
+        if optimizer in allowed[scenario]
+    ]

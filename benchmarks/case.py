@@ -1,0 +1,73 @@
+"""What tables and targets read from a measured case, and how they write it."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+COPY = "copy"
+FLOOR = "read-modify-write"
+OURS = "fusedopt"
+FLAT = "fusedopt-flat"
+GRAPH = "fusedopt-graph"
+
+# The keys of a case's samples by what was timed; the last two on GPUs only.
+WALL = "seconds"
+HOST = "host_seconds"
+DEVICE = "device_seconds"
+
+Json = dict[str, Any]
+
+
+def samples(case: Json, name: str, timed: str = WALL) -> list[float] | None:
+    """The seconds per call in each round; None where they were not measured."""
+    found: list[float] | None = case.get(timed, {}).get(name)
+    return found
+
+
+def ratio(case: Json, name: str, to: str, timed: str = WALL) -> float | None:
+    """Median over the rounds of one time divided by another; None where one was not measured."""
+    above, below = samples(case, name, timed), samples(case, to, timed)
+    if above is None or below is None:
+        return None
+    return median(a / b for a, b in zip(above, below, strict=True))
+
+
+def share_of_copy(case: Json, name: str) -> float | None:
+    """The bytes that a step must move over its time on the device, by those of a copy over its."""
+    times_copy = ratio(case, COPY, name, DEVICE)
+    if times_copy is None:
+        return None
+    step_bytes: int = case["parameters"] * case["bytes_per_parameter"]
+    copied: int = case["memory_bytes"]
+    return times_copy * step_bytes / copied
+
+
+def of_what(case: Json) -> str:
+    """The scenario, with what there is to say about it."""
+    note = case.get("note")
+    return f"{case['scenario']} ({note})" if note else str(case["scenario"])
+
+
+def on_gpu(results: Json) -> bool:
+    """Whether a run was on a GPU."""
+    return bool(results["provenance"]["device"] != "CPU")
+
+
+def times(value: float | None) -> str:
+    """A ratio as text."""
+    if value is None:
+        return "-"
+    return f"{value:.2f}x" if value < 10 else f"{value:.1f}x"
+
+
+def percent(value: float | None) -> str:
+    """A share as text."""
+    return "-" if value is None else f"{100 * value:.0f}%"
+
+
+def duration(seconds: float | None) -> str:
+    """A time as text."""
+    if seconds is None:
+        return "-"
+    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} us"
