@@ -142,6 +142,7 @@ class Build(cpp_extension.BuildExtension):
             "version": self.distribution.get_version(),
             "torch_version": str(torch.__version__),
             "cuda_version": cuda[1] if cuda else "",
+            "cuda_archs": os.environ.get("FUSEDOPT_CUDA_ARCHS", ""),
         }
         (extension,) = self.extensions
         extension.extra_compile_args["cxx"] += [

@@ -10,22 +10,26 @@
 
 #include <array>
 #include <cmath>
+#include <deque>
 #include <mutex>
 #include <optional>
 #include <sstream>
 #include <unordered_map>
 
-#include "core/registry.h"
 #include "cpu/cpu.h"
-#if defined(FUSEDOPT_WITH_CUDA)
 #include "cuda/cuda.h"
-#endif
 
 namespace py = pybind11;
 
 namespace {
 
 using namespace fusedopt;
+
+// What csrc/cuda runs on. A test builds this file with the CPU here and that code on the host.
+#if !defined(FUSEDOPT_ACCELERATOR)
+#define FUSEDOPT_ACCELERATOR c10::kCUDA
+#endif
+constexpr c10::DeviceType kAccelerator = FUSEDOPT_ACCELERATOR;
 
 // In flat buffers a parameter starts at a multiple of this many elements: 64 bytes or more.
 constexpr int64_t kSlot = 64;
@@ -113,6 +117,14 @@ std::string text(const T& value) {
   return out.str();
 }
 
+// Whether kernels can read a value where it is: a float32 or float64 tensor of one element.
+bool is_on_accelerator(PyObject* value) {
+  if (!THPVariable_Check(value)) return false;
+  const at::Tensor& tensor = THPVariable_Unpack(value);
+  return tensor.device().type() == kAccelerator && tensor.numel() == 1 &&
+         (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble);
+}
+
 // A number out of a parameter group: a float, an int, a bool, or a tensor of one element.
 double number(PyObject* value, const std::string& what) {
   if (PyFloat_Check(value)) return PyFloat_AS_DOUBLE(value);
@@ -134,7 +146,13 @@ double number(PyObject* value, const std::string& what) {
   return result;
 }
 
-// A rule's options in a parameter group.
+// A rule's options in a parameter group. Where one lies on a device, values has a placeholder.
+struct GroupOptions {
+  std::array<double, kMaxOptions> values{};
+  std::array<PyObject*, kMaxOptions> on_device{};  // borrowed from the group
+  bool any_on_device = false;
+};
+
 class OptionReader {
  public:
   explicit OptionReader(const RuleInfo& rule) : rule_(rule) {
@@ -142,13 +160,11 @@ class OptionReader {
     for (int i = 0; i < rule.option_count; ++i) keys_.emplace_back(rule.options[i].key);
   }
 
-  void read(const std::string& optimizer, PyObject* group, size_t g, double* values) const {
+  void read(const std::string& optimizer, PyObject* group, size_t g, GroupOptions& options) const {
+    options.any_on_device = false;
     for (int i = 0; i < rule_.option_count; ++i) {
       const OptionKey& key = rule_.options[i];
-      const auto what = [&] {
-        std::string name = optimizer + ": group " + text(g) + ": " + key.key;
-        return key.element < 0 ? name : name + "[" + text(key.element) + "]";
-      };
+      const auto what = [&] { return describe(optimizer, g, i); };
       PyObject* value = PyDict_GetItem(group, keys_[i].ptr());
       if (value == nullptr) throw py::key_error(what() + " is missing");
       py::object element;
@@ -157,26 +173,49 @@ class OptionReader {
         if (!element) throw py::error_already_set();
         value = element.ptr();
       }
-      values[i] = PyFloat_CheckExact(value) ? PyFloat_AS_DOUBLE(value) : number(value, what());
-      if (std::isnan(values[i])) throw py::value_error(what() + " is NaN; expected a number");
+      options.on_device[i] = nullptr;
+      if (PyFloat_CheckExact(value)) {
+        options.values[i] = PyFloat_AS_DOUBLE(value);
+      } else if (key.on_device && is_on_accelerator(value)) {
+        options.values[i] = 0.5;  // any number that makes a row in which zero stays zero
+        options.on_device[i] = value;
+        options.any_on_device = true;
+      } else {
+        options.values[i] = number(value, what());
+      }
+      if (std::isnan(options.values[i]))
+        throw py::value_error(what() + " is NaN; expected a number");
     }
   }
 
+  // Fetches what lies on a device, which waits for it.
+  void fetch(const std::string& optimizer, size_t g, GroupOptions& options) const {
+    for (int i = 0; i < rule_.option_count; ++i)
+      if (options.on_device[i] != nullptr)
+        options.values[i] = number(options.on_device[i], describe(optimizer, g, i));
+    options.on_device.fill(nullptr);
+    options.any_on_device = false;
+  }
+
  private:
+  std::string describe(const std::string& optimizer, size_t g, int option) const {
+    const OptionKey& key = rule_.options[option];
+    const std::string name = optimizer + ": group " + text(g) + ": " + key.key;
+    return key.element < 0 ? name : name + "[" + text(key.element) + "]";
+  }
+
   const RuleInfo& rule_;
   std::vector<py::str> keys_;
 };
-
-constexpr size_t kMaxOptions = 16;
 
 // The keys of a parameter's state, as the options of its group want it.
 py::tuple state_names(const std::string& optimizer, const std::string& rule_name,
                       const py::dict& group, size_t index) {
   const RuleInfo& rule = find_rule(rule_name);
-  std::array<double, kMaxOptions> options;
-  OptionReader(rule).read(optimizer, group.ptr(), index, options.data());
+  GroupOptions options;
+  OptionReader(rule).read(optimizer, group.ptr(), index, options);
   const VariantInfo& variant =
-      registry().variants[rule.first_variant + rule.variant(options.data())];
+      registry().variants[rule.first_variant + rule.variant(options.values.data())];
   py::list names;
   if (rule.counts_steps) names.append("step");
   for (int k = 0; k < variant.states; ++k) names.append(variant.state_names[k]);
@@ -219,7 +258,7 @@ Slots& slots() {
 struct Record {
   py::object param;
   std::vector<py::object> states;  // in the variant's order; empty while there is no gradient yet
-  py::object step;
+  py::object count;                // of its steps; on the device, kernels count
   std::string name;
   int group = 0;
   bool duplicate = false;  // the same parameter again: it is stepped once
@@ -239,28 +278,146 @@ struct Record {
   c10::Device device = c10::kCPU;
   std::vector<int64_t> strides;
   std::array<void*, kMaxStates> state_data{};
-  float* step_value = nullptr;
+  float* count_value = nullptr;
+  bool on_device = false;  // the count, or that there is none, is the device's affair
+  int lineage = 0;         // parameters of one lineage have taken the same steps on the device
 };
 
 void* data_of(const py::object& tensor) {
   return THPVariable_Unpack(tensor.ptr()).unsafeGetTensorImpl()->mutable_data();
 }
 
-// The spans of one device, and what a step has to do besides.
+// A row of hyper-parameters, to be found again by the group's next parameter.
+struct CachedRow {
+  const void* work;
+  float taken;
+  bool first, float64;
+  int lineage;
+  int index;
+};
+
+// What a step has to do on one device.
 struct DeviceWork {
   c10::Device device;
   std::vector<Span> spans;
+  std::vector<HyperRow> rows;
+  std::vector<RowSource> sources;  // in place of rows, where the device makes them
+  std::vector<bool> float64;       // of each row
+  std::vector<CountRange> counts;
+  std::vector<GradSpan> gradients;  // for the norm
+
+  void clear() {
+    spans.clear();
+    rows.clear();
+    sources.clear();
+    float64.clear();
+    counts.clear();
+    gradients.clear();
+  }
+  int64_t chunks() const {
+    return gradients.empty() ? 0
+                             : gradients.back().first_chunk + norm_chunks(gradients.back().numel);
+  }
 };
 
 struct CopyBack {
   at::Tensor param, contiguous;
 };
 
-struct CachedRow {
-  float step;
-  bool first, float64;
-  int index;
+// Parameters of one lineage, and those of them in the step at hand.
+struct Lineage {
+  int members, active;
 };
+
+// Memory on devices that an optimizer's steps use. It is never given back while the optimizer
+// lives, as a captured graph may use it.
+class Workspace {
+ public:
+  struct Memory {
+    Control* control;
+    HyperRow* rows;
+    double* sums;
+  };
+
+  Memory get(c10::Device device, size_t rows, int64_t chunks) {
+    Room* room = this->room(device);
+    if (room == nullptr || room->rows < rows || room->chunks < chunks) {
+      Room larger;
+      larger.rows = std::max<size_t>(rows, room == nullptr ? 16 : 2 * room->rows);
+      larger.chunks = std::max<int64_t>(chunks, room == nullptr ? 64 : 2 * room->chunks);
+      const int64_t size =
+          kControl + int64_t(larger.rows * sizeof(HyperRow) + larger.chunks * sizeof(double));
+      larger.memory = at::zeros({size}, at::TensorOptions(at::kByte).device(device));
+      if (room != nullptr) outgrown_.push_back(room->memory);
+      if (room == nullptr) room = &rooms_.emplace_back();
+      *room = larger;
+    }
+    char* memory = static_cast<char*>(room->memory.mutable_data_ptr());
+    char* after_rows = memory + kControl + room->rows * sizeof(HyperRow);
+    return {reinterpret_cast<Control*>(memory), reinterpret_cast<HyperRow*>(memory + kControl),
+            reinterpret_cast<double*>(after_rows)};
+  }
+
+  // The sum of squares that the last norm on the device has left; waits for it.
+  double sum_of_squares(c10::Device device) {
+    return room(device)
+        ->memory.narrow(0, offsetof(Control, sum_of_squares), sizeof(double))
+        .view(at::kDouble)
+        .item<double>();
+  }
+
+  // Where the norm of the last step that clipped is: with the device, or this one.
+  void note_norm(c10::Device device, std::optional<double> norm = std::nullopt) {
+    norm_device_ = device;
+    norm_ = norm;
+  }
+
+  std::optional<at::Tensor> grad_norm() {
+    if (!norm_device_) return std::nullopt;
+    const auto options = at::TensorOptions(at::kFloat).device(*norm_device_);
+    if (norm_) return at::full({}, *norm_, options);
+    return room(*norm_device_)
+        ->memory.narrow(0, offsetof(Control, grad_norm), sizeof(float))
+        .view(at::kFloat)
+        .reshape({})
+        .clone();
+  }
+
+ private:
+  struct Room {
+    at::Tensor memory;  // a Control, then rows, then sums of chunks
+    size_t rows = 0;
+    int64_t chunks = 0;
+  };
+  static constexpr size_t kControl = 64;
+  static_assert(sizeof(Control) <= kControl);
+
+  Room* room(c10::Device device) {
+    for (Room& room : rooms_)
+      if (room.memory.device() == device) return &room;
+    return nullptr;
+  }
+
+  std::vector<Room> rooms_;
+  std::vector<at::Tensor> outgrown_;
+  std::optional<c10::Device> norm_device_;
+  std::optional<double> norm_;
+};
+
+void* stream_of(c10::Device device) {
+  if (!device.is_cuda()) return nullptr;
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+}
+
+#if !defined(FUSEDOPT_WITH_CUDA)
+// Never called, as parameters on a GPU are refused.
+}  // namespace
+namespace fusedopt::cuda {
+bool is_capturing(void*) { return false; }
+const char* step(const DeviceStep&, void*) { return "fusedopt was built without CUDA"; }
+}  // namespace fusedopt::cuda
+namespace {
+#endif
 
 void run_in_parallel(int64_t size, int64_t grain, void* context,
                      void (*body)(void*, int64_t, int64_t)) {
@@ -271,26 +428,30 @@ void run_in_parallel(int64_t size, int64_t grain, void* context,
 // set of buffers change; gradients are looked up in every step.
 class Plan {
  public:
-  Plan(std::string optimizer, const std::string& rule)
+  Plan(std::string optimizer, const std::string& rule, std::shared_ptr<Workspace> workspace)
       : optimizer_(std::move(optimizer)),
         rule_(find_rule(rule)),
         option_reader_(rule_),
-        params_key_("params") {}
+        params_key_("params"),
+        workspace_(std::move(workspace)) {}
 
-  void add_group(const py::dict& group) {
+  void add_group(const py::dict& group, bool capturable) {
     group_sizes_.push_back(0);
     options_.emplace_back();
     rows_of_group_.emplace_back();
-    option_reader_.read(optimizer_, group.ptr(), group_sizes_.size() - 1, options_.back().data());
-    variants_.push_back(rule_.variant(options_.back().data()));
+    capturable_.push_back(capturable);
+    option_reader_.read(optimizer_, group.ptr(), group_sizes_.size() - 1, options_.back());
+    variants_.push_back(rule_.variant(options_.back().values.data()));
   }
 
-  // Adds the next parameter of the group added last.
   // Adds the next parameter of the group added last. states are in the order of state_names, or
   // none while there is no gradient yet; flat_grad is where its gradient lies in a flat buffer.
+  // on_device says that the host need not know its count of steps, which for a rule that has none
+  // in its state is first_count, where it has just been made.
   void add(const py::object& param, const std::string& name, bool duplicate,
            const std::optional<py::tuple>& states, bool first, uintptr_t flat_grad,
-           at::ScalarType state_dtype) {
+           at::ScalarType state_dtype, bool on_device, const std::optional<py::object>& first_count,
+           int lineage) {
     const at::Tensor& tensor = THPVariable_Unpack(param.ptr());
     Record r;
     r.param = param;
@@ -312,18 +473,35 @@ class Plan {
     r.in_slots = slots().holds(tensor);
     r.flat_grad = reinterpret_cast<const void*>(flat_grad);
     r.has_state = states.has_value();
+    r.on_device = on_device;
+    const auto set_count = [&r](const py::object& count) {
+      r.count = count;
+      r.count_value = static_cast<float*>(data_of(count));
+    };
+    if (first_count) set_count(*first_count);
     if (states) {
       for (const auto& item : *states) {
         const auto state = py::reinterpret_borrow<py::object>(item);
-        if (rule_.counts_steps && r.step_value == nullptr) {
-          r.step = state;
-          r.step_value = static_cast<float*>(data_of(state));
+        if (rule_.counts_steps && !r.count) {
+          set_count(state);
           continue;
         }
         r.state_data[r.states.size()] = data_of(state);
         r.in_slots = r.in_slots && slots().holds(THPVariable_Unpack(state.ptr()));
         r.states.push_back(state);
       }
+    }
+    if (r.on_device && !r.duplicate) {
+      r.lineage = lineage;
+      if (lineages_.size() <= size_t(lineage)) lineages_.resize(lineage + 1, {0, 0});
+      ++lineages_[lineage].members;
+    }
+    if (!r.duplicate) {
+      const bool without_state =
+          !rule_.counts_steps && registry().variants[variant_of(r)].states == 0;
+      device_decides_ = device_decides_ && (r.on_device || without_state);
+      one_accelerator_ = one_accelerator_ && r.device.type() == kAccelerator &&
+                         (records_.empty() || records_[0].device == r.device);
     }
     ++group_sizes_.back();
     records_.push_back(std::move(r));
@@ -333,15 +511,31 @@ class Plan {
   // that nothing was changed and the plan has to be built anew first, with state for the
   // parameters listed (by position).
   std::optional<std::vector<int>> step(const py::list& groups, const py::object& grad_scale,
-                                       const py::object& found_inf) {
+                                       const py::object& found_inf,
+                                       const std::optional<double>& max_grad_norm) {
     const at::NoGradGuard no_grad;
-    if (!found_inf.is_none() && number(found_inf.ptr(), optimizer_ + ": found_inf") != 0)
-      return std::nullopt;
-    grad_factor_ = 1;
-    if (!grad_scale.is_none())
-      grad_factor_ = 1 / number(grad_scale.ptr(), optimizer_ + ": grad_scale");
+    if (records_.empty()) one_accelerator_ = false;
+    factor_ = FactorSource{};
+    clips_ = max_grad_norm.has_value();
+    factor_.max_grad_norm = max_grad_norm.value_or(0);
+    if (!grad_scale.is_none()) {
+      factor_.grad_scale = on_the_accelerator(grad_scale);
+      if (factor_.grad_scale == nullptr)
+        factor_.factor = 1 / number(grad_scale.ptr(), optimizer_ + ": grad_scale");
+    }
+    if (!found_inf.is_none()) {
+      // Where a count of steps is the host's, it has to know whether there is a step.
+      if (device_decides_) factor_.found_inf = on_the_accelerator(found_inf);
+      if (factor_.found_inf == nullptr &&
+          number(found_inf.ptr(), optimizer_ + ": found_inf") != 0) {
+        // Nobody looks at the gradients then; their norm is not finite.
+        if (clips_) workspace_->note_norm(norm_device(), NAN);
+        return std::nullopt;
+      }
+    }
 
     if (!prepare(groups)) return std::move(missing_);
+    check_capture();
     run();
     finish();
     return std::nullopt;
@@ -352,7 +546,7 @@ class Plan {
     for (const Record& r : records_) {
       Py_VISIT(r.param.ptr());
       for (const auto& state : r.states) Py_VISIT(state.ptr());
-      if (r.step) Py_VISIT(r.step.ptr());
+      if (r.count) Py_VISIT(r.count.ptr());
     }
     return 0;
   }
@@ -371,24 +565,41 @@ class Plan {
  private:
   std::string describe(const Record& r) const { return optimizer_ + ": " + r.name; }
 
+  int variant_of(const Record& r) const { return rule_.first_variant + variants_[r.group]; }
+
+  // Where kernels can read a scaler's tensor, else null.
+  const float* on_the_accelerator(const py::object& value) const {
+    if (!one_accelerator_ || !is_on_accelerator(value.ptr())) return nullptr;
+    const at::Tensor& tensor = THPVariable_Unpack(value.ptr());
+    if (tensor.scalar_type() != at::kFloat || tensor.device() != records_[0].device) return nullptr;
+    return tensor.const_data_ptr<float>();
+  }
+
+  c10::Device norm_device() const {
+    return one_accelerator_ ? records_[0].device : c10::Device(c10::kCPU);
+  }
+
   // Whether all the spans could be made; if not, missing_ tells for whom state has to be made.
   bool prepare(const py::list& groups) {
     missing_.clear();
     active_.clear();
-    rows_.clear();
-    zero_stays_zero_.clear();
     temporaries_.clear();
     copy_back_.clear();
-    for (auto& work : work_) work.spans.clear();
+    for (auto& work : work_) work.clear();
     if (groups.size() != group_sizes_.size()) return false;
+
+    // A device makes all of its rows, or none.
+    rows_on_device_ = !lineages_.empty();
+    for (size_t g = 0; g < group_sizes_.size(); ++g) {
+      option_reader_.read(optimizer_, PyList_GET_ITEM(groups.ptr(), g), g, options_[g]);
+      rows_on_device_ = rows_on_device_ || options_[g].any_on_device;
+      rows_of_group_[g].clear();
+      if (rule_.variant(options_[g].values.data()) != variants_[g]) return false;
+    }
 
     size_t next = 0;
     for (size_t g = 0; g < group_sizes_.size(); ++g) {
-      PyObject* group = PyList_GET_ITEM(groups.ptr(), g);
-      option_reader_.read(optimizer_, group, g, options_[g].data());
-      rows_of_group_[g].clear();
-      if (rule_.variant(options_[g].data()) != variants_[g]) return false;
-      PyObject* params = PyDict_GetItem(group, params_key_.ptr());
+      PyObject* params = PyDict_GetItem(PyList_GET_ITEM(groups.ptr(), g), params_key_.ptr());
       if (params == nullptr || !(PyList_Check(params) || PyTuple_Check(params)))
         throw py::type_error(optimizer_ + ": group " + text(g) +
                              ": params is not a list of parameters");
@@ -416,7 +627,7 @@ class Plan {
     if (!r.contiguous && param.strides() != at::IntArrayRef(r.strides)) return false;
     for (size_t k = 0; k < r.states.size(); ++k)
       if (data_of(r.states[k]) != r.state_data[k]) return false;
-    return r.step_value == nullptr || data_of(r.step) == r.step_value;
+    return r.count_value == nullptr || data_of(r.count) == r.count_value;
   }
 
   // Adds the span of one parameter; false where it has no state yet. Throws on a gradient that
@@ -425,6 +636,13 @@ class Plan {
     const int kernel = check_gradient(r, param, grad);
     if (!r.has_state) return false;
     active_.push_back(&r);
+    DeviceWork& work = work_of(r.device);
+    if (r.on_device && r.count_value != nullptr) {
+      auto& counts = work.counts;
+      if (counts.empty() || counts.back().counts + counts.back().size != r.count_value)
+        counts.push_back({r.count_value, 0});
+      ++counts.back().size;
+    }
     if (r.numel == 0) return true;
 
     Span span;
@@ -433,10 +651,11 @@ class Plan {
     for (int k = 0; k < kMaxStates; ++k) span.states[k] = r.state_data[k];
     span.numel = r.numel;
     span.kernel = kernel;
-    span.row = row(r);
+    span.row = row(r, work);
 
     // Padding belongs to a flat buffer only where all of the streams are in one.
-    const bool walk_padding = r.in_slots && span.grad == r.flat_grad && zero_stays_zero_[span.row];
+    const bool walk_padding =
+        r.in_slots && span.grad == r.flat_grad && zero_stays_zero(r, work, span.row);
     if (!r.dense) {
       // States of such a parameter are dense; it is gathered and put back afterwards.
       const at::Tensor gathered = gather(param, dense_like(r, param));
@@ -447,7 +666,9 @@ class Plan {
       span.grad = dense_gradient(param, grad);
     }
 
-    DeviceWork& work = work_of(r.device);
+    if (clips_)
+      work.gradients.push_back(
+          {span.grad, span.numel, work.chunks(), *storage_dtype(grad.scalar_type())});
     if (work.spans.empty() || !extend(work.spans.back(), span, r, grad)) {
       span.offset = work.spans.empty() ? 0 : work.spans.back().offset + work.spans.back().numel;
       work.spans.push_back(span);
@@ -524,44 +745,174 @@ class Plan {
   DeviceWork& work_of(c10::Device device) {
     for (auto& work : work_)
       if (work.device == device) return work;
-    work_.push_back({device, {}});
+    work_.push_back({device});
     return work_.back();
   }
 
+  bool makes_rows(c10::Device device) const {
+    return rows_on_device_ && device.type() == kAccelerator;
+  }
+
   // The row of the hyper table for a parameter's group and step count.
-  int row(const Record& r) {
-    const float step = r.step_value == nullptr ? 0 : *r.step_value + 1;
+  int row(const Record& r, DeviceWork& work) {
+    const bool device_counts = r.on_device && r.count_value != nullptr;
+    const float taken = r.count_value == nullptr || device_counts ? 0 : *r.count_value;
     const bool float64 = r.dtype == DType::float64;
+    const bool first = device_counts || r.first;
+    const int lineage = device_counts ? r.lineage : -1;
     auto& cached = rows_of_group_[r.group];
     for (auto it = cached.rbegin(); it != cached.rend() && it - cached.rbegin() < 8; ++it)
-      if (it->step == step && it->first == r.first && it->float64 == float64) return it->index;
-    rows_.emplace_back();
-    rule_.row(options_[r.group].data(), step, r.first, grad_factor_, float64, rows_.back());
-    zero_stays_zero_.push_back(
-        registry().variants[rule_.first_variant + variants_[r.group]].zero_stays_zero(rows_.back(),
-                                                                                      float64));
-    cached.push_back({step, r.first, float64, int(rows_.size()) - 1});
-    return cached.back().index;
+      if (it->taken == taken && it->lineage == lineage && it->first == first &&
+          it->float64 == float64 && it->work == &work)
+        return it->index;
+    GroupOptions& options = options_[r.group];
+    if (options.any_on_device && !all_on(r.device, options))
+      option_reader_.fetch(optimizer_, r.group, options);
+    const int index = int(work.float64.size());
+    work.float64.push_back(float64);
+    if (makes_rows(r.device)) {
+      RowSource source{};
+      for (int i = 0; i < rule_.option_count; ++i) set_option(source, options, i);
+      source.count = device_counts ? r.count_value : nullptr;
+      source.taken = taken;
+      source.row = uint32_t(index);
+      source.first = first;
+      source.float64 = float64;
+      work.sources.push_back(source);
+    } else {
+      work.rows.emplace_back();
+      rule_.row(options.values.data(), double(taken) + 1, first, float64, work.rows.back());
+    }
+    cached.push_back({&work, taken, first, float64, lineage, index});
+    return index;
+  }
+
+  static bool all_on(c10::Device device, const GroupOptions& options) {
+    for (PyObject* value : options.on_device)
+      if (value != nullptr && THPVariable_Unpack(value).device() != device) return false;
+    return true;
+  }
+
+  static void set_option(RowSource& source, const GroupOptions& options, int i) {
+    if (options.on_device[i] == nullptr) {
+      source.set(i, options.values[i]);
+      return;
+    }
+    const at::Tensor& tensor = THPVariable_Unpack(options.on_device[i]);
+    const bool wide = tensor.scalar_type() == at::kDouble;
+    source.set(i, wide ? OptionKind::float64 : OptionKind::float32, tensor.const_data_ptr());
+  }
+
+  bool zero_stays_zero(const Record& r, const DeviceWork& work, int index) const {
+    HyperRow row;
+    if (work.rows.empty()) {
+      rule_.row(options_[r.group].values.data(), 1, r.first, work.float64[index], row);
+    } else {
+      row = work.rows[index];
+    }
+    return registry().variants[variant_of(r)].zero_stays_zero(row, work.float64[index]);
+  }
+
+  // Captured, a step is replayed as it was. What the host knows of it would stay for ever.
+  void check_capture() const {
+    for (const auto& work : work_) {
+      if (work.spans.empty() || work.device.type() != kAccelerator) continue;
+      const c10::DeviceGuard guard(work.device);
+      if (!cuda::is_capturing(stream_of(work.device))) continue;
+      for (const Record* r : active_)
+        if (!capturable_[r->group] || (rule_.counts_steps && !r->on_device))
+          throw std::runtime_error(
+              describe(*r) +
+              " is to be stepped in a CUDA graph, which would replay today's step count for ever; "
+              "construct " +
+              optimizer_ +
+              " with capturable=True, and a tensor as lr where a scheduler changes it");
+    }
   }
 
   void run() {
     py::gil_scoped_release release;
-    for (const auto& work : work_) {
-      if (work.spans.empty()) continue;
-      if (work.device.is_cpu()) {
-        cpu::step(work.spans.data(), work.spans.size(), rows_.data(), active_isa, run_in_parallel);
-        continue;
+    // With one accelerator the factor can be worked out there.
+    factor_.clips = clips_ && one_accelerator_;
+    if (clips_ && !factor_.clips) clip_on_host();
+    if (factor_.clips && work_.empty()) workspace_->note_norm(norm_device(), 0);
+    const bool control = factor_.clips || factor_.grad_scale || factor_.found_inf;
+    if (factor_.factor != 1 && !control) scale_rows();
+    for (auto& work : work_) {
+      if (work.device.type() == kAccelerator) {
+        run_on_accelerator(work, control || (factor_.factor != 1 && makes_rows(work.device)));
+      } else if (!work.spans.empty()) {
+        cpu::step(work.spans.data(), work.spans.size(), work.rows.data(), active_isa,
+                  run_in_parallel);
       }
-#if defined(FUSEDOPT_WITH_CUDA)
-      const c10::DeviceGuard guard(work.device);
-      const auto stream =
-          c10::impl::VirtualGuardImpl(work.device.type()).getStream(work.device).native_handle();
-      if (const char* error =
-              cuda::step(work.spans.data(), work.spans.size(), rows_.data(), stream))
-        throw std::runtime_error(optimizer_ + ": the step on " + text(work.device) +
-                                 " failed: " + error);
-#endif
     }
+  }
+
+  void scale_rows() {
+    for (auto& work : work_)
+      for (size_t i = 0; i < work.rows.size(); ++i)
+        rule_.scale_gradient(factor_.factor, work.float64[i], work.rows[i]);
+  }
+
+  // The norm over all devices. Those that are accelerators are waited for.
+  void clip_on_host() {
+    double sum = 0;
+    for (auto& work : work_) {
+      if (work.gradients.empty()) continue;
+      if (work.device.type() == kAccelerator) {
+        DeviceStep step = step_on(work);
+        step.factor.clips = true;
+        step.span_count = 0;
+        step.source_count = 0;
+        step.count_ranges = 0;
+        launch(work, step);
+        sum += workspace_->sum_of_squares(work.device);
+      } else {
+        sums_.resize(work.chunks());
+        sum += cpu::sum_of_squares(work.gradients.data(), work.gradients.size(), sums_.data(),
+                                   active_isa, run_in_parallel);
+      }
+    }
+    double norm;
+    FactorSource source = factor_;
+    source.clips = true;
+    factor_.factor = grad_factor(source, sum, norm);
+    workspace_->note_norm(c10::kCPU, norm);
+  }
+
+  DeviceStep step_on(const DeviceWork& work) const {
+    const auto memory = workspace_->get(work.device, work.sources.size(), work.chunks());
+    DeviceStep step;
+    step.rule = int(&rule_ - registry().rules.data());
+    step.spans = work.spans.data();
+    step.span_count = work.spans.size();
+    step.rows = makes_rows(work.device) ? nullptr : work.rows.data();
+    step.sources = work.sources.data();
+    step.source_count = work.sources.size();
+    step.counts = work.counts.data();
+    step.count_ranges = work.counts.size();
+    step.gradients = work.gradients.data();
+    step.gradient_count = work.gradients.size();
+    step.control = memory.control;
+    step.device_rows = memory.rows;
+    step.sums = memory.sums;
+    return step;
+  }
+
+  void run_on_accelerator(const DeviceWork& work, bool control) {
+    if (work.spans.empty() && work.counts.empty() && !control) return;
+    DeviceStep step = step_on(work);
+    step.factor = factor_;
+    if (!control) step.control = nullptr;
+    if (factor_.clips) workspace_->note_norm(work.device);
+    launch(work, step);
+  }
+
+  void launch(const DeviceWork& work, const DeviceStep& step) const {
+    const c10::DeviceGuard guard(work.device);
+    if (const char* error = cuda::step(step, stream_of(work.device)))
+      throw std::runtime_error(optimizer_ + ": the step on " + text(work.device) +
+                               " failed: " + error);
   }
 
   void finish() {
@@ -570,33 +921,63 @@ class Plan {
       param.copy_(back.contiguous);
     }
     for (Record* r : active_) {
-      if (r->step_value != nullptr) *r->step_value += 1;
+      if (r->count_value != nullptr && !r->on_device) *r->count_value += 1;
       r->first = false;
       c10::TensorImpl* impl = THPVariable_Unpack(r->param.ptr()).unsafeGetTensorImpl();
       if (!impl->is_inference()) impl->bump_version();
     }
+    if (!lineages_.empty()) part_lineages();
     temporaries_.clear();
     copy_back_.clear();
+  }
+
+  // Where not all of a lineage took a step, those that did are a lineage of their own from now on.
+  void part_lineages() {
+    for (const Record* r : active_)
+      if (r->on_device) ++lineages_[r->lineage].active;
+    const size_t before = lineages_.size();
+    std::vector<int> successor(before, -1);
+    for (Record* r : active_) {
+      if (!r->on_device) continue;
+      Lineage& from = lineages_[r->lineage];
+      if (from.active == from.members) continue;
+      int& to = successor[r->lineage];
+      if (to < 0) {
+        to = int(lineages_.size());
+        lineages_.push_back({lineages_[r->lineage].active, 0});
+      }
+      r->lineage = to;
+    }
+    for (size_t i = 0; i < before; ++i) {
+      if (successor[i] >= 0) lineages_[i].members -= lineages_[i].active;
+      lineages_[i].active = 0;
+    }
   }
 
   std::string optimizer_;
   const RuleInfo& rule_;
   OptionReader option_reader_;
   py::str params_key_;
+  std::shared_ptr<Workspace> workspace_;
   std::vector<Record> records_;
   std::vector<size_t> group_sizes_;
   std::vector<int> variants_;
-  std::vector<std::array<double, kMaxOptions>> options_;
+  std::vector<bool> capturable_;  // of each group
+  std::vector<GroupOptions> options_;
   std::vector<std::vector<CachedRow>> rows_of_group_;
+  std::vector<Lineage> lineages_;  // empty: the host counts all steps
+  bool device_decides_ = true;     // whether a step takes place need not be known to the host
+  bool one_accelerator_ = true;    // all parameters are on the same one
 
   // Of the step at hand; kept so that a step allocates nothing.
-  double grad_factor_ = 1;
+  FactorSource factor_;
+  bool clips_ = false;
+  bool rows_on_device_ = false;
   int64_t open_padding_ = 0;  // padding behind the last span that may be walked along
   std::vector<int> missing_;
   std::vector<Record*> active_;
-  std::vector<HyperRow> rows_;
-  std::vector<bool> zero_stays_zero_;  // for each row: padding may be walked along
-  std::vector<DeviceWork> work_;
+  std::deque<DeviceWork> work_;  // whose members stay where they are
+  std::vector<double> sums_;
   std::vector<at::Tensor> temporaries_;
   std::vector<CopyBack> copy_back_;
 };
@@ -626,17 +1007,21 @@ std::pair<at::Tensor, std::vector<at::Tensor>> flat_tensors(const std::vector<at
   return {buffer, views};
 }
 
-// Step counts: 0-dim float32 tensors on the CPU, one behind the other in one buffer.
-std::vector<at::Tensor> flat_steps(const std::vector<double>& values) {
-  const auto options = at::TensorOptions(at::kFloat);
-  at::Tensor buffer = at::zeros({int64_t(values.size())}, options);
+// Step counts: 0-dim float32 tensors, one behind the other in one buffer.
+std::vector<at::Tensor> flat_steps(const std::vector<double>& values, c10::Device device) {
+  at::Tensor buffer = at::tensor(values, at::kFloat).to(device);
   float* next = buffer.mutable_data_ptr<float>();
   std::vector<at::Tensor> views;
-  for (double value : values) {
-    *next = float(value);
-    views.push_back(at::from_blob(next++, {}, {}, [buffer](void*) {}, options, at::kCPU));
-  }
+  for (size_t i = 0; i < values.size(); ++i)
+    views.push_back(
+        at::from_blob(next++, {}, {}, [buffer](void*) {}, buffer.options(), buffer.device()));
   return views;
+}
+
+bool is_capturing(c10::Device device) {
+  if (device.type() != kAccelerator) return false;
+  const c10::DeviceGuard guard(device);
+  return cuda::is_capturing(stream_of(device));
 }
 
 // Gives the parameters that are at their addresses their flat gradients back, where they have
@@ -726,6 +1111,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #else
   m.attr("has_cuda") = false;
 #endif
+  m.attr("accelerator") = c10::DeviceTypeName(kAccelerator, /*lower_case=*/true);
   m.attr("version") = FUSEDOPT_VERSION;
   m.attr("cuda_version") = FUSEDOPT_CUDA_VERSION;
   m.attr("torch_version") = FUSEDOPT_TORCH_VERSION;
@@ -736,9 +1122,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("combinations", combinations);
   m.def("flat_tensors", flat_tensors);
   m.def("flat_steps", flat_steps);
+  m.def("is_capturing", is_capturing);
   m.def("attach_gradients", attach_gradients);
+  py::class_<Workspace, std::shared_ptr<Workspace>>(m, "Workspace")
+      .def(py::init<>())
+      .def_property_readonly("grad_norm", &Workspace::grad_norm);
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_plans))
-      .def(py::init<std::string, const std::string&>())
+      .def(py::init<std::string, const std::string&, std::shared_ptr<Workspace>>())
       .def("add_group", &Plan::add_group)
       .def("add", &Plan::add)
       .def("step", &Plan::step)

@@ -37,11 +37,20 @@ class FusedOptimizer(Optimizer):
     _loading: Mapping[Any, Any] | None = None  # the states that load_state_dict is about to set
     _own_defaults: Mapping[str, Any] = {}
     _flat = False
+    _max_grad_norm: float | None = None
+    _workspace: _C.Workspace
+    # Of parameters whose state names no count, the steps taken on the device since it was made.
+    _first_counts: dict[Tensor, Tensor]
 
     def _init(
-        self, options: Mapping[str, Any], flat: bool, differentiable: bool, args: dict[str, Any]
+        self,
+        options: Mapping[str, Any],
+        flat: bool,
+        max_grad_norm: float | None,
+        differentiable: bool,
+        args: dict[str, Any],
     ) -> None:
-        """Construct torch's part with args; options are those that only this package has."""
+        """Construct torch's part with args; options are those of a group that torch has not."""
         if differentiable:
             raise ValueError(
                 f"{type(self).__name__}: differentiable=True is not supported: fused kernels have "
@@ -49,6 +58,9 @@ class FusedOptimizer(Optimizer):
             )
         self._own_defaults = dict(options)
         self._flat = flat
+        self._workspace = _C.Workspace()
+        self._first_counts = {}
+        self.max_grad_norm = max_grad_norm
         super().__init__(**args)
         self.defaults.update(options)
         self.state = OptimizerState(self.state)
@@ -149,14 +161,50 @@ class FusedOptimizer(Optimizer):
             )
         return dtype
 
+    def _counts_on_device(self, group: Mapping[str, Any], param: Tensor) -> bool:
+        """Whether the device counts a parameter's steps, so that the host need not know of them."""
+        wanted = group.get("capturable") or group.get("fused")
+        return bool(wanted) and param.device.type == _C.accelerator
+
     # -- the step -----------------------------------------------------------------------------
 
     @property
+    def max_grad_norm(self) -> float | None:
+        """What the norm of all gradients is clipped to in a step; None: it is not clipped."""
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        if value is not None:
+            if not isinstance(value, int | float):
+                raise TypeError(
+                    f"{type(self).__name__}: max_grad_norm is {value!r}; expected a number or None"
+                )
+            if not value >= 0:
+                raise ValueError(
+                    f"{type(self).__name__}: max_grad_norm is {value}; expected at least 0, or None"
+                )
+        self._max_grad_norm = value
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients in the last step with max_grad_norm, before it was clipped.
+
+        A float32 tensor of no dimension, on the parameters' device (on the CPU where they are on
+        several); None before the first such step. Reading it does not wait for the device.
+        """
+        return self._workspace.grad_norm
+
+    @property
     def _step_supports_amp_scaling(self) -> bool:
-        # GradScaler asks: may it leave unscaling and skipping to step()? On a CPU the step can look
-        # at found_inf for nothing; on a GPU that would wait for the device, which GradScaler does
-        # once for all optimizers by itself.
-        return all(p.device.type == "cpu" for group in self.param_groups for p in group["params"])
+        # GradScaler asks: may it leave unscaling and skipping to step()? Where the device counts
+        # the steps, the host need not know; on a CPU it can look for nothing. Else it would wait
+        # for the device, which GradScaler does once for all optimizers by itself.
+        return all(
+            p.device.type == "cpu" or self._counts_on_device(group, p)
+            for group in self.param_groups
+            for p in group["params"]
+        )
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
@@ -187,7 +235,7 @@ class FusedOptimizer(Optimizer):
             plan = self._make_plan()
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
-        missing = plan.step(self.param_groups, grad_scale, found_inf)
+        missing = plan.step(self.param_groups, grad_scale, found_inf, self._max_grad_norm)
         # A new plan for what changed outside, then one with the state that is missing.
         for _ in range(2):
             if missing is None:
@@ -200,9 +248,16 @@ class FusedOptimizer(Optimizer):
         """Step with a new plan, in which the parameters at these positions get their state."""
         params = [param for _, param, _ in self._named_params()]
         new = {id(params[i]): params[i] for i in missing}
+        for param in new.values():
+            if _C.is_capturing(param.device):
+                raise RuntimeError(
+                    f"{type(self).__name__}: the first step, which makes the state, cannot be "
+                    "captured into a CUDA graph; take a step before capture begins"
+                )
         before = [(p, dict(self.state[p]) if p in self.state else None) for p in new.values()]
         try:
-            return self._make_plan(new).step(self.param_groups, grad_scale, found_inf)
+            plan = self._make_plan(new)
+            return plan.step(self.param_groups, grad_scale, found_inf, self._max_grad_norm)
         except BaseException:
             for param, values in before:
                 if values is None:
@@ -222,11 +277,13 @@ class FusedOptimizer(Optimizer):
             _C.state_names(name, self._rule, group, g) for g, group in enumerate(self.param_groups)
         ]
         self._complete_state(new, keys_of_group)
+        lineages = self._lineages()
 
-        plan = _C.Plan(name, self._rule)
+        plan = _C.Plan(name, self._rule, self._workspace)
         seen: set[int] = set()
         for g, keys in enumerate(keys_of_group):
-            plan.add_group(self.param_groups[g])
+            group = self.param_groups[g]
+            plan.add_group(group, bool(group.get("capturable")))
             for param, param_name in self._named_in(g):
                 values = self.state.get(param, {})
                 states = None
@@ -239,7 +296,10 @@ class FusedOptimizer(Optimizer):
                     states,
                     id(param) in new,
                     self._flat_grad(param, param_name),
-                    self._state_dtype(self.param_groups[g], param, param_name),
+                    self._state_dtype(group, param, param_name),
+                    self._counts_on_device(group, param),
+                    self._first_counts.get(param),
+                    lineages.get(id(param), 0),
                 )
                 seen.add(id(param))
         self._plan = plan
@@ -247,6 +307,20 @@ class FusedOptimizer(Optimizer):
         self._plan_changes = self.state.changes
         self._flat_gradients = None
         return plan
+
+    def _lineages(self) -> dict[int, int]:
+        """Numbers the parameters whose steps the device counts, by their counts."""
+        counts: dict[int, Tensor] = {}
+        for group, param, _ in self._named_params():
+            if self._counts_on_device(group, param):
+                count = self.state.get(param, {}).get("step", self._first_counts.get(param))
+                if count is not None:
+                    counts[id(param)] = count
+        if any(_C.is_capturing(count.device) for count in counts.values()):
+            return {key: number for number, key in enumerate(counts, start=1)}
+        values = _values(counts)
+        numbers = {value: number for number, value in enumerate(sorted(set(values.values())), 1)}
+        return {key: numbers[value] for key, value in values.items()}
 
     def _flat_grad(self, param: Tensor, name: str) -> int:
         """The address of a parameter's flat gradient; 0 for none. Warns of a lost parameter."""
@@ -292,6 +366,21 @@ class FusedOptimizer(Optimizer):
         for param, values in self._allocate(wanted).items():
             if values:
                 self.state[param] = {**self.state.get(param, {}), **values}
+        self._make_first_counts(new, keys_of_group)
+
+    def _make_first_counts(
+        self, new: Mapping[int, Tensor], keys_of_group: list[tuple[str, ...]]
+    ) -> None:
+        """Let the device tell a first step from later ones, where it may skip one."""
+        together: dict[torch.device, list[Tensor]] = {}
+        for g, keys in enumerate(keys_of_group):
+            for param, _ in self._named_in(g):
+                on_device = self._counts_on_device(self.param_groups[g], param)
+                if id(param) in new and on_device and keys and "step" not in keys:
+                    together.setdefault(param.device, []).append(param)
+        for device, params in together.items():
+            counts = _C.flat_steps([0.0] * len(params), device)
+            self._first_counts.update(zip(params, counts, strict=True))
 
     def _allocate(self, wanted: Mapping[Tensor, Mapping[str, Any]]) -> dict[Tensor, dict[str, Any]]:
         """State tensors for these parameters and keys, with the values given (None: zero).
@@ -308,12 +397,17 @@ class FusedOptimizer(Optimizer):
             for key in wanted.get(param, ()):
                 dtype = self._state_dtype(group, param, name)
                 kind = (key, dtype.to_complex() if param.is_complex() else dtype)
+                device = param.device
+                if key == "step" and not self._counts_on_device(group, param):
+                    device = torch.device("cpu")
                 # One buffer per dtype of the parameters, so that it has the layout of theirs.
-                together.setdefault((*kind, param.dtype, param.device), []).append(param)
-        for (key, dtype, *_), members in together.items():
+                together.setdefault((*kind, param.dtype, device), []).append(param)
+        for (key, dtype, _, device), members in together.items():
             if key == "step":
-                numbers = [float(wanted[p][key] or 0) for p in members]
-                tensors = _C.flat_steps(numbers)
+                numbers = [
+                    0.0 if wanted[p][key] is None else float(wanted[p][key]) for p in members
+                ]
+                tensors = _C.flat_steps(numbers, device)
             else:
                 _, tensors = _C.flat_tensors([p.detach() for p in members], dtype)
             for param, tensor in zip(members, tensors, strict=True):
@@ -336,8 +430,9 @@ class FusedOptimizer(Optimizer):
             if not isinstance(value, Tensor) or value.requires_grad:
                 return False
             if key == "step":
-                cpu_scalar = value.device.type == "cpu" and value.dim() == 0
-                return value.dtype == torch.float32 and cpu_scalar
+                on_device = self._counts_on_device(group, param)
+                home = param.device if on_device else torch.device("cpu")
+                return value.dtype == torch.float32 and value.device == home and value.dim() == 0
             return (
                 value.dtype == dtype
                 and value.device == param.device
@@ -359,7 +454,9 @@ class FusedOptimizer(Optimizer):
                     raise TypeError(f"{where} is a {type(value).__name__}; expected a number")
                 if isinstance(value, Tensor) and value.numel() != 1:
                     raise ValueError(f"{where} has {value.numel()} elements; expected one")
-                if not float(value) >= 0:
+                # Reading it elsewhere would wait for the device; a checkpoint is read in any case.
+                known = not isinstance(value, Tensor) or value.device.type == "cpu"
+                if known and not float(value) >= 0:
                     raise ValueError(f"{where} is {float(value)}; expected a count of steps")
                 continue
             if not isinstance(value, Tensor):
@@ -386,14 +483,24 @@ class FusedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's: plain dictionaries, the tensors themselves (not copies of them)."""
 
-        def to_plain(_: Optimizer, state_dict: dict[str, Any]) -> None:
-            state_dict["state"] = plain(state_dict["state"])
+        def to_plain_state(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            state_dict["state"] = self._without_skipped_first(plain(state_dict["state"]))
 
-        handle = self.register_state_dict_post_hook(to_plain, prepend=True)
+        handle = self.register_state_dict_post_hook(to_plain_state, prepend=True)
         try:
             return super().state_dict()
         finally:
             handle.remove()
+
+    def _without_skipped_first(self, packed: dict[Any, Any]) -> dict[Any, Any]:
+        """Without the buffers of parameters whose first step the device has skipped so far."""
+        values = _values({id(param): count for param, count in self._first_counts.items()})
+        params = [param for _, param, _ in self._named_params()]
+        for number in range(len(params) - 1, -1, -1):  # the first of duplicates has the state
+            if values.get(id(params[number])) == 0 and number in packed:
+                keep = {k: v for k, v in packed[number].items() if k not in self._state_names()}
+                packed[number] = keep
+        return packed
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state_dict of this class or of torch.optim's class of the same name.
@@ -445,6 +552,8 @@ class FusedOptimizer(Optimizer):
             known = {k: v for k, v in values.items() if k in names and v is not None}
             if known and (lacking := needed - set(known)):
                 raise ValueError(f"{where} lacks {', '.join(sorted(lacking))}")
+            if isinstance(step := known.get("step"), Tensor):
+                known["step"] = step.detach().cpu()
             self._check_state(param, name, known)
             states[param] = values
         return states
@@ -453,7 +562,13 @@ class FusedOptimizer(Optimizer):
         variants = _C.rules()[self._rule]["variants"]
         return {"step", *(name for names in variants for name in names)}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_max_grad_norm": self._max_grad_norm}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_workspace" not in self.__dict__:
+            self._workspace = _C.Workspace()
+        self._first_counts = {}
         groups = self.__dict__.get("param_groups", [])
         kept = [{k: group[k] for k in self._storage_options} for group in groups]
         super().__setstate__(state)
@@ -518,6 +633,16 @@ class FusedOptimizer(Optimizer):
         own = {key: b for key, b in distinct.items() if all(flat.get(p) is b for p in b.slots)}
         shared = [(mine[key], b) for key, b in flat.items() if id(b) not in own]
         return list(own.values()), shared, len(flat) == len(mine)
+
+
+def _values(counts: Mapping[int, Tensor]) -> dict[int, float]:
+    """The values of these tensors of one element, in one go for each device."""
+    devices = {count.device for count in counts.values()}
+    result: dict[int, float] = {}
+    for device in devices:
+        here = {key: count for key, count in counts.items() if count.device == device}
+        result.update(zip(here, torch.stack([*here.values()]).tolist(), strict=True))
+    return result
 
 
 def _list(dtypes: Any) -> str:

@@ -28,21 +28,29 @@ class Adam(FusedOptimizer, torch.optim.Adam):
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in
-            torch.optim.Adam. lr may be a tensor of one element.
-        foreach, fused, capturable: accepted; the step is always the fused one.
+            torch.optim.Adam. lr and betas may be tensors of one element.
+        foreach, fused: accepted; the step is always the fused one. With fused=True, step counts are
+            on a CUDA device, as with capturable.
+        capturable: keep the step counts on the parameters' CUDA device, so that a step can be
+            captured into a CUDA graph. A replay follows lr, betas and weight_decay where
+            these are tensors on that device; any other option stays as it was.
         differentiable: must be False.
         state_dtype: dtype of exp_avg, exp_avg_sq and max_exp_avg_sq: by default torch.float32
             (float64 for float64 parameters); for bfloat16 parameters also torch.bfloat16, for
             float16 ones torch.float16, which is what torch.optim takes.
+        max_grad_norm: clip the gradients to this norm of all of them together, as
+            torch.nn.utils.clip_grad_norm_ does, but only within the step: gradients are read, not
+            written. The norm is :attr:`grad_norm`. None: no clipping. With a norm that is not
+            finite, gradients become zero or NaN, as with error_if_nonfinite=False.
         flat: move the parameters and their gradients into flat buffers first, see
             :class:`fusedopt.FlatParameters`.
 
-    The state of a parameter is step (float32, 0-dim, on the CPU) and exp_avg, exp_avg_sq and, with
-    amsgrad, max_exp_avg_sq, in the parameter's shape.
+    The state of a parameter is step (float32, 0-dim, on the CPU unless capturable or fused) and
+    exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq, in the parameter's shape.
 
     Raises:
-        ValueError: as torch.optim.Adam; for differentiable=True, NaN options, a group without
-            parameters, and parameters that overlap in memory.
+        ValueError: as torch.optim.Adam; for differentiable=True, NaN options, a negative
+            max_grad_norm, a group without parameters, and parameters that overlap in memory.
         TypeError: for a parameter or state_dtype that is not supported.
     """
 
@@ -64,6 +72,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         state_dtype: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
         flat: bool = False,
     ) -> None:
         args: dict[str, Any] = {
@@ -79,7 +88,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        self._init({"state_dtype": state_dtype}, flat, differentiable, args)
+        self._init({"state_dtype": state_dtype}, flat, max_grad_norm, differentiable, args)
 
 
 class AdamW(FusedOptimizer, torch.optim.AdamW):
@@ -113,6 +122,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
         flat: bool = False,
     ) -> None:
         args: dict[str, Any] = {
@@ -127,4 +137,4 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
             "capturable": capturable,
             "fused": fused,
         }
-        self._init({"state_dtype": state_dtype}, flat, differentiable, args)
+        self._init({"state_dtype": state_dtype}, flat, max_grad_norm, differentiable, args)

@@ -28,21 +28,28 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     Args:
         params, lr, alpha, eps, weight_decay, momentum, centered, maximize: as in
             torch.optim.RMSprop. lr may be a tensor of one element.
-        capturable, foreach: accepted; the step is always the fused one.
+        capturable: keep the step counts on the parameters' CUDA device, so that a step can be
+            captured into a CUDA graph. A replay follows lr and weight_decay where
+            these are tensors on that device; any other option stays as it was.
+        foreach: accepted; the step is always the fused one.
         differentiable: must be False.
         eps_inside_sqrt: whether eps is added to the average itself rather than to its root.
         state_dtype: dtype of square_avg, momentum_buffer and grad_avg: by default torch.float32
             (float64 for float64 parameters); for bfloat16 parameters also torch.bfloat16, for
             float16 ones torch.float16, which is what torch.optim takes.
+        max_grad_norm: clip the gradients to this norm of all of them together, as
+            torch.nn.utils.clip_grad_norm_ does, but only within the step: gradients are read, not
+            written. The norm is :attr:`grad_norm`. None: no clipping. With a norm that is not
+            finite, gradients become zero or NaN, as with error_if_nonfinite=False.
         flat: move the parameters and their gradients into flat buffers first, see
             :class:`fusedopt.FlatParameters`.
 
-    The state of a parameter is step (float32, 0-dim, on the CPU), square_avg and, with momentum,
-    momentum_buffer and, with centered, grad_avg, in the parameter's shape.
+    The state of a parameter is step (float32, 0-dim, on the CPU unless capturable), square_avg and,
+    with momentum, momentum_buffer and, with centered, grad_avg, in the parameter's shape.
 
     Raises:
-        ValueError: as torch.optim.RMSprop; for differentiable=True, NaN options, a group without
-            parameters, and parameters that overlap in memory.
+        ValueError: as torch.optim.RMSprop; for differentiable=True, NaN options, a negative
+            max_grad_norm, a group without parameters, and parameters that overlap in memory.
         TypeError: for a parameter or state_dtype that is not supported.
     """
 
@@ -64,6 +71,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         *,
         eps_inside_sqrt: bool = False,
         state_dtype: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
         flat: bool = False,
     ) -> None:
         args: dict[str, Any] = {
@@ -79,4 +87,4 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
             "maximize": maximize,
         }
         options = {"state_dtype": state_dtype, "eps_inside_sqrt": eps_inside_sqrt}
-        self._init(options, flat, differentiable, args)
+        self._init(options, flat, max_grad_norm, differentiable, args)

@@ -29,17 +29,23 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             lr may be a tensor of one element.
         foreach, fused: accepted; the step is always the fused one.
         differentiable: must be False.
+        capturable: let a step be captured into a CUDA graph. A replay follows lr and weight_decay
+            where these are tensors on the parameters' device; any other option stays as it was.
         state_dtype: dtype of momentum_buffer: by default torch.float32 (float64 for float64
             parameters); for bfloat16 parameters also torch.bfloat16, for float16 ones
             torch.float16, which is what torch.optim takes.
+        max_grad_norm: clip the gradients to this norm of all of them together, as
+            torch.nn.utils.clip_grad_norm_ does, but only within the step: gradients are read, not
+            written. The norm is :attr:`grad_norm`. None: no clipping. With a norm that is not
+            finite, gradients become zero or NaN, as with error_if_nonfinite=False.
         flat: move the parameters and their gradients into flat buffers first, see
             :class:`fusedopt.FlatParameters`.
 
     The state of a parameter is, with momentum, momentum_buffer, in the parameter's shape.
 
     Raises:
-        ValueError: as torch.optim.SGD; for differentiable=True, NaN options, a group without
-            parameters, and parameters that overlap in memory.
+        ValueError: as torch.optim.SGD; for differentiable=True, NaN options, a negative
+            max_grad_norm, a group without parameters, and parameters that overlap in memory.
         TypeError: for a parameter or state_dtype that is not supported.
     """
 
@@ -58,7 +64,9 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        capturable: bool = False,
         state_dtype: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
         flat: bool = False,
     ) -> None:
         args: dict[str, Any] = {
@@ -72,4 +80,5 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             "foreach": foreach,
             "fused": fused,
         }
-        self._init({"state_dtype": state_dtype}, flat, differentiable, args)
+        options = {"state_dtype": state_dtype, "capturable": capturable}
+        self._init(options, flat, max_grad_norm, differentiable, args)

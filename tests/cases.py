@@ -14,6 +14,8 @@ from reference import Array, Store, unrounded
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fusedopt._extension import _C
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -61,6 +63,17 @@ SMALL_LAYOUTS = [
 LAYOUTS = [*SMALL_LAYOUTS[:6], LARGE, *SMALL_LAYOUTS[6:]]
 
 HALF = (torch.bfloat16, torch.float16)
+
+Storage = tuple[torch.dtype, torch.dtype, torch.dtype]  # of parameter, gradient, states
+STORAGES: list[Storage] = [
+    *(tuple(combination) for combination in _C.combinations()),
+    (torch.complex64, torch.complex64, torch.float32),
+    (torch.complex128, torch.complex128, torch.float64),
+]
+
+
+def storage_id(storage: Storage) -> str:
+    return "-".join(str(dtype).removeprefix("torch.") for dtype in storage)
 
 
 def real(dtype: torch.dtype) -> torch.dtype:

@@ -3,21 +3,28 @@
 import os
 from collections.abc import Iterator
 
-import hypothesis
+import accelerator
 import pytest
 import torch
 
+if accelerator.HOST_RUN:
+    accelerator.load_host_run()
 from fusedopt._extension import _C
 
-# Examples take as long as the machine is busy. In CI the same ones each time.
-hypothesis.settings.register_profile("default", deadline=None)
-hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
-hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+try:
+    import hypothesis
+except ImportError:  # tests on a GPU do without
+    collect_ignore = ["test_properties.py"]
+else:
+    # Examples take as long as the machine is busy. In CI the same ones each time.
+    hypothesis.settings.register_profile("default", deadline=None)
+    hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+    hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 NO_CUDA = "no CUDA device" if not torch.cuda.is_available() else "fusedopt was built without CUDA"
-HAS_CUDA = torch.cuda.is_available() and _C.has_cuda
+HAS_CUDA = bool(accelerator.HOST_RUN) or (torch.cuda.is_available() and _C.has_cuda)
 CUDA = pytest.param(
-    "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not HAS_CUDA, reason=NO_CUDA)]
+    accelerator.DEVICE, marks=[pytest.mark.cuda, pytest.mark.skipif(not HAS_CUDA, reason=NO_CUDA)]
 )
 
 

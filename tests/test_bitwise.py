@@ -8,7 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import Data, Groups, Layout, Result, bits, harsh, real_view, realistic, train
+from cases import (
+    STORAGES,
+    Data,
+    Groups,
+    Layout,
+    Result,
+    Storage,
+    bits,
+    harsh,
+    real_view,
+    realistic,
+    storage_id,
+    train,
+)
 from optimizers import ROWS, Row
 
 import fusedopt
@@ -28,17 +41,6 @@ LAYOUTS = [
     Layout((1001,), offset=1),
     Layout((37, 29), stride=(1, 37), offset=3),
 ]
-
-Storage = tuple[torch.dtype, torch.dtype, torch.dtype]  # of parameter, gradient, states
-STORAGES: list[Storage] = [
-    *(tuple(combination) for combination in _C.combinations()),
-    (torch.complex64, torch.complex64, torch.float32),
-    (torch.complex128, torch.complex128, torch.float64),
-]
-
-
-def storage_id(storage: Storage) -> str:
-    return "-".join(str(dtype).removeprefix("torch.") for dtype in storage)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,10 @@ namespace fusedopt {
 
 enum class DType : uint8_t { float32, float64, bfloat16, float16 };
 
+FUSEDOPT_HD int64_t size_of(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
 struct bfloat16 {
   uint16_t bits;
 };

@@ -27,8 +27,9 @@ struct RuleInfo {
   const OptionKey* options;
   int first_variant;  // index into Registry::variants
   int (*variant)(const double* options);
-  void (*row)(const double* options, double step, bool first, double grad_factor, bool float64,
-              HyperRow& out);
+  void (*row)(const double* options, double step, bool first, bool float64, HyperRow& out);
+  // Multiplies what the row multiplies gradients by.
+  void (*scale_gradient)(double factor, bool float64, HyperRow& row);
 };
 
 struct CombinationInfo {
@@ -54,24 +55,25 @@ void for_each_type(TypeList<Members...>, Visitor visit) {
 namespace detail {
 
 template <class Rule>
-typename Rule::Options options_from(const double* values) {
+FUSEDOPT_HD typename Rule::Options options_from(const double* values) {
   constexpr size_t count = sizeof(Rule::options) / sizeof(OptionKey);
   static_assert(sizeof(typename Rule::Options) == count * sizeof(double),
                 "Options and its keys must agree");
+  static_assert(count <= kMaxOptions, "raise kMaxOptions");
   typename Rule::Options options;
   memcpy(&options, values, sizeof options);
   return options;
 }
 
 template <class Rule>
-void make_row(const double* values, double step, bool first, double grad_factor, bool float64,
-              HyperRow& out) {
+FUSEDOPT_HD void fill_row(const double* values, double step, bool first, bool float64,
+                          HyperRow& out) {
   using Wide = typename Rule::template Row<double>;
   using Narrow = typename Rule::template Row<float>;
   constexpr size_t count = sizeof(Wide) / sizeof(double);
   static_assert(sizeof(Wide) <= sizeof(HyperRow), "HyperRow is too small");
   static_assert(sizeof(Narrow) == count * sizeof(float), "a Row holds values of type T only");
-  const Wide row = Rule::row(options_from<Rule>(values), step, first, grad_factor);
+  const Wide row = Rule::row(options_from<Rule>(values), step, first);
   double wide[count];
   memcpy(wide, &row, sizeof row);
   if (float64) {
@@ -79,8 +81,31 @@ void make_row(const double* values, double step, bool first, double grad_factor,
     return;
   }
   float narrow[count];
+  FUSEDOPT_UNROLL
   for (size_t i = 0; i < count; ++i) narrow[i] = float(wide[i]);
   memcpy(out.bytes, narrow, sizeof narrow);
+}
+
+template <class Rule>
+void make_row(const double* values, double step, bool first, bool float64, HyperRow& out) {
+  fill_row<Rule>(values, step, first, float64, out);
+}
+
+template <class Row, class T>
+void scale_gradient_of(T factor, HyperRow& packed_row) {
+  Row row;
+  memcpy(&row, packed_row.bytes, sizeof row);
+  row.grad_factor *= factor;
+  memcpy(packed_row.bytes, &row, sizeof row);
+}
+
+template <class Rule>
+void scale_gradient(double factor, bool float64, HyperRow& row) {
+  if (float64) {
+    scale_gradient_of<typename Rule::template Row<double>>(factor, row);
+  } else {
+    scale_gradient_of<typename Rule::template Row<float>>(float(factor), row);
+  }
 }
 
 template <class Variant, class T>
@@ -122,6 +147,7 @@ inline const Registry& registry() {
       info.first_variant = int(r.variants.size());
       info.variant = [](const double* o) { return Rule::variant(detail::options_from<Rule>(o)); };
       info.row = detail::make_row<Rule>;
+      info.scale_gradient = detail::scale_gradient<Rule>;
       r.rules.push_back(info);
       for_each_type(typename Rule::Variants{}, [&](auto variant) {
         using Variant = decltype(variant);

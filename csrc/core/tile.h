@@ -2,6 +2,7 @@
 // Copyright the fusedopt authors
 #pragma once
 
+#include "control.h"
 #include "registry.h"
 
 // The body of the CUDA kernel as a function of (block, blocks, thread): no CUDA header, no shared
@@ -56,7 +57,9 @@ constexpr int kThreads = 256;
 // The kernel's whole argument: spans from the front of data, rows of hyper-parameters from its
 // back. 32,764 bytes is the most that a launch takes.
 struct LaunchArgs {
-  static constexpr int kBytes = 32736;
+  static constexpr int kBytes = 32720;
+  const Control* control = nullptr;  // null: gradients are taken as the rows say
+  const HyperRow* rows = nullptr;    // on the device; null: the rows are in data
   uint32_t spans;
   uint32_t chunks;
   alignas(16) unsigned char data[kBytes];
@@ -94,8 +97,16 @@ struct Tile {
   FUSEDOPT_HD static const TileSpan& span(const LaunchArgs& args, uint32_t i) {
     return reinterpret_cast<const TileSpan*>(args.data)[i];
   }
-  FUSEDOPT_HD static const Row& row(const LaunchArgs& args, uint32_t i) {
-    return *(reinterpret_cast<const Row*>(args.data + LaunchArgs::kBytes) - (i + 1));
+  FUSEDOPT_HD static Row row(const LaunchArgs& args, uint32_t i) {
+    Row row = args.rows == nullptr
+                  ? *(reinterpret_cast<const Row*>(args.data + LaunchArgs::kBytes) - (i + 1))
+                  : *reinterpret_cast<const Row*>(args.rows[i].bytes);
+    if (args.control != nullptr) {
+      T factor;
+      get_grad_factor(*args.control, factor);
+      row.grad_factor *= factor;
+    }
+    return row;
   }
 
   // Chunks are laid out from the 16-byte boundary at or before the parameter's first element: the
@@ -187,9 +198,11 @@ struct Tile {
 
   FUSEDOPT_HD static void run(const LaunchArgs& args, uint32_t block, uint32_t blocks,
                               uint32_t thread) {
+    if (args.control != nullptr && args.control->skip != 0) return;
+    uint32_t low = 0;
     for (uint32_t chunk = block; chunk < args.chunks; chunk += blocks) {
-      // The last span that begins at or before this chunk.
-      uint32_t low = 0, high = args.spans - 1;
+      // The last span that begins at or before this chunk; none before that of the last chunk.
+      uint32_t high = args.spans - 1;
       while (low < high) {
         const uint32_t middle = (low + high + 1) / 2;
         if (span(args, middle).first_chunk <= chunk) {
@@ -204,7 +217,8 @@ struct Tile {
   }
 
   // Packs spans into the argument of one launch, from spans[next] on; returns the next one that did
-  // not fit. Spans of other kernels are passed over. Rows are shared by the spans that name them.
+  // not fit. Spans of other kernels are passed over. Rows are shared by the spans that name them,
+  // and left out where they are on the device, as args.rows says.
   static size_t pack(const Span* spans, size_t count, size_t next, int kernel, const HyperRow* rows,
                      LaunchArgs& args) {
     constexpr size_t capacity = LaunchArgs::kBytes;
@@ -215,7 +229,7 @@ struct Tile {
     for (; next < count; ++next) {
       const Span& from = spans[next];
       if (from.kernel != kernel || from.numel == 0) continue;
-      const bool new_row = from.row != last_row;
+      const bool new_row = args.rows == nullptr && from.row != last_row;
       if ((args.spans + 1) * sizeof(TileSpan) + (packed_rows + new_row) * sizeof(Row) > capacity)
         break;
       TileSpan to;
@@ -231,7 +245,7 @@ struct Tile {
                sizeof(Row));
         last_row = from.row;
       }
-      to.row = packed_rows - 1;
+      to.row = args.rows == nullptr ? packed_rows - 1 : uint32_t(from.row);
       memcpy(args.data + args.spans * sizeof(TileSpan), &to, sizeof to);
       ++args.spans;
       args.chunks += chunks(to);

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
-#include "../core/registry.h"
 #include "cpu.h"
 
 #if defined(__x86_64__)
@@ -22,10 +21,7 @@
 namespace fusedopt {
 namespace cpu {
 
-const SpanLoop* avx2_loops() {
-  static const auto table = kernel_table<avx2::Loop, SpanLoop>();
-  return table.data();
-}
+const Loops* avx2_loops() { return make_loops<avx2::Loop, avx2::Sum>(); }
 
 }  // namespace cpu
 }  // namespace fusedopt
@@ -35,7 +31,7 @@ const SpanLoop* avx2_loops() {
 namespace fusedopt {
 namespace cpu {
 
-const SpanLoop* avx2_loops() { return nullptr; }
+const Loops* avx2_loops() { return nullptr; }
 
 }  // namespace cpu
 }  // namespace fusedopt

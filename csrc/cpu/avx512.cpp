@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
-#include "../core/registry.h"
 #include "cpu.h"
 
 #if defined(__x86_64__)
@@ -23,10 +22,7 @@
 namespace fusedopt {
 namespace cpu {
 
-const SpanLoop* avx512_loops() {
-  static const auto table = kernel_table<avx512::Loop, SpanLoop>();
-  return table.data();
-}
+const Loops* avx512_loops() { return make_loops<avx512::Loop, avx512::Sum>(); }
 
 }  // namespace cpu
 }  // namespace fusedopt
@@ -36,7 +32,7 @@ const SpanLoop* avx512_loops() {
 namespace fusedopt {
 namespace cpu {
 
-const SpanLoop* avx512_loops() { return nullptr; }
+const Loops* avx512_loops() { return nullptr; }
 
 }  // namespace cpu
 }  // namespace fusedopt

@@ -3,7 +3,6 @@
 #if defined(__x86_64__) && !defined(__FMA__)
 #define FUSEDOPT_EMULATE_FMA
 #endif
-#include "../core/registry.h"
 #include "cpu.h"
 
 #define FUSEDOPT_ISA baseline
@@ -12,10 +11,7 @@
 namespace fusedopt {
 namespace cpu {
 
-const SpanLoop* baseline_loops() {
-  static const auto table = kernel_table<baseline::Loop, SpanLoop>();
-  return table.data();
-}
+const Loops* baseline_loops() { return make_loops<baseline::Loop, baseline::Sum>(); }
 
 }  // namespace cpu
 }  // namespace fusedopt

@@ -5,7 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../core/span.h"
+#include "../core/norm.h"
+#include "../core/registry.h"
 
 namespace fusedopt {
 namespace cpu {
@@ -15,10 +16,27 @@ enum class Isa { baseline, avx2, avx512 };
 // Updates the elements [begin, end) of a span.
 using SpanLoop = void (*)(const Span& span, const HyperRow& row, int64_t begin, int64_t end);
 
-// One loop per kernel, in kernel order. Null where the build has no such instruction set.
-const SpanLoop* baseline_loops();
-const SpanLoop* avx2_loops();
-const SpanLoop* avx512_loops();
+// Sums up the squares of at most kNormChunk elements of a gradient.
+using SquareSum = double (*)(const void* grad, int64_t count);
+
+struct Loops {
+  const SpanLoop* span_loops;  // one per kernel, in kernel order
+  SquareSum square_sums[4];    // one per DType
+};
+
+template <template <class, class> class Loop, template <class> class Sum>
+const Loops* make_loops() {
+  static const auto span_loops = kernel_table<Loop, SpanLoop>();
+  static const Loops loops = {
+      span_loops.data(),
+      {Sum<float>::value, Sum<double>::value, Sum<bfloat16>::value, Sum<float16>::value}};
+  return &loops;
+}
+
+// Null where the build has no such instruction set.
+const Loops* baseline_loops();
+const Loops* avx2_loops();
+const Loops* avx512_loops();
 
 bool supported(Isa isa);
 Isa best_isa();
@@ -29,6 +47,10 @@ using ParallelFor = void (*)(int64_t size, int64_t grain, void* context,
 
 // One parallel region over all spans. The result does not depend on how it is divided.
 void step(const Span* spans, size_t count, const HyperRow* rows, Isa isa, ParallelFor parallel_for);
+
+// The sum of the squares of all gradients; sums holds those of their chunks.
+double sum_of_squares(const GradSpan* gradients, size_t count, double* sums, Isa isa,
+                      ParallelFor parallel_for);
 
 }  // namespace cpu
 }  // namespace fusedopt

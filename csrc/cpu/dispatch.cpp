@@ -40,14 +40,14 @@ class DefaultFloatingPoint {
 #endif
 };
 
-const SpanLoop* loops(Isa isa) {
+const Loops& loops(Isa isa) {
   switch (isa) {
     case Isa::avx512:
-      return avx512_loops();
+      return *avx512_loops();
     case Isa::avx2:
-      return avx2_loops();
+      return *avx2_loops();
     default:
-      return baseline_loops();
+      return *baseline_loops();
   }
 }
 
@@ -56,6 +56,13 @@ struct Work {
   size_t count;
   const HyperRow* rows;
   const SpanLoop* loops;
+};
+
+struct NormWork {
+  const GradSpan* gradients;
+  size_t count;
+  double* sums;
+  const SquareSum* square_sums;
 };
 
 // The cut nearest below the global element index, as an index into its span.
@@ -75,6 +82,24 @@ void run_piece(void* context, int64_t begin, int64_t end) {
     const int64_t from = cut(*span, begin);
     const int64_t to = cut(*span, end);
     if (from < to) work.loops[span->kernel](*span, work.rows[span->row], from, to);
+  }
+}
+
+void sum_chunks(void* context, int64_t begin, int64_t end) {
+  const NormWork& work = *static_cast<const NormWork*>(context);
+  const DefaultFloatingPoint guard;
+  const GradSpan* last = work.gradients + work.count;
+  // The last gradient that begins at or before this chunk.
+  const GradSpan* gradient =
+      std::upper_bound(work.gradients, last, begin,
+                       [](int64_t chunk, const GradSpan& g) { return chunk < g.first_chunk; }) -
+      1;
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    while (gradient + 1 != last && gradient[1].first_chunk <= chunk) ++gradient;
+    const int64_t at = (chunk - gradient->first_chunk) * kNormChunk;
+    const auto* bytes = static_cast<const unsigned char*>(gradient->grad);
+    work.sums[chunk] = work.square_sums[int(gradient->dtype)](
+        bytes + at * size_of(gradient->dtype), std::min(kNormChunk, gradient->numel - at));
   }
 }
 
@@ -105,8 +130,22 @@ Isa best_isa() {
 void step(const Span* spans, size_t count, const HyperRow* rows, Isa isa,
           ParallelFor parallel_for) {
   if (count == 0) return;
-  Work work{spans, count, rows, loops(isa)};
+  Work work{spans, count, rows, loops(isa).span_loops};
   parallel_for(spans[count - 1].offset + spans[count - 1].numel, kGrain, &work, run_piece);
+}
+
+double sum_of_squares(const GradSpan* gradients, size_t count, double* sums, Isa isa,
+                      ParallelFor parallel_for) {
+  if (count == 0) return 0;
+  const GradSpan& last = gradients[count - 1];
+  const int64_t chunks = last.first_chunk + norm_chunks(last.numel);
+  int64_t elements = 0;
+  for (size_t i = 0; i < count; ++i) elements += gradients[i].numel;
+  NormWork work{gradients, count, sums, loops(isa).square_sums};
+  // kGrain elements, in chunks.
+  parallel_for(chunks, (chunks * kGrain + elements - 1) / elements, &work, sum_chunks);
+  const DefaultFloatingPoint guard;
+  return total_of(sums, chunks);
 }
 
 }  // namespace cpu

@@ -2,16 +2,16 @@
 // Copyright the fusedopt authors
 #pragma once
 
-#include <cstddef>
-
-#include "../core/span.h"
+#include "../core/device_step.h"
 
 namespace fusedopt {
 namespace cuda {
 
-// Launches the step for all spans on the current device: one launch for each kernel that occurs,
-// more only where a launch's argument is full. stream is a cudaStream_t. Null, or what went wrong.
-const char* step(const Span* spans, size_t count, const HyperRow* rows, void* stream);
+// Whether the stream is being captured into a graph. Streams are cudaStream_t.
+bool is_capturing(void* stream);
+
+// Launches a step on the current device. Null, or what went wrong.
+const char* step(const DeviceStep& step, void* stream);
 
 }  // namespace cuda
 }  // namespace fusedopt

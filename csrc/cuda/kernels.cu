@@ -2,7 +2,9 @@
 // Copyright the fusedopt authors
 #include <cuda_runtime.h>
 
-#include "../core/tile.h"
+#include <algorithm>
+#include <atomic>
+
 #include "cuda.h"
 
 namespace fusedopt {
@@ -15,48 +17,134 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ 
   Tile<Variant, Types>::run(args, blockIdx.x, gridDim.x, threadIdx.x);
 }
 
-template <class Variant, class Types>
-cudaError_t launch_all(const Span* spans, size_t count, int kernel, const HyperRow* rows,
-                       cudaStream_t stream) {
-  LaunchArgs args;
-  size_t next = 0;
-  while (next < count) {
-    next = Tile<Variant, Types>::pack(spans, count, next, kernel, rows, args);
-    if (args.spans == 0) break;
-    step_kernel<Variant, Types><<<args.chunks, kThreads, 0, stream>>>(args);
-    if (cudaError_t error = cudaGetLastError()) return error;
+// A warp sums up a chunk. The last block to be done makes up the total, and what follows from it.
+__global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ NormArgs args) {
+  const uint32_t thread = threadIdx.x, lane = thread % kWarp;
+  const int64_t stride = int64_t(gridDim.x) * kWarps;
+  for (int64_t chunk = int64_t(blockIdx.x) * kWarps + thread / kWarp; chunk < args.chunks;
+       chunk += stride) {
+    double sum = norm_share(args, chunk, lane);
+    for (int distance = kWarp / 2; distance > 0; distance /= 2)
+      sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    if (lane == 0) args.sums[args.first_chunk + chunk] = sum;
   }
+  if (args.last == 0) return;
+
+  __shared__ bool is_last;
+  __threadfence();
+  __syncthreads();
+  if (thread == 0) is_last = atomicAdd(&args.control->arrived, 1u) == gridDim.x - 1;
+  __syncthreads();
+  if (!is_last) return;
+
+  __shared__ double lanes[kTotalLanes];
+  static_assert(kTotalLanes == kThreads, "a lane is a thread");
+  __threadfence();
+  lanes[thread] = total_lane(args, thread);
+  for (int half = kTotalLanes / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (thread < half) lanes[thread] += lanes[thread + half];
+  }
+  if (thread == 0) set_control(args.factor, lanes[0], *args.control);
+}
+
+template <class Rule>
+__global__ void __launch_bounds__(kThreads)
+    prepare_kernel(const __grid_constant__ PrepareArgs args) {
+  prepare_rows<Rule>(args, threadIdx.x, kThreads);
+  __syncthreads();
+  advance_counts(args, threadIdx.x, kThreads);
+}
+
+// As many blocks of a kernel as the current device holds at a time.
+template <class Kernel>
+cudaError_t resident_blocks(Kernel kernel, int& blocks) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];
+  int device = 0, processors = 0;
+  if (cudaError_t error = cudaGetDevice(&device)) return error;
+  if (device < kDevices && (blocks = known[device]) != 0) return cudaSuccess;
+  if (cudaError_t error =
+          cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
+    return error;
+  if (cudaError_t error =
+          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0))
+    return error;
+  blocks = std::max(1, blocks) * processors;
+  if (device < kDevices) known[device] = blocks;
   return cudaSuccess;
 }
 
-using Launcher = cudaError_t (*)(const Span*, size_t, int, const HyperRow*, cudaStream_t);
+template <auto kernel, class Args>
+cudaError_t launch(const Args& args, int64_t wanted_blocks, cudaStream_t stream) {
+  int blocks = 0;
+  if (cudaError_t error = resident_blocks(kernel, blocks)) return error;
+  kernel<<<unsigned(std::clamp<int64_t>(wanted_blocks, 1, blocks)), kThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+struct StepKernel {
+  PackSpans pack;
+  cudaError_t (*launch)(const LaunchArgs& args, cudaStream_t stream);
+};
 
 template <class Variant, class Types>
-struct Launch {
-  static constexpr Launcher value = launch_all<Variant, Types>;
+struct MakeStepKernel {
+  static cudaError_t launch_chunks(const LaunchArgs& args, cudaStream_t stream) {
+    return launch<step_kernel<Variant, Types>>(args, args.chunks, stream);
+  }
+  static constexpr StepKernel value = {Tile<Variant, Types>::pack, launch_chunks};
+};
+
+using Prepare = cudaError_t (*)(const PrepareArgs& args, cudaStream_t stream);
+
+template <class Rule>
+cudaError_t launch_prepare_kernel(const PrepareArgs& args, cudaStream_t stream) {
+  return launch<prepare_kernel<Rule>>(args, 1, stream);
+}
+
+template <class... Members>
+std::vector<Prepare> prepare_kernels(TypeList<Members...>) {
+  return {launch_prepare_kernel<Members>...};
+}
+
+class Launcher {
+ public:
+  explicit Launcher(cudaStream_t stream) : stream_(stream) {}
+
+  cudaError_t norm(const NormArgs& args) {
+    return launch<norm_kernel>(args, (args.chunks + kWarps - 1) / kWarps, stream_);
+  }
+  cudaError_t prepare(int rule, const PrepareArgs& args) {
+    static const auto kernels = prepare_kernels(Rules{});
+    return kernels[rule](args, stream_);
+  }
+  PackSpans pack(int kernel) { return kernels()[kernel].pack; }
+  cudaError_t step(int kernel, const LaunchArgs& args) {
+    return kernels()[kernel].launch(args, stream_);
+  }
+
+ private:
+  static const std::vector<StepKernel>& kernels() {
+    static const auto table = kernel_table<MakeStepKernel, StepKernel>();
+    return table;
+  }
+
+  cudaStream_t stream_;
 };
 
 }  // namespace
 
-const char* step(const Span* spans, size_t count, const HyperRow* rows, void* stream) {
-  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  if (cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capture))
-    return cudaGetErrorString(error);
-  if (capture != cudaStreamCaptureStatusNone)
-    return "the stream is being captured into a CUDA graph, which would replay this step with "
-           "today's learning rate and step count for ever; capture forward and backward only";
-  static const auto launchers = kernel_table<Launch, Launcher>();
-  // Each kernel once, when its first span is met.
-  for (size_t i = 0; i < count; ++i) {
-    const int kernel = spans[i].kernel;
-    bool seen = false;
-    for (size_t k = 0; k < i && !seen; ++k) seen = spans[k].kernel == kernel;
-    if (seen) continue;
-    const cudaError_t error =
-        launchers[kernel](spans, count, kernel, rows, static_cast<cudaStream_t>(stream));
-    if (error != cudaSuccess) return cudaGetErrorString(error);
-  }
-  return nullptr;
+bool is_capturing(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  return cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) == cudaSuccess &&
+         status != cudaStreamCaptureStatusNone;
+}
+
+const char* step(const DeviceStep& step, void* stream) {
+  const cudaError_t error =
+      launch_step<cudaError_t>(step, Launcher(static_cast<cudaStream_t>(stream)));
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace cuda

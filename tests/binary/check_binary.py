@@ -1,13 +1,16 @@
 """Checks in the disassembly that the build is as fast as its sources mean it to be.
 
 On the CPU every loop must work on whole registers of its instruction set, in the precision that
-its dtypes ask for, with the multiply-adds that the rules ask for as instructions. On CUDA every
-kernel must load and store 16 bytes at a time. A compiler may quietly break any of these.
+its dtypes ask for, with the multiply-adds that the rules ask for as instructions. On CUDA the
+kernels of every architecture must load and store 16 bytes at a time, keep all they work on in
+registers, few enough for three blocks on a multiprocessor, and calculate in doubles only where
+their dtypes are doubles. A compiler may quietly break any of these.
 
 Run as `make check-binary`; prints what is wrong and exits with 1 if anything is.
 """
 
 import json
+import os
 import platform
 import re
 import shutil
@@ -15,7 +18,7 @@ import subprocess
 import sys
 import sysconfig
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "fusedopt"
@@ -24,10 +27,22 @@ MODULE = PACKAGE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 REGISTERS = {"baseline": "xmm", "avx2": "ymm", "avx512": "zmm"}
 TYPES = r"<(?:fusedopt::)?(?P<rule>\w+::Variant<[^>]*>), .*Types<(?P<types>[^>]*)>"
 LOOP = re.compile(r"fusedopt::cpu::(?P<isa>\w+)::.*span_loop" + TYPES)
-KERNEL = re.compile(r"fusedopt::cuda::.*step_kernel" + TYPES)
 ARITHMETIC = re.compile(r"v?(sqrt|div|mul|add|sub)([ps])([sd])\b.*")
-ACCESS = re.compile(r"\b(LDG|STG)\.E((?:\.\w+)*)")
 BITS = {"double": 64, "float": 32, "bfloat16": 16, "float16": 16}
+
+ARCHS = ["80", "90", "100", "120"]
+KERNEL = re.compile(r"fusedopt::cuda::.*?(?P<name>(?P<kind>\w+)_kernel\b.*)")
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)")
+ACCESS = re.compile(r"(LDG|STG)\.E\b(?:.*?\.[US]?(\d+)\b)?")
+LOCAL = re.compile(r"(LDL|STL)\b")
+DOUBLE = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|MUFU\.\w+64H\b|.*\.F64\b")
+# What does not fit into registers spills to the stack, which is local memory.
+MOST = {"STACK": 0, "LOCAL": 0}
+# With 128 registers a multiprocessor, which has 65536, holds two blocks of 256 threads. Where ptxas
+# takes that many, it has as many bytes in flight.
+MOST_IN_STEP = {**MOST, "SHARED": 0, "REG": 128}
+
+Kernel = tuple[str, str]  # the architecture, the mangled name
 
 
 def lines(*command: str) -> Iterator[str]:
@@ -87,38 +102,93 @@ def loop_problems(instructions: list[str], register: str, types: str) -> Iterato
         yield calls[0]
 
 
-def check_kernels(expected: int) -> list[str]:
-    """What is wrong with the CUDA kernels, of which each architecture must have as many."""
+def check_kernels(expected: int, chosen: str) -> list[str]:
+    """What is wrong with the CUDA kernels; expected step kernels must be on each architecture."""
     packages = Path(sysconfig.get_path("purelib"), "nvidia").glob("*/bin/cuobjdump")
     cuobjdump = next(map(str, packages), None) or shutil.which("cuobjdump")
     if cuobjdump is None:
         return ["no cuobjdump; pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"]
-    kernels: dict[tuple[str, str], Counter[str]] = {}
-    arch, accesses = "", Counter[str]()
-    for line in lines(cuobjdump, "--dump-sass", str(MODULE)):
-        if "arch = " in line:
-            arch = line.split()[-1]
-        elif "Function : " in line:
-            accesses = kernels[arch, line.split()[-1]] = Counter()
-        elif match := ACCESS.search(line):
-            width = re.search(r"\d+", match[2])
-            accesses[f"{match[1]} {width[0] if width else 32}"] += 1
+    resources = read_resources(lines(cuobjdump, "--dump-resource-usage", str(MODULE)))
+    instructions = read_instructions(lines(cuobjdump, "--dump-sass", str(MODULE)))
+    if only := sorted(resources.keys() ^ instructions.keys()):
+        return [f"{' '.join(only[0])} has no resource usage, or no instructions"]
+    if not resources:
+        return ["no kernels"]
 
-    mangled = sorted({name for _, name in kernels})
+    mangled = sorted({name for _, name in resources})
     demangled = dict(zip(mangled, lines("c++filt", *mangled), strict=True))
-    wrong, count = [], Counter[str]()
-    for (arch, name), accesses in kernels.items():
-        if match := KERNEL.search(demangled[name]):
-            count[arch] += 1
-            for problem in kernel_problems(accesses, match["types"]):
-                wrong.append(f"{arch} kernel {match['rule']} ({match['types']}): {problem}")
-    if not count or set(count.values()) != {expected}:
-        wrong.append(f"not {expected} kernels for each architecture: {dict(count)}")
-    print(f"CUDA: {sum(count.values())} kernels, {dict(count)}")
+    wrong: list[str] = []
+    count: dict[str, Counter[str]] = defaultdict(Counter)
+    registers = Counter[str]()
+    for (arch, name), used in resources.items():
+        full = demangled[name].strip()
+        match = KERNEL.search(full)
+        kind, full = (match["kind"], match["name"]) if match else ("other", full)
+        count[arch][kind] += 1
+        if kind == "step":
+            registers[arch] = max(registers[arch], used["REG"])
+        for problem in kernel_problems(kind, full, used, instructions[arch, name]):
+            wrong.append(f"{arch} {full}: {problem}")
+    wrong += count_problems(count, expected, chosen)
+    kinds = sum(count.values(), Counter[str]())
+    print(f"CUDA: {kinds.total()} kernels, {dict(kinds)}, most registers: {dict(registers)}")
     return wrong
 
 
-def kernel_problems(accesses: Counter[str], types: str) -> Iterator[str]:
+def read_resources(dump: Iterable[str]) -> dict[Kernel, dict[str, int]]:
+    """What each kernel uses: {"REG": 64, "STACK": 0, "SHARED": 0, "LOCAL": 0, ...}."""
+    resources: dict[Kernel, dict[str, int]] = {}
+    arch = name = ""
+    for line in dump:
+        if "arch = " in line:
+            arch = line.split()[-1]
+        elif line.startswith(" Function "):
+            name = line.split()[1].rstrip(":")
+        elif "REG:" in line:
+            pairs = re.findall(r"(\S+):(\d+)", line)
+            resources[arch, name] = {resource: int(number) for resource, number in pairs}
+    return resources
+
+
+def read_instructions(dump: Iterable[str]) -> dict[Kernel, Counter[str]]:
+    """How many there are in each kernel of each instruction: {"LDG.E.128": 4, ...}."""
+    instructions: dict[Kernel, Counter[str]] = {}
+    arch, counter = "", Counter[str]()
+    for line in dump:
+        if match := INSTRUCTION.match(line):
+            counter[match[1]] += 1
+        elif "arch = " in line:
+            arch = line.split()[-1]
+        elif "Function : " in line:
+            counter = instructions[arch, line.split()[-1]] = Counter()
+    return instructions
+
+
+def kernel_problems(
+    kind: str, name: str, used: dict[str, int], instructions: Counter[str]
+) -> Iterator[str]:
+    for resource, most in (MOST_IN_STEP if kind == "step" else MOST).items():
+        if used[resource] > most:
+            yield f"{resource} {used[resource]}, at most {most}"
+    if local := sorted(filter(LOCAL.match, instructions)):
+        yield f"local memory: {', '.join(local)}"
+    accesses = Counter[str]()
+    for instruction, number in instructions.items():
+        if match := ACCESS.match(instruction):
+            accesses[f"{match[1]} {match[2] or 32}"] += number
+    if kind == "step":
+        match = re.search(TYPES, name)
+        assert match is not None
+        yield from step_problems(match["types"], instructions, accesses)
+    elif kind == "norm" and not accesses["LDG 128"]:
+        yield f"no load has 128 bits: {dict(accesses)}"
+    elif "EXIT" not in instructions:
+        yield "no EXIT: its disassembly was not understood"
+
+
+def step_problems(types: str, instructions: Counter[str], accesses: Counter[str]) -> Iterator[str]:
+    if "double" not in types and (double := sorted(filter(DOUBLE.match, instructions))):
+        yield f"{', '.join(double)}, but none of its dtypes is double"
     # A parameter and its states are loaded and stored, the gradient is loaded only.
     if not accesses["LDG 128"] > accesses["STG 128"] > 0:
         yield f"not all accesses have 128 bits: {dict(accesses)}"
@@ -129,17 +199,31 @@ def kernel_problems(accesses: Counter[str], types: str) -> Iterator[str]:
         yield f"accesses of {odd} bits: {dict(accesses)}"
 
 
+def count_problems(count: dict[str, Counter[str]], expected: int, chosen: str) -> Iterator[str]:
+    wanted = re.findall(r"\d+", chosen.replace(".", "")) if chosen else ARCHS
+    if missing := [f"sm_{arch}" for arch in wanted if f"sm_{arch}" not in count]:
+        yield f"no kernels for {', '.join(missing)}"
+    steps = {arch: kinds["step"] for arch, kinds in count.items()}
+    if set(steps.values()) != {expected}:
+        yield f"not {expected} step kernels for each architecture: {steps}"
+    kinds = {arch: dict(sorted(kinds.items())) for arch, kinds in count.items()}
+    if any(of_one != next(iter(kinds.values())) for of_one in kinds.values()):
+        yield f"not the same kernels for each architecture: {kinds}"
+
+
 def main() -> None:
     if not MODULE.exists():
         sys.exit(f"check-binary: there is no {MODULE}; first: make build")
-    built_with_cuda = json.loads((PACKAGE / "_build_info.json").read_text())["cuda_version"]
+    built = json.loads((PACKAGE / "_build_info.json").read_text())
+    # An older record of the build does not say for which architectures somebody wished.
+    chosen = built.get("cuda_archs", os.environ.get("FUSEDOPT_CUDA_ARCHS", ""))
     wrong: list[str] = []
     if platform.machine() != "x86_64":
         print("CPU and CUDA: not checked, this is not an x86-64 machine")
     else:
         wrong, loops = check_loops()
-        if built_with_cuda:
-            wrong += check_kernels(loops)
+        if built["cuda_version"]:
+            wrong += check_kernels(loops, chosen)
         else:
             print(
                 "CUDA: not checked, the module was built without it (no nvcc, or FUSEDOPT_CUDA=0)"

@@ -3,16 +3,38 @@
 The tests run them on the core as it is; the mutation check runs them on builds with a fault.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
+from typing import TypeVar
 
 import numpy as np
 import torch
 
-from .library import BACKWARD, FORWARD, THREADED, Core, Kernel
-from .memory import INFINITY, QUIET_NAN, Streams, extreme, to_bits, to_values
+from .library import (
+    BACKWARD,
+    DTYPES,
+    FORWARD,
+    THREADED,
+    Core,
+    Kernel,
+)
+from .memory import (
+    INFINITY,
+    QUIET_NAN,
+    UNSIGNED,
+    Gradients,
+    Streams,
+    canonical,
+    extreme,
+    to_bits,
+    to_values,
+)
 from .options import RULES, Options
+from .preparation import Preparation
 
+T = TypeVar("T")
 Step = Callable[[np.ndarray], object]
 
 SIZES = [0, 1, 3, 15, 17, 1000]
@@ -25,8 +47,14 @@ def options_of(core: Core, kernel: Kernel) -> list[Options]:
     return [o for o in options if core.variant(kernel.rule, o) == kernel.variant]
 
 
-def make_rows(core: Core, kernel: Kernel, count: int, seed: int = 0) -> np.ndarray:
-    """Rows that all differ: in options, step, first and gradient factor."""
+GRIDS = [(0, FORWARD), (0, BACKWARD), (0, 2), (1, FORWARD), (3, 3), (1000, 4)]
+"""Numbers of blocks and orders that the tile is run with."""
+
+
+def make_rows(
+    core: Core, kernel: Kernel, count: int, seed: int = 0, grad_factor: float | None = None
+) -> np.ndarray:
+    """Rows that all differ: in options, step, first and, unless it is given, gradient factor."""
     random = np.random.default_rng(seed)
     options = options_of(core, kernel)
     return np.stack(
@@ -36,7 +64,7 @@ def make_rows(core: Core, kernel: Kernel, count: int, seed: int = 0) -> np.ndarr
                 options[i % len(options)],
                 step=int(random.integers(1, 1000)),
                 first=bool(random.random() < 0.3),
-                grad_factor=random.uniform(0.5, 2),
+                grad_factor=random.uniform(0.5, 2) if grad_factor is None else grad_factor,
             )
             for i in range(count)
         ]
@@ -47,18 +75,18 @@ def all_ways(core: Core, rows: np.ndarray) -> Iterator[tuple[str, Step]]:
     """Every instruction set, and the CUDA kernel with grids of several shapes and orders."""
     for isa in core.isas:
         yield isa, partial(core.cpu_step, rows=rows, isa=isa)
-    for blocks, order in [(0, FORWARD), (0, BACKWARD), (0, 2), (1, FORWARD), (3, 3), (1000, 4)]:
+    for blocks, order in GRIDS:
         name = f"the tile with {blocks or 'exactly enough'} blocks in order {order}"
         yield name, partial(core.tile_step, rows=rows, blocks=blocks, order=order)
 
 
-def flushing_denormals(step: Step) -> Step:
+def flushing_denormals(step: Callable[[np.ndarray], T]) -> Callable[[np.ndarray], T]:
     """The step by a thread that flushes denormals, which must make no difference to it."""
 
-    def run(spans: np.ndarray) -> None:
+    def run(spans: np.ndarray) -> T:
         torch.set_flush_denormal(True)
         try:
-            step(spans)
+            return step(spans)
         finally:
             torch.set_flush_denormal(False)
 
@@ -167,6 +195,183 @@ def check_many_spans(core: Core, kernel: Kernel) -> None:
         memory.assert_same(memory.result(), want, f"the tile with {blocks} blocks")
 
 
+def check_memory(core: Core, kernel: Kernel) -> None:
+    """Rows, a gradient factor or both in the device's memory: the bits that the CPU gets with rows
+    which are scaled by that factor. A step to be skipped changes nothing."""
+    random = np.random.default_rng(0)
+    chunk = kernel.chunk
+    sizes = np.append(random.integers(0, 40, 1000), [chunk - 1, chunk, chunk + 1, 2 * chunk + 3])
+    shifts = random.integers(0, 16, (len(sizes), len(kernel.streams)))
+    shifts[::2] = shifts[::2, :1]
+    which = random.integers(0, 7, len(sizes))
+    memory = Streams(kernel, sizes, shifts, which, extreme)
+    factor = 1 / 3  # which float32 does not hold
+    plain = make_rows(core, kernel, 7, grad_factor=1)
+    scaled = make_rows(core, kernel, 7, grad_factor=factor)
+    want = memory.after(partial(core.cpu_step, rows=scaled, isa="baseline"))
+
+    def check(
+        rows: np.ndarray, own_factor: float | None, in_memory: bool, blocks: int, order: int
+    ) -> None:
+        memory.reset()
+        launches = core.tile_step_from_memory(
+            memory.spans, rows, own_factor, rows_in_memory=in_memory, blocks=blocks, order=order
+        )
+        what = f"with factor {own_factor}, rows in memory: {in_memory}, blocks: {blocks}"
+        assert launches >= 2 + (own_factor is not None), f"{kernel} {what}: {launches} launches"
+        memory.assert_same(memory.result(), want, f"the tile {what}, in order {order}")
+
+    for blocks, order in GRIDS[2:]:
+        check(plain, factor, True, blocks, order)
+    check(plain, factor, False, 0, BACKWARD)
+    check(scaled, None, True, 0, BACKWARD)
+
+    for in_memory in (True, False):
+        memory.reset()
+        core.tile_step_from_memory(memory.spans, plain, factor, True, in_memory)
+        for stream, array, before in zip(kernel.streams, memory.arrays, memory.before, strict=True):
+            assert np.array_equal(array, before), f"{kernel}: a skipped step changes {stream}"
+
+
+NORM_SIZES = [1, 3, *(size + i for size in (128, 256, 1024, 16384) for i in (-1, 0, 1))]
+NORM_SIZES += [3 * 16384 + 17]
+
+
+def norm_ways(core: Core) -> Iterator[tuple[str, Callable[[np.ndarray], float]]]:
+    for isa in core.isas:
+        yield isa, partial(core.cpu_sum_of_squares, isa=isa)
+    yield "the tile", core.tile_sum_of_squares
+
+
+def add_tree(values: np.ndarray) -> np.ndarray:
+    """The sums along the last axis, of halves and halves of halves."""
+    while values.shape[-1] > 1:
+        half = values.shape[-1] // 2
+        values = values[..., :half] + values[..., half:]
+    return values[..., 0]
+
+
+def add_lanes(values: np.ndarray, lanes: int) -> np.ndarray:
+    """Lane i adds up the values i, i + lanes, i + 2 * lanes and so on, one after the other."""
+    padded = np.zeros((max(1, -(-len(values) // lanes)), lanes))
+    padded.ravel()[: len(values)] = values
+    return np.add.accumulate(padded)[-1]
+
+
+def ordered_sum(core: Core, gradients: Gradients) -> float:
+    """The sum of squares, added up in the order that norm.h sets out."""
+    sums = []
+    with np.errstate(all="ignore"):
+        for dtype, values in zip(gradients.dtypes, gradients.values, strict=True):
+            slots = 16 // UNSIGNED[dtype]().itemsize
+            for begin in range(0, len(values), core.norm_chunk):
+                lanes = add_lanes(values[begin : begin + core.norm_chunk] ** 2, 32 * slots)
+                sums.append(add_tree(add_tree(lanes.reshape(32, slots))))
+        return float(add_tree(add_lanes(np.array(sums), 256)))
+
+
+def check_sum(core: Core, gradients: Gradients, what: str) -> float:
+    """The sum of squares has the same bits every way, and is right. Returns it."""
+    want = np.array([ordered_sum(core, gradients)])
+    with np.errstate(all="ignore"):
+        # Exact for all dtypes but float64, where each square is off by 2^-53 of it at most.
+        exact = math.fsum(np.concatenate([values**2 for values in gradients.values]))
+    if math.isfinite(exact):
+        assert abs(want[0] - exact) <= 1e-12 * exact, f"{what}: {want[0]}, not {exact}"
+    else:
+        assert np.array_equal(want, [exact], equal_nan=True), f"{what}: {want[0]}, not {exact}"
+    places = np.arange(gradients.chunks + 1)
+    runs = list(norm_ways(core))
+    for isa in core.isas:
+        run = partial(core.cpu_sum_of_squares, isa=isa)
+        threads = partial(run, cuts=np.linspace(0, places[-1], 4).astype(int), order=THREADED)
+        runs += [(f"{isa} where denormals are flushed", flushing_denormals(run))]
+        runs += [(f"{isa} in threads", threads)]
+        runs += [(f"{isa} in threads that flush denormals", flushing_denormals(threads))]
+    for way, run in runs:
+        got = np.array([run(gradients.spans)])
+        same = canonical("float64", got.view(np.uint64)) == canonical(
+            "float64", want.view(np.uint64)
+        )
+        assert same, f"{what} by {way}: {got[0]!r}, not {want[0]!r}"
+    return float(want[0])
+
+
+def many_magnitudes(random: np.random.Generator, size: int) -> np.ndarray:
+    """Numbers whose squares cannot be added up without rounding."""
+    return random.standard_normal(size) * 2.0 ** random.integers(-20, 12, size)
+
+
+# What the square of a float32 could not hold, or a thread that flushes denormals.
+NORM_SPECIAL: dict[str, list[list[float]]] = {
+    "float32": [[1e30], [3.4e38, 1e30, -1.0], [1e-30], [1e-45, -1e-40], [1.1e-38, 1e-45]],
+    "float64": [[1e150], [1e-160, 2e-161], [1e-154] * 3, [5e-324], [1e200], [1e-200, 1.0]],
+    "bfloat16": [[1e30], [3.3e38, -1e30], [1e-30], [1e-40, -9e-41], [1.1e-38, 1e-40]],
+    "float16": [[65504.0], [6e-8], [6e-5, -6e-8], [-65504.0, 6e-8]],
+}
+
+
+def check_sum_of_squares(core: Core) -> None:
+    """All sizes of all dtypes by themselves and together, aligned and misaligned; Inf, NaN, and
+    what overflows or is denormal; many gradients, cut into pieces of many kinds."""
+    random = np.random.default_rng(0)
+    chunk = core.norm_chunk
+    assert chunk == 16384, "the sizes are those around a chunk"
+    together: list[tuple[str, np.ndarray]] = []
+    shifts: list[int] = []
+    for dtype, size, shift in product(DTYPES, [*NORM_SIZES, 0], (0, 1, 3)):
+        part = (dtype, many_magnitudes(random, size))
+        together.append(part)
+        shifts.append(shift)
+        if size > 0:
+            what = f"{size} elements of {dtype}, shifted by {shift}"
+            check_sum(core, Gradients(chunk, [part], [shift]), what)
+            equal = [(dtype, np.full(size, 3.0))]
+            total = check_sum(core, Gradients(chunk, equal, [shift]), f"{what}, all equal")
+            assert total == 9 * size, f"{what}: {total}"
+    order = [int(i) for i in random.permutation(len(together))]
+    mixed = Gradients(chunk, [together[i] for i in order], [shifts[i] for i in order])
+    check_sum(core, mixed, "all sizes of all dtypes")
+
+    for dtype in DTYPES:
+        special = [*NORM_SPECIAL[dtype], [math.inf], [-math.inf, 1.0], [math.nan]]
+        special += [[math.inf, math.nan]]
+        for values in special:
+            for ordinary in (0, 1000):  # where they are, and where none of theirs can be lost
+                numbers = np.concatenate([many_magnitudes(random, ordinary), values])
+                what = f"{values} among {ordinary} elements of {dtype}"
+                check_sum(core, Gradients(chunk, [(dtype, numbers)], [1]), what)
+
+    # More than two launches take: an argument of 32 KiB has no room for more than 1024 of them.
+    # Runs of empty ones at the front, at the back and in between.
+    sizes = np.where(random.random(2500) < 0.3, 0, random.integers(0, 300, 2500))
+    sizes[::50] = random.choice(NORM_SIZES, 50)
+    sizes[[0, 1, 1000, 1001, 1002, -2, -1]] = 0
+    parts = [(str(random.choice(DTYPES)), many_magnitudes(random, size)) for size in sizes]
+    many = Gradients(chunk, parts, random.integers(0, 8, len(parts)))
+    want = check_sum(core, many, "many gradients")
+    everywhere = np.arange(many.chunks + 1)
+    some = np.unique(np.append(random.integers(0, many.chunks, 100), [0, many.chunks]))
+    even = [(np.linspace(0, many.chunks, n + 1).astype(int), THREADED) for n in (1, 2, 7)]
+    for isa in core.isas:
+        for cuts, way in [*even, (everywhere, BACKWARD), (everywhere, 2), (some, 3)]:
+            got = core.cpu_sum_of_squares(many.spans, isa, cuts, way)
+            assert got == want, f"{isa} in {len(cuts) - 1} pieces, order {way}: {got!r}"
+
+
+def check_prepare(core: Core) -> None:
+    """Rows that are worked out from sources are those that the host works out from the counts as
+    they are before they are advanced. A step to be skipped leaves all counts as they are."""
+    for rule in core.rules:
+        preparation = Preparation(core, rule)
+        every = (len(preparation.sources), len(preparation.ranges))
+        # A launch takes 371 sources; there is room for one range then.
+        for sources, ranges in [(1, 0), (0, 1), (0, 3000), (371, 1), (371, 2), (372, 3), every]:
+            preparation.check(sources, ranges, skip=True)
+            preparation.check(sources, ranges)
+        preparation.check(*every)
+
+
 def float32_samples() -> np.ndarray:
     """Four million floats: all sign, exponent and upper mantissa bits, with lower ones around
     the ties of both 16-bit formats, subnormal ones included."""
@@ -271,5 +476,14 @@ CHECKS: dict[str, Callable[[Core, Kernel], None]] = {
     "same bits": check_same_bits,
     "division": check_division,
     "many spans": check_many_spans,
+    "memory": check_memory,
 }
 """Those that are run for each kernel."""
+
+CORE_CHECKS: dict[str, Callable[[Core], None]] = {
+    "conversions": check_conversions,
+    "multiply-add": check_multiply_add,
+    "sum of squares": check_sum_of_squares,
+    "prepare": check_prepare,
+}
+"""Those that are run once."""

@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
-#include "core/tile.h"
 #include "cpu/cpu.h"
+#include "host_launcher.h"
 
 #define API extern "C" __attribute__((visibility("default")))
 
@@ -18,48 +18,16 @@ namespace {
 
 using namespace fusedopt;
 
-static_assert(sizeof(Span) == 64 && sizeof(HyperRow) == 128, "core.py lays them out as well");
+static_assert(sizeof(Span) == 64 && sizeof(HyperRow) == 128 && sizeof(GradSpan) == 32 &&
+                  sizeof(RowSource) == 88 && sizeof(CountRange) == 16,
+              "library.py lays them out as well");
 
-// In which order the pieces of a step run, or the (block, thread) pairs of a launch. Any number
-// above these is the seed of a shuffle.
-constexpr int kForward = 0, kBackward = 1, kThreaded = -1;
+// The order in which the pieces of a CPU step run in threads of their own; see host_launcher.h.
+constexpr int kThreaded = -1;
 
-template <class T>
-void arrange(std::vector<T>& items, int order) {
-  if (order == kBackward) std::reverse(items.begin(), items.end());
-  if (order <= kBackward) return;
-  uint64_t random = order;
-  for (size_t left = items.size(); left > 1; --left) {
-    random = random * 6364136223846793005u + 1442695040888963407u;
-    std::swap(items[left - 1], items[(random >> 33) % left]);
-  }
-}
-
-const cpu::SpanLoop* loops(int isa) {
-  const cpu::SpanLoop* (*const tables[])() = {cpu::baseline_loops, cpu::avx2_loops,
-                                              cpu::avx512_loops};
+const cpu::Loops* loops(int isa) {
+  const cpu::Loops* (*const tables[])() = {cpu::baseline_loops, cpu::avx2_loops, cpu::avx512_loops};
   return tables[isa]();
-}
-
-// One kernel of the CUDA build, on the host.
-struct HostKernel {
-  size_t (*pack)(const Span*, size_t, size_t, int, const HyperRow*, LaunchArgs&);
-  void (*run)(const LaunchArgs&, uint32_t block, uint32_t blocks, uint32_t thread);
-  int chunk;
-};
-
-template <class Variant, class Types>
-struct MakeHostKernel {
-  using Body = Tile<Variant, Types>;
-  static void run(const LaunchArgs& args, uint32_t block, uint32_t blocks, uint32_t thread) {
-    Body::run(args, block, blocks, thread);
-  }
-  static constexpr HostKernel value = {Body::pack, run, Body::kChunk};
-};
-
-const std::vector<HostKernel>& host_kernels() {
-  static const auto table = kernel_table<MakeHostKernel, HostKernel>();
-  return table;
 }
 
 using std::to_string;
@@ -106,7 +74,7 @@ std::string describe_core() {
   const auto chunk = [](const HostKernel& kernel) { return to_string(kernel.chunk); };
   return "{\"rules\": " + rules + ", \"variants\": " + variants +
          ", \"combinations\": " + combinations + ", \"chunks\": " + list(host_kernels(), chunk) +
-         ", \"isas\": " + list(isas) + "}";
+         ", \"norm_chunk\": " + to_string(kNormChunk) + ", \"isas\": " + list(isas) + "}";
 }
 
 // How the next CPU step is cut: into pieces [cuts[i], cuts[i + 1]), or one piece for all.
@@ -130,16 +98,6 @@ void divided_for(int64_t size, int64_t, void* context, void (*body)(void*, int64
   }
 }
 
-void launch(const HostKernel& kernel, const LaunchArgs& args, uint32_t blocks, int order) {
-  std::vector<std::pair<uint32_t, uint32_t>> places;
-  places.reserve(size_t(blocks) * kThreads);
-  for (uint32_t block = 0; block < blocks; ++block)
-    for (uint32_t thread = 0; thread < uint32_t(kThreads); ++thread)
-      places.emplace_back(block, thread);
-  arrange(places, order);
-  for (const auto& place : places) kernel.run(args, place.first, blocks, place.second);
-}
-
 }  // namespace
 
 API const char* describe() {
@@ -153,7 +111,8 @@ API int choose_variant(int rule, const double* options) {
 
 API void make_row(int rule, const double* options, double step, int first, double grad_factor,
                   int float64, HyperRow* out) {
-  registry().rules[rule].row(options, step, first, grad_factor, float64, *out);
+  registry().rules[rule].row(options, step, first, float64, *out);
+  registry().rules[rule].scale_gradient(grad_factor, float64, *out);
 }
 
 API void cpu_step(const Span* spans, size_t count, const HyperRow* rows, int isa,
@@ -167,18 +126,73 @@ API void cpu_step(const Span* spans, size_t count, const HyperRow* rows, int isa
 // given, it is one for each chunk.
 API int tile_step(const Span* spans, size_t count, const HyperRow* rows, uint32_t blocks,
                   int order) {
-  int launches = 0;
-  for (int k = 0; k < int(host_kernels().size()); ++k) {
-    const HostKernel& kernel = host_kernels()[k];
-    for (size_t next = 0; next < count;) {
-      LaunchArgs args;
-      next = kernel.pack(spans, count, next, k, rows, args);
-      if (args.spans == 0) break;
-      launch(kernel, args, blocks == 0 ? args.chunks : blocks, order);
-      ++launches;
-    }
+  DeviceStep step;
+  step.spans = spans;
+  step.span_count = count;
+  step.rows = rows;
+  HostLauncher launcher(blocks, order);
+  launch_step<int>(step, launcher);
+  return launcher.launches();
+}
+
+// The same with rows in the memory of the device, a factor of the gradients there, or both. Without
+// a factor, nothing can be skipped.
+API int tile_step_from_memory(const Span* spans, size_t count, HyperRow* rows, int rows_in_memory,
+                              const double* grad_factor, int skip, uint32_t blocks, int order) {
+  const float found_inf = float(skip);
+  Control control = {};
+  DeviceStep step;
+  step.spans = spans;
+  step.span_count = count;
+  if (rows_in_memory) {
+    step.device_rows = rows;
+  } else {
+    step.rows = rows;
   }
-  return launches;
+  if (grad_factor != nullptr) {
+    step.factor.factor = *grad_factor;
+    step.factor.found_inf = &found_inf;
+    step.control = &control;
+  }
+  HostLauncher launcher(blocks, order);
+  launch_step<int>(step, launcher);
+  return launcher.launches();
+}
+
+// Works out rows from their sources and advances counts, as a device does before a step.
+API void prepare_rows(int rule, const RowSource* sources, size_t source_count,
+                      const CountRange* counts, size_t count_ranges, int skip, HyperRow* rows) {
+  const float found_inf = float(skip);
+  DeviceStep step;
+  step.rule = rule;
+  step.sources = sources;
+  step.source_count = source_count;
+  step.counts = counts;
+  step.count_ranges = count_ranges;
+  step.factor.found_inf = &found_inf;
+  step.device_rows = rows;
+  HostLauncher launcher;
+  launch_step<int>(step, launcher);
+}
+
+API double cpu_sum_of_squares(const GradSpan* gradients, size_t count, double* sums, int isa,
+                              const int64_t* cuts, size_t cut_count, int order) {
+  division.cuts.assign(cuts, cuts + cut_count);
+  division.order = order;
+  return cpu::sum_of_squares(gradients, count, sums, cpu::Isa(isa), divided_for);
+}
+
+API double tile_sum_of_squares(const GradSpan* gradients, size_t count, double* sums) {
+  Control control = {};
+  DeviceStep step;
+  step.gradients = gradients;
+  step.gradient_count = count;
+  step.factor.clips = true;
+  step.control = &control;
+  step.sums = sums;
+  HostLauncher launcher;
+  launch_step<int>(step, launcher);
+  return control.sum_of_squares;
 }
 
 // Runs only these chunks of the first launch; returns how many chunks that launch has.

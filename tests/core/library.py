@@ -18,6 +18,18 @@ SPAN = np.dtype(
     + [("offset", "i8"), ("kernel", "i4"), ("row", "i4")]
 )
 ROW = np.dtype((np.uint8, 128))
+GRADIENT = np.dtype(
+    [("grad", "u8"), ("numel", "i8"), ("first_chunk", "i8"), ("dtype", "u1")], align=True
+)
+ROW_SOURCE = np.dtype(
+    [("options", "u8", 8), ("count", "u8"), ("taken", "f4"), ("kinds", "u4"), ("row", "u4")]
+    + [("first", "?"), ("float64", "?")],
+    align=True,
+)
+COUNT_RANGE = np.dtype([("counts", "u8"), ("size", "u4")], align=True)
+
+DTYPES = ["float32", "float64", "bfloat16", "float16"]
+"""In the order in which the core numbers them."""
 
 FORWARD, BACKWARD, THREADED = 0, 1, -1
 """The order of the pieces of a step; any other number is the seed of a shuffle."""
@@ -54,9 +66,22 @@ class Core:
             *(c_void_p, c_size_t, c_void_p, c_int, c_void_p, c_size_t, c_int)
         ]
         self._library.tile_step.argtypes = [c_void_p, c_size_t, c_void_p, c_uint32, c_int]
+        self._library.tile_step_from_memory.argtypes = [
+            *(c_void_p, c_size_t, c_void_p, c_int, c_void_p, c_int, c_uint32, c_int)
+        ]
+        self._library.prepare_rows.argtypes = [
+            *(c_int, c_void_p, c_size_t, c_void_p, c_size_t, c_int, c_void_p)
+        ]
+        self._library.cpu_sum_of_squares.argtypes = [
+            *(c_void_p, c_size_t, c_void_p, c_int, c_void_p, c_size_t, c_int)
+        ]
+        self._library.cpu_sum_of_squares.restype = c_double
+        self._library.tile_sum_of_squares.argtypes = [c_void_p, c_size_t, c_void_p]
+        self._library.tile_sum_of_squares.restype = c_double
         self._library.tile_chunks.argtypes = [c_void_p, c_size_t, c_void_p, c_void_p, c_size_t]
         self._library.tile_chunks.restype = c_uint32
         self._description = json.loads(self._library.describe())
+        self.norm_chunk: int = self._description["norm_chunk"]
         self.isas: dict[str, int] = dict(self._description["isas"])
         self._rules = self._description["rules"]  # of each: name, first variant, option keys
         self.rules: list[str] = [name for name, _, _ in self._rules]
@@ -76,18 +101,35 @@ class Core:
                 )
         return kernels
 
-    def _values(self, rule: str, options: Options) -> tuple[int, np.ndarray]:
-        index = self.rules.index(rule)
-        keys = self._rules[index][2]
+    def values(self, rule: str, options: Options) -> np.ndarray:
+        """The options as the core numbers them."""
+        keys = self._rules[self.rules.index(rule)][2]
         values = [options[key] if element < 0 else options[key][element] for key, element in keys]
-        return index, np.array(values, np.float64)
+        return np.array(values, np.float64)
 
     def variant(self, rule: str, options: Options) -> int:
         """The variant that these options ask for, among all variants of all rules."""
-        index, values = self._values(rule, options)
+        index, values = self.rules.index(rule), self.values(rule, options)
         return int(self._rules[index][1]) + int(
             self._library.choose_variant(index, values.ctypes.data)
         )
+
+    def make_row(
+        self,
+        rule: str,
+        values: np.ndarray,
+        float64: bool,
+        step: float = 1,
+        first: bool = False,
+        grad_factor: float = 1,
+    ) -> np.ndarray:
+        """A row of hyper-parameters, as the host works it out."""
+        row = np.zeros((), ROW)
+        index = self.rules.index(rule)
+        self._library.make_row(
+            index, values.ctypes.data, step, first, grad_factor, float64, row.ctypes.data
+        )
+        return row
 
     def row(
         self,
@@ -97,13 +139,18 @@ class Core:
         first: bool = False,
         grad_factor: float = 1,
     ) -> np.ndarray:
-        index, values = self._values(kernel.rule, options)
-        row = np.zeros((), ROW)
+        values = self.values(kernel.rule, options)
         wide = kernel.dtypes[0] == "float64"
-        self._library.make_row(
-            index, values.ctypes.data, step, first, grad_factor, wide, row.ctypes.data
+        return self.make_row(kernel.rule, values, wide, step, first, grad_factor)
+
+    def prepare_rows(
+        self, rule: str, sources: np.ndarray, counts: np.ndarray, skip: bool, rows: np.ndarray
+    ) -> None:
+        """Rows as a device works them out from their sources, and ranges of counts advanced."""
+        self._library.prepare_rows(
+            *(self.rules.index(rule), sources.ctypes.data, len(sources)),
+            *(counts.ctypes.data, len(counts), skip, rows.ctypes.data),
         )
-        return row
 
     def cpu_step(
         self,
@@ -127,6 +174,55 @@ class Core:
         otherwise. Returns the number of launches."""
         return int(
             self._library.tile_step(spans.ctypes.data, len(spans), rows.ctypes.data, blocks, order)
+        )
+
+    def tile_step_from_memory(
+        self,
+        spans: np.ndarray,
+        rows: np.ndarray,
+        grad_factor: float | None,
+        skip: bool = False,
+        rows_in_memory: bool = True,
+        blocks: int = 0,
+        order: int = FORWARD,
+    ) -> int:
+        """The same with rows or, unless it is None, a gradient factor in the device's memory."""
+        factor = np.array([] if grad_factor is None else [grad_factor], np.float64)
+        return int(
+            self._library.tile_step_from_memory(
+                *(spans.ctypes.data, len(spans), rows.ctypes.data, rows_in_memory),
+                *(factor.ctypes.data if len(factor) else None, skip, blocks, order),
+            )
+        )
+
+    def _sums(self, gradients: np.ndarray) -> np.ndarray:
+        """Room for the sums of all chunks. One that is left out makes the total NaN."""
+        chunks = int((-(-gradients["numel"] // self.norm_chunk)).sum())
+        return np.full(chunks, np.nan)
+
+    def cpu_sum_of_squares(
+        self,
+        gradients: np.ndarray,
+        isa: str,
+        cuts: Sequence[int] | np.ndarray = (),
+        order: int = FORWARD,
+    ) -> float:
+        """By the loops of an instruction set, in pieces of the chunks [cuts[i], cuts[i + 1])."""
+        places, sums = np.array(cuts, np.int64), self._sums(gradients)
+        return float(
+            self._library.cpu_sum_of_squares(
+                *(gradients.ctypes.data, len(gradients), sums.ctypes.data, self.isas[isa]),
+                *(places.ctypes.data, len(places), order),
+            )
+        )
+
+    def tile_sum_of_squares(self, gradients: np.ndarray) -> float:
+        """By the body of the CUDA kernel."""
+        sums = self._sums(gradients)
+        return float(
+            self._library.tile_sum_of_squares(
+                gradients.ctypes.data, len(gradients), sums.ctypes.data
+            )
         )
 
     def tile_chunks(self, spans: np.ndarray, rows: np.ndarray, chunks: Sequence[int]) -> int:

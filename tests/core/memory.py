@@ -1,10 +1,10 @@
-"""Spans in memory with guard zones around them, and bit patterns of all dtypes."""
+"""Spans and gradients in memory with guard zones around them, and bit patterns of all dtypes."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .library import SPAN, Kernel
+from .library import DTYPES, GRADIENT, SPAN, Kernel
 
 Fill = Callable[[np.random.Generator, str, int], np.ndarray]
 """fill(random, stream, size): the values of a stream, as float64."""
@@ -171,3 +171,36 @@ class Streams:
                 raise AssertionError(
                     f"{self.kernel}: {what} differs in {stream}, {self.describe(i, where)}"
                 )
+
+
+class Gradients:
+    """Gradients of any dtypes for their norm. Each begins at a multiple of 64 bytes plus some
+    elements, and all bytes between them are NaN: one element too many makes the sum NaN."""
+
+    def __init__(
+        self,
+        chunk: int,
+        parts: Sequence[tuple[str, np.ndarray]],
+        shifts: Sequence[int] | np.ndarray = (),
+    ) -> None:
+        self.dtypes = [dtype for dtype, _ in parts]
+        bits = [to_bits(dtype, values) for dtype, values in parts]
+        self.values = [to_values(d, b) for d, b in zip(self.dtypes, bits, strict=True)]
+        sizes = np.array([b.itemsize for b in bits], np.int64)
+        numel = np.array([len(b) for b in bits], np.int64)
+        before = np.zeros(len(bits), np.int64)
+        before[: len(shifts)] = shifts
+        slots = (before * sizes + numel * sizes + 64 + 63) // 64 * 64
+        starts = np.cumsum(slots) - slots + before * sizes
+
+        self._memory = np.full(int(slots.sum()) + 128, 0xFF, np.uint8)
+        begin = 64 + -self._memory.ctypes.data % 64
+        for start, b in zip(starts, bits, strict=True):
+            self._memory[begin + start : begin + start + b.nbytes] = b.view(np.uint8)
+        chunks = -(-numel // chunk)
+        self.spans = np.zeros(len(bits), GRADIENT)
+        self.spans["grad"] = self._memory.ctypes.data + begin + starts
+        self.spans["numel"] = numel
+        self.spans["first_chunk"] = np.cumsum(chunks) - chunks
+        self.spans["dtype"] = [DTYPES.index(dtype) for dtype in self.dtypes]
+        self.chunks = int(chunks.sum())

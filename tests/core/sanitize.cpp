@@ -2,7 +2,7 @@
 // Copyright the fusedopt authors
 //
 // Every kernel over heap buffers of exactly the size it may touch, for AddressSanitizer and
-// UndefinedBehaviorSanitizer to watch: the CPU loops and the body of the CUDA kernel.
+// UndefinedBehaviorSanitizer to watch: the CPU loops and the bodies of the CUDA kernels.
 #include <sanitizer/asan_interface.h>
 
 #include <cstdio>
@@ -12,10 +12,6 @@
 #include "core_api.cpp"
 
 namespace {
-
-size_t size_of(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
-}
 
 // The elements of one stream, at a multiple of 16 bytes plus shift elements. Their end is the end
 // of the allocation; in front of them is poison as far as its granularity of 8 bytes goes.
@@ -74,6 +70,13 @@ struct Work {
     }
     for (uint32_t blocks : {0, 3})
       tile_step(spans.data(), spans.size(), rows.data(), blocks, kForward);
+    const double factor = 0.5;
+    auto in_memory = rows;  // of which there are no more than the spans name
+    for (int skip : {0, 1})
+      tile_step_from_memory(spans.data(), spans.size(), in_memory.data(), true, &factor, skip, 3,
+                            kForward);
+    tile_step_from_memory(spans.data(), spans.size(), in_memory.data(), false, &factor, 0, 3,
+                          kForward);
   }
 };
 
@@ -103,12 +106,97 @@ void run_kernel(int rule, int variant, int combination) {
   }
 }
 
+struct Gradients {
+  std::vector<std::unique_ptr<Buffer>> buffers;
+  std::vector<GradSpan> spans;
+
+  void add(DType dtype, int64_t numel, int shift) {
+    buffers.push_back(std::make_unique<Buffer>(dtype, numel, shift));
+    spans.push_back({buffers.back()->data(), numel, chunks(), dtype});
+  }
+  int64_t chunks() const {
+    return spans.empty() ? 0 : spans.back().first_chunk + norm_chunks(spans.back().numel);
+  }
+  // The sum by each instruction set and by the tile, which must agree.
+  void run() const {
+    const std::unique_ptr<double[]> sums(new double[chunks()]);
+    const double total = tile_sum_of_squares(spans.data(), spans.size(), sums.get());
+    for (int isa = 0; isa < 3; ++isa) {
+      if (!cpu::supported(cpu::Isa(isa)) || loops(isa) == nullptr) continue;
+      const int64_t cuts[] = {0, chunks() / 3, chunks() / 2, chunks()};
+      if (cpu_sum_of_squares(spans.data(), spans.size(), sums.get(), isa, cuts, 4, kThreaded) !=
+          total)
+        abort();
+    }
+  }
+};
+
+void run_norm() {
+  Gradients all;
+  for (DType dtype : {DType::float32, DType::float64, DType::bfloat16, DType::float16})
+    for (int64_t numel : {1, 3, 127, 128, 129, 255, 257, 1023, 1025, 16383, 16384, 16385, 49169, 0})
+      for (int shift : {0, 1, 3, 8}) {
+        all.add(dtype, numel, shift);
+        if (numel == 0) continue;
+        Gradients one;
+        one.add(dtype, numel, shift);
+        one.run();
+      }
+  all.run();
+
+  Gradients many;  // more than two launches take
+  for (int i = 0; i < 2500; ++i) many.add(DType(i % 4), i % 7, i % 16);
+  many.run();
+}
+
+// Options, counts and rows in allocations of their own.
+void run_prepare(int rule, size_t source_count, size_t range_count) {
+  std::vector<std::unique_ptr<double>> wide;
+  std::vector<std::unique_ptr<float>> narrow;
+  std::vector<std::unique_ptr<float[]>> counts;
+  std::vector<RowSource> sources(source_count);
+  std::vector<CountRange> ranges(range_count);
+  std::vector<HyperRow> rows(source_count);
+  for (size_t i = 0; i < range_count; ++i) {
+    const uint32_t size = i == 0 ? 1000 : i % 4;
+    counts.emplace_back(new float[size]());
+    ranges[i] = {counts.back().get(), size};
+  }
+  for (size_t i = 0; i < source_count; ++i) {
+    RowSource& source = sources[i];
+    for (int option = 0; option < registry().rules[rule].option_count; ++option) {
+      const auto kind = OptionKind((i + size_t(option)) % 3);
+      if (kind == OptionKind::number) {
+        source.set(option, 0.25);
+      } else if (kind == OptionKind::float32) {
+        narrow.emplace_back(new float(0.25f));
+        source.set(option, kind, narrow.back().get());
+      } else {
+        wide.emplace_back(new double(0.25));
+        source.set(option, kind, wide.back().get());
+      }
+    }
+    const size_t range = 4 * i + 1;
+    if (i % 2 == 0 && range < range_count) source.count = counts[range].get();
+    source.taken = 7;
+    source.row = uint32_t(source_count - 1 - i);
+    source.first = i % 3 == 0;
+    source.float64 = i % 5 == 0;
+  }
+  for (int skip : {0, 1})
+    prepare_rows(rule, sources.data(), sources.size(), ranges.data(), ranges.size(), skip,
+                 rows.data());
+}
+
 }  // namespace
 
 int main() {
   const auto& r = registry();
   int kernels = 0;
+  run_norm();
   for (int rule = 0; rule < int(r.rules.size()); ++rule) {
+    for (size_t sources : {0, 1, 371, 1000})
+      for (size_t ranges : {0, 1, 2, 3000}) run_prepare(rule, sources, ranges);
     const int end =
         rule + 1 < int(r.rules.size()) ? r.rules[rule + 1].first_variant : int(r.variants.size());
     for (int variant = r.rules[rule].first_variant; variant < end; ++variant)

@@ -25,12 +25,9 @@ def test_every_kernel(core: Core, check: Callable[[Core, Kernel], None]) -> None
         check(core, kernel)
 
 
-def test_conversions(core: Core) -> None:
-    checks.check_conversions(core)
-
-
-def test_multiply_add(core: Core) -> None:
-    checks.check_multiply_add(core)
+@pytest.mark.parametrize("check", checks.CORE_CHECKS.values(), ids=checks.CORE_CHECKS)
+def test_core(core: Core, check: Callable[[Core], None]) -> None:
+    check(core)
 
 
 def test_step_over_mixed_kernels(core: Core) -> None:

@@ -26,9 +26,8 @@ struct Adam {
     double lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, amsgrad, maximize;
   };
   static constexpr OptionKey options[] = {
-      {"lr"},      {"betas", 0},     {"betas", 1},
-      {"eps"},     {"weight_decay"}, {"decoupled_weight_decay"},
-      {"amsgrad"}, {"maximize"},
+      {"lr", -1, true},           {"betas", 0, true},         {"betas", 1, true}, {"eps"},
+      {"weight_decay", -1, true}, {"decoupled_weight_decay"}, {"amsgrad"},        {"maximize"},
   };
 
   template <class T>
@@ -44,11 +43,11 @@ struct Adam {
     return row.coupled_decay == 0 && row.one_minus_beta1 < T(0.5) && row.one_minus_beta2 < T(0.5);
   }
 
-  FUSEDOPT_HD static Row<double> row(const Options& o, double step, bool, double grad_factor) {
+  FUSEDOPT_HD static Row<double> row(const Options& o, double step, bool) {
     const double correction1 = one_minus_power(o.beta1, (long long)(step));
     const double correction2 = square_root(one_minus_power(o.beta2, (long long)(step)));
     Row<double> row;
-    row.grad_factor = o.maximize != 0 ? -grad_factor : grad_factor;
+    row.grad_factor = o.maximize != 0 ? -1 : 1;
     row.coupled_decay = o.decoupled_weight_decay != 0 ? 0 : o.weight_decay;
     row.decoupled_decay = o.decoupled_weight_decay != 0 ? o.lr * o.weight_decay : 0;
     row.beta1 = o.beta1;

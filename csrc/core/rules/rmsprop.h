@@ -24,8 +24,8 @@ struct RmsProp {
     double lr, alpha, eps, weight_decay, momentum, centered, maximize, eps_inside_sqrt;
   };
   static constexpr OptionKey options[] = {
-      {"lr"},       {"alpha"},    {"eps"},      {"weight_decay"},
-      {"momentum"}, {"centered"}, {"maximize"}, {"eps_inside_sqrt"},
+      {"lr", -1, true}, {"alpha"},    {"eps"},      {"weight_decay", -1, true},
+      {"momentum"},     {"centered"}, {"maximize"}, {"eps_inside_sqrt"},
   };
 
   template <class T>
@@ -40,9 +40,9 @@ struct RmsProp {
     return row.weight_decay == 0 && row.one_minus_alpha < T(0.5);
   }
 
-  FUSEDOPT_HD static Row<double> row(const Options& o, double, bool, double grad_factor) {
+  FUSEDOPT_HD static Row<double> row(const Options& o, double, bool) {
     Row<double> row;
-    row.grad_factor = o.maximize != 0 ? -grad_factor : grad_factor;
+    row.grad_factor = o.maximize != 0 ? -1 : 1;
     row.weight_decay = o.weight_decay;
     row.alpha = o.alpha;
     row.one_minus_alpha = 1 - o.alpha;

@@ -11,6 +11,11 @@ namespace fusedopt {
 struct OptionKey {
   const char* key;
   int element = -1;
+  // May be a tensor on the device that its parameters are on, so that a captured graph follows it.
+  // Never an option that variant() looks at.
+  bool on_device = false;
 };
+
+constexpr int kMaxOptions = 8;
 
 }  // namespace fusedopt

@@ -21,7 +21,8 @@ struct Sgd {
     double lr, momentum, dampening, weight_decay, nesterov, maximize;
   };
   static constexpr OptionKey options[] = {
-      {"lr"}, {"momentum"}, {"dampening"}, {"weight_decay"}, {"nesterov"}, {"maximize"},
+      {"lr", -1, true},           {"momentum"}, {"dampening"},
+      {"weight_decay", -1, true}, {"nesterov"}, {"maximize"},
   };
 
   template <class T>
@@ -36,9 +37,9 @@ struct Sgd {
     return false;
   }
 
-  FUSEDOPT_HD static Row<double> row(const Options& o, double, bool first, double grad_factor) {
+  FUSEDOPT_HD static Row<double> row(const Options& o, double, bool first) {
     Row<double> row;
-    row.grad_factor = o.maximize != 0 ? -grad_factor : grad_factor;
+    row.grad_factor = o.maximize != 0 ? -1 : 1;
     row.weight_decay = o.weight_decay;
     row.momentum = o.momentum;
     row.one_minus_dampening = 1 - o.dampening;

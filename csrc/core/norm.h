@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+#pragma once
+
+#include "control.h"
+#include "dtype.h"
+#include "span.h"
+
+// The sum of the squares of all gradients, in float64. The order of its additions depends on the
+// sizes of the gradients only, so that it has the same bits with any number of threads, on every
+// instruction set and device, and whether parameters are flat or not:
+//
+//   chunk   kNormChunk elements of one gradient, summed up by lanes: lane i of n adds up the
+//           elements i, i + n, i + 2n ...; the lanes are then added as a tree
+//   total   of the sums of all chunks, in the order of the parameters, in the same way
+namespace fusedopt {
+
+constexpr int64_t kNormChunk = 16384;
+
+// A gradient as the norm sees it.
+struct GradSpan {
+  const void* grad;
+  int64_t numel;
+  int64_t first_chunk;  // chunks of the gradients before it
+  DType dtype;
+};
+
+inline int64_t norm_chunks(int64_t numel) { return (numel + kNormChunk - 1) / kNormChunk; }
+
+// Lanes of a chunk: those of a warp, with as many elements each as 16 bytes hold.
+constexpr int kWarp = 32;
+template <class Grad>
+constexpr int kSlots = int(16 / sizeof(Grad));
+
+// Adds up values[0], values[stride] ... into values[0]; count is a power of two.
+template <int count>
+FUSEDOPT_HD void tree_sum(double* values, int stride = 1) {
+  FUSEDOPT_UNROLL
+  for (int half = count / 2; half > 0; half /= 2) {
+    FUSEDOPT_UNROLL
+    for (int i = 0; i < half; ++i) values[i * stride] += values[(i + half) * stride];
+  }
+}
+
+template <class Grad>
+FUSEDOPT_HD void add_square(double& sum, Grad grad) {
+  const double value = double(widen(grad));
+  sum += value * value;  // the square of a float is exact
+}
+
+// The lanes of the total.
+constexpr int kTotalLanes = 256;
+
+inline double total_of(const double* sums, int64_t count) {
+  double lanes[kTotalLanes] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i % kTotalLanes] += sums[i];
+  tree_sum<kTotalLanes>(lanes);
+  return lanes[0];
+}
+
+}  // namespace fusedopt

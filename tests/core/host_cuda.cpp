@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+//
+// csrc/cuda/cuda.h for a machine without a GPU: what kernels.cu launches, run on the host. With it
+// and with the CPU as its accelerator, bindings.cpp takes all of the ways of a CUDA device.
+#include <functional>
+
+#include "cuda/cuda.h"
+#include "host_launcher.h"
+
+#define API extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using namespace fusedopt;
+
+// A stand-in for a CUDA graph: captured launches do not run, they are kept with their arguments.
+bool capturing = false;
+std::vector<std::function<void()>> captured;
+int launches = 0;
+
+struct Recorder {
+  HostLauncher host{};
+
+  template <class Launch>
+  int run(Launch launch) {
+    ++launches;
+    if (capturing) {
+      captured.push_back(launch);
+    } else {
+      launch();
+    }
+    return 0;
+  }
+  int norm(const NormArgs& args) {
+    return run([args] { HostLauncher().norm(args); });
+  }
+  int prepare(int rule, const PrepareArgs& args) {
+    return run([rule, args] { HostLauncher().prepare(rule, args); });
+  }
+  PackSpans pack(int kernel) { return host.pack(kernel); }
+  int step(int kernel, const LaunchArgs& args) {
+    return run([kernel, args] { HostLauncher().step(kernel, args); });
+  }
+};
+
+}  // namespace
+
+API void host_begin_capture() {
+  captured.clear();
+  capturing = true;
+}
+API void host_end_capture() { capturing = false; }
+API void host_replay() {
+  for (const auto& launch : captured) launch();
+}
+// The number of launches since it was last asked for.
+API int host_launches() { return std::exchange(launches, 0); }
+
+namespace fusedopt {
+namespace cuda {
+
+bool is_capturing(void*) { return capturing; }
+
+const char* step(const DeviceStep& step, void*) {
+  return launch_step<int>(step, Recorder()) == 0 ? nullptr : "the host cannot fail";
+}
+
+}  // namespace cuda
+}  // namespace fusedopt

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "core/device_step.h"
+
+// Launches a device's kernels on the host: every block and thread of them, one after the other.
+namespace fusedopt {
+
+// The order of the pieces of a step, or of the (block, thread) pairs of a launch. Any number above
+// these is the seed of a shuffle.
+constexpr int kForward = 0, kBackward = 1;
+
+template <class T>
+void arrange(std::vector<T>& items, int order) {
+  if (order == kBackward) std::reverse(items.begin(), items.end());
+  if (order <= kBackward) return;
+  uint64_t random = order;
+  for (size_t left = items.size(); left > 1; --left) {
+    random = random * 6364136223846793005u + 1442695040888963407u;
+    std::swap(items[left - 1], items[(random >> 33) % left]);
+  }
+}
+
+// One kernel of the CUDA build, on the host.
+struct HostKernel {
+  PackSpans pack;
+  void (*run)(const LaunchArgs&, uint32_t block, uint32_t blocks, uint32_t thread);
+  int chunk;
+};
+
+template <class Variant, class Types>
+struct MakeHostKernel {
+  using Body = Tile<Variant, Types>;
+  static void run(const LaunchArgs& args, uint32_t block, uint32_t blocks, uint32_t thread) {
+    Body::run(args, block, blocks, thread);
+  }
+  static constexpr HostKernel value = {Body::pack, run, Body::kChunk};
+};
+
+inline const std::vector<HostKernel>& host_kernels() {
+  static const auto table = kernel_table<MakeHostKernel, HostKernel>();
+  return table;
+}
+
+template <class Rule>
+void host_prepare(const PrepareArgs& args) {
+  for (uint32_t thread = 0; thread < kThreads; ++thread) prepare_rows<Rule>(args, thread, kThreads);
+  for (uint32_t thread = 0; thread < kThreads; ++thread) advance_counts(args, thread, kThreads);
+}
+
+template <class... Members>
+std::vector<void (*)(const PrepareArgs&)> host_prepares(TypeList<Members...>) {
+  return {host_prepare<Members>...};
+}
+
+class HostLauncher {
+ public:
+  // blocks 0: as many as there are chunks.
+  explicit HostLauncher(uint32_t blocks = 0, int order = kForward)
+      : blocks_(blocks), order_(order) {}
+
+  int norm(const NormArgs& args) {
+    ++launches_;
+    for (int64_t chunk = 0; chunk < args.chunks; ++chunk) {
+      double lanes[kWarp];
+      for (uint32_t thread = 0; thread < kWarp; ++thread)
+        lanes[thread] = norm_share(args, chunk, thread);
+      tree_sum<kWarp>(lanes);
+      args.sums[args.first_chunk + chunk] = lanes[0];
+    }
+    if (args.last == 0) return 0;
+    double lanes[kTotalLanes];
+    for (uint32_t thread = 0; thread < kTotalLanes; ++thread)
+      lanes[thread] = total_lane(args, thread);
+    tree_sum<kTotalLanes>(lanes);
+    set_control(args.factor, lanes[0], *args.control);
+    return 0;
+  }
+
+  int prepare(int rule, const PrepareArgs& args) {
+    ++launches_;
+    static const auto prepares = host_prepares(Rules{});
+    prepares[rule](args);
+    return 0;
+  }
+
+  PackSpans pack(int kernel) { return host_kernels()[kernel].pack; }
+
+  int step(int kernel, const LaunchArgs& args) {
+    ++launches_;
+    const uint32_t blocks = blocks_ == 0 ? args.chunks : blocks_;
+    std::vector<std::pair<uint32_t, uint32_t>> places;
+    places.reserve(size_t(blocks) * kThreads);
+    for (uint32_t block = 0; block < blocks; ++block)
+      for (uint32_t thread = 0; thread < uint32_t(kThreads); ++thread)
+        places.emplace_back(block, thread);
+    arrange(places, order_);
+    for (const auto& place : places)
+      host_kernels()[kernel].run(args, place.first, blocks, place.second);
+    return 0;
+  }
+
+  int launches() const { return launches_; }
+
+ private:
+  uint32_t blocks_;
+  int order_;
+  int launches_ = 0;
+};
+
+}  // namespace fusedopt

@@ -1,0 +1,99 @@
+"""Sources of rows of hyper-parameters, and counts of steps, as a device has them in its memory."""
+
+from itertools import product
+
+import numpy as np
+
+from .library import COUNT_RANGE, ROW_SOURCE, Core
+from .options import RULES
+
+STEPS = [*range(1, 6), 7, 10, 17, 64, 100, 255, 256, 999, 1000, 4096, 9999, 65536, 123457]
+STEPS += [999999, 1000000]
+NUMBER, FLOAT32, FLOAT64, MIXED = range(4)
+"""What the options of a row are made from."""
+
+
+class Preparation:
+    """Sources of a rule's rows, of more than one launch, and counts of steps to be advanced.
+
+    All option sets with all kinds of sources and all steps; half of the rows have their count of
+    steps in memory. The counts of the last rows lie in the ranges that are advanced first.
+    """
+
+    def __init__(self, core: Core, rule: str, seed: int = 0) -> None:
+        random = np.random.default_rng(seed)
+        sets = [core.values(rule, options) for options in RULES[rule].all_options]
+        cases = list(product(sets, (False, True), (NUMBER, FLOAT32, FLOAT64, MIXED), STEPS))
+        random.shuffle(cases)
+        count, self.core, self.rule = len(cases), core, rule
+        assert count >= 1000
+
+        sizes = random.choice([0, 1, 2, 3], 3000)
+        sizes[0] = 1000  # more than a block has threads
+        starts = np.cumsum(sizes) - sizes + np.cumsum(random.integers(0, 3, len(sizes)))
+        self.counts = random.integers(0, 1000, starts[-1] + sizes[-1] + 5).astype(np.float32)
+        self.ranges = np.zeros(len(sizes), COUNT_RANGE)
+        self.ranges["counts"] = self.counts.ctypes.data + 4 * starts
+        self.ranges["size"] = sizes
+        self.places = [np.arange(a, a + b) for a, b in zip(starts, sizes, strict=True)]
+
+        self.values = np.zeros((count, 8))
+        self.values[:, : len(sets[0])] = [values for values, *_ in cases]
+        kinds = np.array([kind for _, _, kind, _ in cases])[:, None]
+        kinds = np.where(kinds == MIXED, random.integers(0, 3, self.values.shape), kinds)
+        self._float32, self._float64 = self.values.astype(np.float32), self.values.copy()
+        self.values = np.where(kinds == FLOAT32, self._float32, self.values)
+        element = np.arange(self.values.size).reshape(self.values.shape)
+        self.sources = np.zeros(count, ROW_SOURCE)
+        self.sources["options"] = np.choose(
+            kinds,
+            [
+                self._float64.view(np.uint64),
+                (self._float32.ctypes.data + 4 * element).astype(np.uint64),
+                (self._float64.ctypes.data + 8 * element).astype(np.uint64),
+            ],
+        )
+        self.sources["kinds"] = (kinds << (2 * np.arange(8))).sum(axis=1)
+        self.sources["float64"] = [float64 for _, float64, _, _ in cases]
+        self.sources["first"] = random.random(count) < 0.5
+        self.sources["row"] = random.permutation(count)
+        taken = np.array([step - 1 for *_, step in cases], np.float32)
+        self.place = np.concatenate(self.places)[:count][::-1]
+        self.place = np.where(random.random(count) < 0.5, self.place, -1)
+        in_memory = self.place >= 0
+        self.counts[self.place[in_memory]] = taken[in_memory]
+        self.sources["count"] = np.where(in_memory, self.counts.ctypes.data + 4 * self.place, 0)
+        self.sources["taken"] = np.where(in_memory, 0, taken)
+
+    def rows(self, count: int) -> np.ndarray:
+        """What the first sources have to make of the counts as they are now; others' places and
+        those around all rows stay as they were."""
+        rows = np.full((len(self.sources) + 2, 128), 0xAA, np.uint8)
+        for i, source in enumerate(self.sources[:count]):
+            taken = source["taken"] if self.place[i] < 0 else self.counts[self.place[i]]
+            first = bool(source["first"] and taken == 0)
+            rows[1 + source["row"]] = self.core.make_row(
+                self.rule, self.values[i], bool(source["float64"]), float(taken) + 1, first
+            )
+        return rows
+
+    def check(self, sources: int, ranges: int, skip: bool = False) -> None:
+        what = f"{self.rule}: {sources} sources, {ranges} ranges, skip {skip}"
+        want_rows, want_counts = self.rows(sources), self.counts.copy()
+        if not skip:
+            for places in self.places[:ranges]:
+                want_counts[places] += 1
+        rows = np.full_like(want_rows, 0xAA)
+        self.core.prepare_rows(
+            self.rule, self.sources[:sources], self.ranges[:ranges], skip, rows[1:]
+        )
+        wrong = np.flatnonzero(self.counts != want_counts)
+        assert not len(wrong), (
+            f"{what}: {len(wrong)} counts are wrong, first {wrong[0]}: "
+            f"{self.counts[wrong[0]]}, not {want_counts[wrong[0]]}"
+        )
+        different = np.flatnonzero((rows != want_rows).any(axis=1))
+        assert not len(different), (
+            f"{what}: {len(different)} rows are wrong, first {different[0] - 1} from "
+            f"{self.sources[self.sources['row'] == different[0] - 1]}"
+        )
