@@ -150,7 +150,7 @@ struct Tile {
     }
   }
 
-  FUSEDOPT_HD static void update_one(const Row& row, const TileSpan& s, int64_t i) {
+  FUSEDOPT_HD static void update_one(const TileSpan& s, const Row& row, int64_t i) {
     T value = widen(s.param[i]);
     T states_of_i[kMaxStates];
     FUSEDOPT_UNROLL
@@ -161,38 +161,47 @@ struct Tile {
     for (int k = 0; k < states; ++k) narrow(states_of_i[k], s.state[k][i]);
   }
 
+  // Those of the elements [i, end) that the span has.
+  FUSEDOPT_HD static void run_elements(const TileSpan& s, const Row& row, int64_t i, int64_t end) {
+    for (; i < end; ++i)
+      if (i >= 0 && i < s.numel) update_one(s, row, i);
+  }
+
   FUSEDOPT_HD static void run_chunk(const TileSpan& s, const Row& row, uint32_t chunk,
                                     uint32_t thread) {
     const int64_t base = int64_t(chunk) * kChunk - shift(s);
-    // A whole chunk without a masked element, as nearly all of them are.
-    if (aligned(s) && base >= 0 && base + kChunk <= s.numel) {
-      Param* const param = s.param + base;
-      const Grad* const grad = s.grad + base;
-      Pack<Param, kPack> p[kUnroll];
-      Pack<Grad, kPack> g[kUnroll];
-      Pack<State, kPack> state[kUnroll][states > 0 ? states : 1];
-      FUSEDOPT_UNROLL
-      for (int u = 0; u < kUnroll; ++u) {
-        const uint32_t at = (u * kThreads + thread) * kPack;
-        p[u].load(param + at);
-        g[u].load(grad + at);
-        FUSEDOPT_UNROLL
-        for (int k = 0; k < states; ++k) state[u][k].load(s.state[k] + base + at);
-      }
-      FUSEDOPT_UNROLL
-      for (int u = 0; u < kUnroll; ++u) {
-        const uint32_t at = (u * kThreads + thread) * kPack;
-        update(row, p[u], g[u], state[u]);
-        p[u].store(param + at);
-        FUSEDOPT_UNROLL
-        for (int k = 0; k < states; ++k) state[u][k].store(s.state[k] + base + at);
-      }
+    if (!aligned(s)) {
+      // Neighbouring threads take neighbouring elements.
+      for (uint32_t at = thread; at < uint32_t(kChunk); at += kThreads)
+        run_elements(s, row, base + at, base + at + 1);
       return;
     }
-    // Neighbouring threads take neighbouring elements.
-    for (uint32_t at = thread; at < uint32_t(kChunk); at += kThreads) {
-      const int64_t i = base + at;
-      if (i >= 0 && i < s.numel) update_one(row, s, i);
+    Pack<Param, kPack> p[kUnroll];
+    Pack<Grad, kPack> g[kUnroll];
+    Pack<State, kPack> state[kUnroll][states > 0 ? states : 1];
+    // Packs that the span has as a whole, as it has nearly all of them.
+    bool whole[kUnroll];
+    FUSEDOPT_UNROLL
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t i = base + (u * kThreads + thread) * kPack;
+      whole[u] = i >= 0 && i + kPack <= s.numel;
+      if (!whole[u]) continue;
+      p[u].load(s.param + i);
+      g[u].load(s.grad + i);
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < states; ++k) state[u][k].load(s.state[k] + i);
+    }
+    FUSEDOPT_UNROLL
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t i = base + (u * kThreads + thread) * kPack;
+      if (!whole[u]) {
+        run_elements(s, row, i, i + kPack);
+        continue;
+      }
+      update(row, p[u], g[u], state[u]);
+      p[u].store(s.param + i);
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < states; ++k) state[u][k].store(s.state[k] + i);
     }
   }
 

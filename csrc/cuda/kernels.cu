@@ -12,8 +12,12 @@ namespace cuda {
 
 namespace {
 
+// Blocks that a multiprocessor must hold at least. Without it, ptxas aims at four and spills.
+constexpr int kMinBlocks = 2;
+
 template <class Variant, class Types>
-__global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ LaunchArgs args) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    step_kernel(const __grid_constant__ LaunchArgs args) {
   Tile<Variant, Types>::run(args, blockIdx.x, gridDim.x, threadIdx.x);
 }
 

@@ -142,11 +142,10 @@ def build(
                 run([*CXX, *flags, f"-I{csrc}", "-c", source, "-o", out])
             return out
 
-        # The longest to compile goes first.
+        # The longest to compile go first.
+        loops = sorted((csrc / "cpu").glob("*.cpp"), key=lambda path: path.stem != "baseline")
         with ThreadPoolExecutor(JOBS) as pool:
-            objects = list(
-                pool.map(compile_one, [sources[0], *sorted((csrc / "cpu").glob("*.cpp"))])
-            )
+            objects = list(pool.map(compile_one, [sources[0], *loops]))
         link = ["-shared"] if target == "core.so" else []
         run([*CXX, *flags, *link, *objects, "-o", work / target])
 

@@ -28,6 +28,7 @@ class Preparation:
         count, self.core, self.rule = len(cases), core, rule
         assert count >= 1000
 
+        # Ranges with gaps in between, which nothing may change.
         sizes = random.choice([0, 1, 2, 3], 3000)
         sizes[0] = 1000  # more than a block has threads
         starts = np.cumsum(sizes) - sizes + np.cumsum(random.integers(0, 3, len(sizes)))
@@ -37,12 +38,14 @@ class Preparation:
         self.ranges["size"] = sizes
         self.places = [np.arange(a, a + b) for a, b in zip(starts, sizes, strict=True)]
 
+        # The values that count, those of the options and where they are in memory.
         self.values = np.zeros((count, 8))
         self.values[:, : len(sets[0])] = [values for values, *_ in cases]
         kinds = np.array([kind for _, _, kind, _ in cases])[:, None]
         kinds = np.where(kinds == MIXED, random.integers(0, 3, self.values.shape), kinds)
         self._float32, self._float64 = self.values.astype(np.float32), self.values.copy()
         self.values = np.where(kinds == FLOAT32, self._float32, self.values)
+
         element = np.arange(self.values.size).reshape(self.values.shape)
         self.sources = np.zeros(count, ROW_SOURCE)
         self.sources["options"] = np.choose(
@@ -57,6 +60,7 @@ class Preparation:
         self.sources["float64"] = [float64 for _, float64, _, _ in cases]
         self.sources["first"] = random.random(count) < 0.5
         self.sources["row"] = random.permutation(count)
+
         taken = np.array([step - 1 for *_, step in cases], np.float32)
         self.place = np.concatenate(self.places)[:count][::-1]
         self.place = np.where(random.random(count) < 0.5, self.place, -1)
