@@ -51,7 +51,7 @@ FUSEDOPT_HD void add_square(double& sum, Grad grad) {
 // The lanes of the total.
 constexpr int kTotalLanes = 256;
 
-inline double total_of(const double* sums, int64_t count) {
+FUSEDOPT_HD double total_of(const double* sums, int64_t count) {
   double lanes[kTotalLanes] = {};
   for (int64_t i = 0; i < count; ++i) lanes[i % kTotalLanes] += sums[i];
   tree_sum<kTotalLanes>(lanes);

@@ -136,9 +136,9 @@ void step(const Span* spans, size_t count, const HyperRow* rows, Isa isa,
 
 double sum_of_squares(const GradSpan* gradients, size_t count, double* sums, Isa isa,
                       ParallelFor parallel_for) {
-  if (count == 0) return 0;
-  const GradSpan& last = gradients[count - 1];
-  const int64_t chunks = last.first_chunk + norm_chunks(last.numel);
+  const int64_t chunks =
+      count == 0 ? 0 : gradients[count - 1].first_chunk + norm_chunks(gradients[count - 1].numel);
+  if (chunks == 0) return 0;
   int64_t elements = 0;
   for (size_t i = 0; i < count; ++i) elements += gradients[i].numel;
   NormWork work{gradients, count, sums, loops(isa).square_sums};

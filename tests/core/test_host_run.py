@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from torch.utils.cpp_extension import include_paths, library_paths
@@ -22,6 +23,7 @@ DEFINES = [
     '-DFUSEDOPT_TORCH_VERSION=""',
     "-DTORCH_EXTENSION_NAME=_C",
 ]
+ISA_FILES = ["baseline", "avx2", "avx512", "dispatch"]
 TESTS = ["test_device.py", "test_clipping.py"]
 
 
@@ -38,16 +40,17 @@ def build_host_run() -> Path:
         return module
     module.parent.mkdir(parents=True, exist_ok=True)
     objects = [module.with_name(f"{source.stem}.o") for source in sources]
-    for source, out in zip(sources, objects, strict=True):
-        run([*CXX, *flags, "-c", source, "-o", out])
+    with ThreadPoolExecutor() as pool:
+        commands = [
+            [*CXX, *flags, "-c", source, "-o", out]
+            for source, out in zip(sources, objects, strict=True)
+        ]
+        list(pool.map(run, commands))
     libraries = [f"-L{path}" for path in library_paths()] + ["-lc10", "-ltorch", "-ltorch_cpu"]
     unfinished = module.with_suffix(".tmp")
-    run([*CXX, "-shared", "-fopenmp", *objects, *loops, *libraries, "-ltorch_python"]
-        + ["-o", unfinished])  # fmt: skip
+    link = [*CXX, "-shared", "-fopenmp", *objects, *loops, *libraries, "-ltorch_python"]
+    run([*link, "-o", unfinished])
     return unfinished.rename(module)
-
-
-ISA_FILES = ["baseline", "avx2", "avx512", "dispatch"]
 
 
 def test_everything_for_a_gpu() -> None:
