@@ -149,7 +149,7 @@ double number(PyObject* value, const std::string& what) {
 // A rule's options in a parameter group. Where one lies on a device, values has a placeholder.
 struct GroupOptions {
   std::array<double, kMaxOptions> values{};
-  std::array<PyObject*, kMaxOptions> on_device{};  // borrowed from the group
+  std::array<py::object, kMaxOptions> on_device;
   bool any_on_device = false;
 };
 
@@ -173,12 +173,12 @@ class OptionReader {
         if (!element) throw py::error_already_set();
         value = element.ptr();
       }
-      options.on_device[i] = nullptr;
+      if (options.on_device[i]) options.on_device[i] = py::object();
       if (PyFloat_CheckExact(value)) {
         options.values[i] = PyFloat_AS_DOUBLE(value);
       } else if (key.on_device && is_on_accelerator(value)) {
         options.values[i] = 0.5;  // any number that makes a row in which zero stays zero
-        options.on_device[i] = value;
+        options.on_device[i] = py::reinterpret_borrow<py::object>(value);
         options.any_on_device = true;
       } else {
         options.values[i] = number(value, what());
@@ -191,9 +191,9 @@ class OptionReader {
   // Fetches what lies on a device, which waits for it.
   void fetch(const std::string& optimizer, size_t g, GroupOptions& options) const {
     for (int i = 0; i < rule_.option_count; ++i)
-      if (options.on_device[i] != nullptr)
-        options.values[i] = number(options.on_device[i], describe(optimizer, g, i));
-    options.on_device.fill(nullptr);
+      if (options.on_device[i])
+        options.values[i] = number(options.on_device[i].ptr(), describe(optimizer, g, i));
+    options.on_device.fill(py::object());
     options.any_on_device = false;
   }
 
@@ -279,12 +279,18 @@ struct Record {
   std::vector<int64_t> strides;
   std::array<void*, kMaxStates> state_data{};
   float* count_value = nullptr;
-  bool on_device = false;  // the count, or that there is none, is the device's affair
-  int lineage = 0;         // parameters of one lineage have taken the same steps on the device
+  uint32_t count_version = 0;  // kernels do not change it, so that it tells of others who wrote
+  bool on_device = false;      // the count, or that there is none, is the device's affair
+  int lineage = 0;             // parameters of one lineage have taken the same steps on the device
 };
 
 void* data_of(const py::object& tensor) {
   return THPVariable_Unpack(tensor.ptr()).unsafeGetTensorImpl()->mutable_data();
+}
+
+uint32_t version_of(const py::object& tensor) {
+  c10::TensorImpl* impl = THPVariable_Unpack(tensor.ptr()).unsafeGetTensorImpl();
+  return impl->is_inference() ? 0 : impl->version_counter().current_version();
 }
 
 // A row of hyper-parameters, to be found again by the group's next parameter.
@@ -329,6 +335,27 @@ struct Lineage {
   int members, active;
 };
 
+void* stream_of(c10::Device device) {
+  if (!device.is_cuda()) return nullptr;
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+}
+
+#if !defined(FUSEDOPT_WITH_CUDA)
+// Never called, as parameters on a GPU are refused.
+}  // namespace
+namespace fusedopt::cuda {
+bool is_capturing(void*) { return false; }
+const char* step(const DeviceStep&, void*) { return "fusedopt was built without CUDA"; }
+}  // namespace fusedopt::cuda
+namespace {
+#endif
+
+bool is_capturing(c10::Device device) {
+  if (device.type() != kAccelerator) return false;
+  const c10::DeviceGuard guard(device);
+  return cuda::is_capturing(stream_of(device));
+}
+
 // Memory on devices that an optimizer's steps use. It is never given back while the optimizer
 // lives, as a captured graph may use it.
 class Workspace {
@@ -342,26 +369,36 @@ class Workspace {
   Memory get(c10::Device device, size_t rows, int64_t chunks) {
     Room* room = this->room(device);
     if (room == nullptr || room->rows < rows || room->chunks < chunks) {
-      Room larger;
-      larger.rows = std::max<size_t>(rows, room == nullptr ? 16 : 2 * room->rows);
-      larger.chunks = std::max<int64_t>(chunks, room == nullptr ? 64 : 2 * room->chunks);
-      const int64_t size =
-          kControl + int64_t(larger.rows * sizeof(HyperRow) + larger.chunks * sizeof(double));
-      larger.memory = at::zeros({size}, at::TensorOptions(at::kByte).device(device));
-      if (room != nullptr) outgrown_.push_back(room->memory);
-      if (room == nullptr) room = &rooms_.emplace_back();
-      *room = larger;
+      // What a graph allocates is set to zero by its replays only, and each time.
+      if (is_capturing(device))
+        throw std::runtime_error(
+            "this step needs memory that the steps before it did not need; take one like it before "
+            "capture begins");
+      const auto options = at::TensorOptions(at::kByte).device(device);
+      if (room == nullptr) {
+        room = &rooms_.emplace_back();
+        room->control = at::zeros({sizeof(Control)}, options);
+      } else {
+        outgrown_.push_back(room->memory);
+      }
+      room->rows = std::max<size_t>(rows, 2 * room->rows);
+      room->chunks = std::max<int64_t>(chunks, 2 * room->chunks);
+      const size_t size = room->rows * sizeof(HyperRow) + room->chunks * sizeof(double);
+      room->memory = at::empty({int64_t(size)}, options);
     }
-    char* memory = static_cast<char*>(room->memory.mutable_data_ptr());
-    char* after_rows = memory + kControl + room->rows * sizeof(HyperRow);
-    return {reinterpret_cast<Control*>(memory), reinterpret_cast<HyperRow*>(memory + kControl),
-            reinterpret_cast<double*>(after_rows)};
+    char* const memory = static_cast<char*>(room->memory.mutable_data_ptr());
+    return {static_cast<Control*>(room->control.mutable_data_ptr()),
+            reinterpret_cast<HyperRow*>(memory),
+            reinterpret_cast<double*>(memory + room->rows * sizeof(HyperRow))};
   }
+
+  // Whether a graph has been captured, which may be replayed at any time.
+  bool captured = false;
 
   // The sum of squares that the last norm on the device has left; waits for it.
   double sum_of_squares(c10::Device device) {
     return room(device)
-        ->memory.narrow(0, offsetof(Control, sum_of_squares), sizeof(double))
+        ->control.narrow(0, offsetof(Control, sum_of_squares), sizeof(double))
         .view(at::kDouble)
         .item<double>();
   }
@@ -377,7 +414,7 @@ class Workspace {
     const auto options = at::TensorOptions(at::kFloat).device(*norm_device_);
     if (norm_) return at::full({}, *norm_, options);
     return room(*norm_device_)
-        ->memory.narrow(0, offsetof(Control, grad_norm), sizeof(float))
+        ->control.narrow(0, offsetof(Control, grad_norm), sizeof(float))
         .view(at::kFloat)
         .reshape({})
         .clone();
@@ -385,16 +422,15 @@ class Workspace {
 
  private:
   struct Room {
-    at::Tensor memory;  // a Control, then rows, then sums of chunks
+    at::Tensor control;
+    at::Tensor memory;  // rows, then sums of chunks
     size_t rows = 0;
     int64_t chunks = 0;
   };
-  static constexpr size_t kControl = 64;
-  static_assert(sizeof(Control) <= kControl);
 
   Room* room(c10::Device device) {
     for (Room& room : rooms_)
-      if (room.memory.device() == device) return &room;
+      if (room.control.device() == device) return &room;
     return nullptr;
   }
 
@@ -403,21 +439,6 @@ class Workspace {
   std::optional<c10::Device> norm_device_;
   std::optional<double> norm_;
 };
-
-void* stream_of(c10::Device device) {
-  if (!device.is_cuda()) return nullptr;
-  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
-}
-
-#if !defined(FUSEDOPT_WITH_CUDA)
-// Never called, as parameters on a GPU are refused.
-}  // namespace
-namespace fusedopt::cuda {
-bool is_capturing(void*) { return false; }
-const char* step(const DeviceStep&, void*) { return "fusedopt was built without CUDA"; }
-}  // namespace fusedopt::cuda
-namespace {
-#endif
 
 void run_in_parallel(int64_t size, int64_t grain, void* context,
                      void (*body)(void*, int64_t, int64_t)) {
@@ -477,8 +498,9 @@ class Plan {
     const auto set_count = [&r](const py::object& count) {
       r.count = count;
       r.count_value = static_cast<float*>(data_of(count));
+      r.count_version = version_of(count);
     };
-    if (first_count) set_count(*first_count);
+    if (first_count && on_device) set_count(*first_count);
     if (states) {
       for (const auto& item : *states) {
         const auto state = py::reinterpret_borrow<py::object>(item);
@@ -491,7 +513,7 @@ class Plan {
         r.states.push_back(state);
       }
     }
-    if (r.on_device && !r.duplicate) {
+    if (device_counts(r) && !r.duplicate) {
       r.lineage = lineage;
       if (lineages_.size() <= size_t(lineage)) lineages_.resize(lineage + 1, {0, 0});
       ++lineages_[lineage].members;
@@ -565,6 +587,8 @@ class Plan {
  private:
   std::string describe(const Record& r) const { return optimizer_ + ": " + r.name; }
 
+  static bool device_counts(const Record& r) { return r.on_device && r.count_value != nullptr; }
+
   int variant_of(const Record& r) const { return rule_.first_variant + variants_[r.group]; }
 
   // Where kernels can read a scaler's tensor, else null.
@@ -627,7 +651,9 @@ class Plan {
     if (!r.contiguous && param.strides() != at::IntArrayRef(r.strides)) return false;
     for (size_t k = 0; k < r.states.size(); ++k)
       if (data_of(r.states[k]) != r.state_data[k]) return false;
-    return r.count_value == nullptr || data_of(r.count) == r.count_value;
+    if (r.count_value == nullptr) return true;
+    return data_of(r.count) == r.count_value &&
+           (!r.on_device || version_of(r.count) == r.count_version);
   }
 
   // Adds the span of one parameter; false where it has no state yet. Throws on a gradient that
@@ -637,7 +663,7 @@ class Plan {
     if (!r.has_state) return false;
     active_.push_back(&r);
     DeviceWork& work = work_of(r.device);
-    if (r.on_device && r.count_value != nullptr) {
+    if (device_counts(r)) {
       auto& counts = work.counts;
       if (counts.empty() || counts.back().counts + counts.back().size != r.count_value)
         counts.push_back({r.count_value, 0});
@@ -755,11 +781,11 @@ class Plan {
 
   // The row of the hyper table for a parameter's group and step count.
   int row(const Record& r, DeviceWork& work) {
-    const bool device_counts = r.on_device && r.count_value != nullptr;
-    const float taken = r.count_value == nullptr || device_counts ? 0 : *r.count_value;
+    const bool on_device = device_counts(r);
+    const float taken = r.count_value == nullptr || on_device ? 0 : *r.count_value;
     const bool float64 = r.dtype == DType::float64;
-    const bool first = device_counts || r.first;
-    const int lineage = device_counts ? r.lineage : -1;
+    const bool first = on_device || r.first;
+    const int lineage = on_device ? r.lineage : -1;
     auto& cached = rows_of_group_[r.group];
     for (auto it = cached.rbegin(); it != cached.rend() && it - cached.rbegin() < 8; ++it)
       if (it->taken == taken && it->lineage == lineage && it->first == first &&
@@ -773,7 +799,7 @@ class Plan {
     if (makes_rows(r.device)) {
       RowSource source{};
       for (int i = 0; i < rule_.option_count; ++i) set_option(source, options, i);
-      source.count = device_counts ? r.count_value : nullptr;
+      source.count = on_device ? r.count_value : nullptr;
       source.taken = taken;
       source.row = uint32_t(index);
       source.first = first;
@@ -788,17 +814,17 @@ class Plan {
   }
 
   static bool all_on(c10::Device device, const GroupOptions& options) {
-    for (PyObject* value : options.on_device)
-      if (value != nullptr && THPVariable_Unpack(value).device() != device) return false;
+    for (const py::object& value : options.on_device)
+      if (value && THPVariable_Unpack(value.ptr()).device() != device) return false;
     return true;
   }
 
   static void set_option(RowSource& source, const GroupOptions& options, int i) {
-    if (options.on_device[i] == nullptr) {
+    if (!options.on_device[i]) {
       source.set(i, options.values[i]);
       return;
     }
-    const at::Tensor& tensor = THPVariable_Unpack(options.on_device[i]);
+    const at::Tensor& tensor = THPVariable_Unpack(options.on_device[i].ptr());
     const bool wide = tensor.scalar_type() == at::kDouble;
     source.set(i, wide ? OptionKind::float64 : OptionKind::float32, tensor.const_data_ptr());
   }
@@ -814,20 +840,24 @@ class Plan {
   }
 
   // Captured, a step is replayed as it was. What the host knows of it would stay for ever.
-  void check_capture() const {
-    for (const auto& work : work_) {
-      if (work.spans.empty() || work.device.type() != kAccelerator) continue;
-      const c10::DeviceGuard guard(work.device);
-      if (!cuda::is_capturing(stream_of(work.device))) continue;
-      for (const Record* r : active_)
-        if (!capturable_[r->group] || (rule_.counts_steps && !r->on_device))
-          throw std::runtime_error(
-              describe(*r) +
-              " is to be stepped in a CUDA graph, which would replay today's step count for ever; "
-              "construct " +
-              optimizer_ +
-              " with capturable=True, and a tensor as lr where a scheduler changes it");
+  void check_capture() {
+    std::optional<c10::Device> capturing;
+    for (const auto& work : work_)
+      if (!work.spans.empty() && is_capturing(work.device)) capturing = work.device;
+    if (!capturing) return;
+    for (const Record* r : active_) {
+      if (!capturable_[r->group] || (rule_.counts_steps && !r->on_device))
+        throw std::runtime_error(
+            describe(*r) +
+            " is to be stepped in a CUDA graph, which would replay today's step count for ever; "
+            "construct " +
+            optimizer_ + " with capturable=True, and a tensor as lr where a scheduler changes it");
+      if (r->device != *capturing)
+        throw std::runtime_error(describe(*r) + " is on " + text(r->device) +
+                                 " and no part of the CUDA graph that is captured on " +
+                                 text(*capturing) + "; give it an optimizer of its own");
     }
+    workspace_->captured = true;
   }
 
   void run() {
@@ -860,7 +890,7 @@ class Plan {
     for (auto& work : work_) {
       if (work.gradients.empty()) continue;
       if (work.device.type() == kAccelerator) {
-        DeviceStep step = step_on(work);
+        DeviceStep step = step_on(work, true);
         step.factor.clips = true;
         step.span_count = 0;
         step.source_count = 0;
@@ -880,8 +910,7 @@ class Plan {
     workspace_->note_norm(c10::kCPU, norm);
   }
 
-  DeviceStep step_on(const DeviceWork& work) const {
-    const auto memory = workspace_->get(work.device, work.sources.size(), work.chunks());
+  DeviceStep step_on(const DeviceWork& work, bool control) const {
     DeviceStep step;
     step.rule = int(&rule_ - registry().rules.data());
     step.spans = work.spans.data();
@@ -893,17 +922,20 @@ class Plan {
     step.count_ranges = work.counts.size();
     step.gradients = work.gradients.data();
     step.gradient_count = work.gradients.size();
-    step.control = memory.control;
-    step.device_rows = memory.rows;
-    step.sums = memory.sums;
+    if (control || !work.sources.empty()) {
+      const c10::DeviceGuard guard(work.device);
+      const auto memory = workspace_->get(work.device, work.sources.size(), work.chunks());
+      if (control) step.control = memory.control;
+      step.device_rows = memory.rows;
+      step.sums = memory.sums;
+    }
     return step;
   }
 
   void run_on_accelerator(const DeviceWork& work, bool control) {
     if (work.spans.empty() && work.counts.empty() && !control) return;
-    DeviceStep step = step_on(work);
+    DeviceStep step = step_on(work, control);
     step.factor = factor_;
-    if (!control) step.control = nullptr;
     if (factor_.clips) workspace_->note_norm(work.device);
     launch(work, step);
   }
@@ -934,11 +966,11 @@ class Plan {
   // Where not all of a lineage took a step, those that did are a lineage of their own from now on.
   void part_lineages() {
     for (const Record* r : active_)
-      if (r->on_device) ++lineages_[r->lineage].active;
+      if (device_counts(*r)) ++lineages_[r->lineage].active;
     const size_t before = lineages_.size();
     std::vector<int> successor(before, -1);
     for (Record* r : active_) {
-      if (!r->on_device) continue;
+      if (!device_counts(*r)) continue;
       Lineage& from = lineages_[r->lineage];
       if (from.active == from.members) continue;
       int& to = successor[r->lineage];
@@ -1016,12 +1048,6 @@ std::vector<at::Tensor> flat_steps(const std::vector<double>& values, c10::Devic
     views.push_back(
         at::from_blob(next++, {}, {}, [buffer](void*) {}, buffer.options(), buffer.device()));
   return views;
-}
-
-bool is_capturing(c10::Device device) {
-  if (device.type() != kAccelerator) return false;
-  const c10::DeviceGuard guard(device);
-  return cuda::is_capturing(stream_of(device));
 }
 
 // Gives the parameters that are at their addresses their flat gradients back, where they have
@@ -1126,6 +1152,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("attach_gradients", attach_gradients);
   py::class_<Workspace, std::shared_ptr<Workspace>>(m, "Workspace")
       .def(py::init<>())
+      .def_readonly("captured", &Workspace::captured)
       .def_property_readonly("grad_norm", &Workspace::grad_norm);
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_plans))
       .def(py::init<std::string, const std::string&, std::shared_ptr<Workspace>>())

@@ -29,6 +29,7 @@ def attach_gradients(
 ) -> bool: ...
 
 class Workspace:
+    captured: bool
     @property
     def grad_norm(self) -> Tensor | None: ...
 

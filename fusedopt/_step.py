@@ -38,6 +38,7 @@ class FusedOptimizer(Optimizer):
     _own_defaults: Mapping[str, Any] = {}
     _flat = False
     _max_grad_norm: float | None = None
+    _scales_in_step: bool | None = None  # None: not known yet
     _workspace: _C.Workspace
     # Of parameters whose state names no count, the steps taken on the device since it was made.
     _first_counts: dict[Tensor, Tensor]
@@ -197,14 +198,15 @@ class FusedOptimizer(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # GradScaler asks: may it leave unscaling and skipping to step()? Where the device counts
+        # GradScaler asks: may it leave unscaling and skipping to step()? Where one device counts
         # the steps, the host need not know; on a CPU it can look for nothing. Else it would wait
         # for the device, which GradScaler does once for all optimizers by itself.
-        return all(
-            p.device.type == "cpu" or self._counts_on_device(group, p)
-            for group in self.param_groups
-            for p in group["params"]
-        )
+        if self._scales_in_step is None or self._plan is None:
+            params = [(group, p) for group in self.param_groups for p in group["params"]]
+            self._scales_in_step = len({p.device for _, p in params}) == 1 and all(
+                p.device.type == "cpu" or self._counts_on_device(group, p) for group, p in params
+            )
+        return self._scales_in_step
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
@@ -272,6 +274,7 @@ class FusedOptimizer(Optimizer):
         if not isinstance(self.state, OptimizerState):
             self.state = OptimizerState(self.state)
         self._check_params(range(len(self.param_groups)))
+        self._check_first_counts()
         name = type(self).__name__
         keys_of_group = [
             _C.state_names(name, self._rule, group, g) for g, group in enumerate(self.param_groups)
@@ -303,6 +306,7 @@ class FusedOptimizer(Optimizer):
                 )
                 seen.add(id(param))
         self._plan = plan
+        self._scales_in_step = None
         self._plan_state = self.state
         self._plan_changes = self.state.changes
         self._flat_gradients = None
@@ -313,10 +317,14 @@ class FusedOptimizer(Optimizer):
         counts: dict[int, Tensor] = {}
         for group, param, _ in self._named_params():
             if self._counts_on_device(group, param):
-                count = self.state.get(param, {}).get("step", self._first_counts.get(param))
+                count = self._first_counts.get(param)
+                if _C.rules()[self._rule]["counts_steps"]:
+                    count = self.state.get(param, {}).get("step")
                 if count is not None:
                     counts[id(param)] = count
-        if any(_C.is_capturing(count.device) for count in counts.values()):
+        # What a graph does to the counts when it is replayed, nobody tells.
+        captured = self._workspace.captured
+        if captured or any(_C.is_capturing(count.device) for count in counts.values()):
             return {key: number for number, key in enumerate(counts, start=1)}
         values = _values(counts)
         numbers = {value: number for number, value in enumerate(sorted(set(values.values())), 1)}
@@ -367,6 +375,21 @@ class FusedOptimizer(Optimizer):
             if values:
                 self.state[param] = {**self.state.get(param, {}), **values}
         self._make_first_counts(new, keys_of_group)
+
+    def _check_first_counts(self) -> None:
+        """Forget the first counts of parameters whose steps the host counts now."""
+        if not self._first_counts:
+            return
+        groups = {id(param): group for group, param, _ in self._named_params()}
+        for param, count in list(self._first_counts.items()):
+            group = groups.get(id(param))
+            if group is None or not (
+                self._counts_on_device(group, param) and count.device == param.device
+            ):
+                if float(count) == 0:
+                    for key in self._state_names():
+                        self.state.get(param, {}).pop(key, None)
+                del self._first_counts[param]
 
     def _make_first_counts(
         self, new: Mapping[int, Tensor], keys_of_group: list[tuple[str, ...]]
@@ -493,13 +516,16 @@ class FusedOptimizer(Optimizer):
             handle.remove()
 
     def _without_skipped_first(self, packed: dict[Any, Any]) -> dict[Any, Any]:
-        """Without the buffers of parameters whose first step the device has skipped so far."""
+        """Without the buffers of parameters whose first step the device has skipped so far.
+
+        By parameter or, as in a state_dict, by its number.
+        """
         values = _values({id(param): count for param, count in self._first_counts.items()})
-        params = [param for _, param, _ in self._named_params()]
-        for number in range(len(params) - 1, -1, -1):  # the first of duplicates has the state
-            if values.get(id(params[number])) == 0 and number in packed:
-                keep = {k: v for k, v in packed[number].items() if k not in self._state_names()}
-                packed[number] = keep
+        for number, (_, param, _) in enumerate(self._named_params()):
+            if values.get(id(param)) == 0:
+                for key in {number, param} & packed.keys():
+                    names = self._state_names()
+                    packed[key] = {k: v for k, v in packed[key].items() if k not in names}
         return packed
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -563,7 +589,10 @@ class FusedOptimizer(Optimizer):
         return {"step", *(name for names in variants for name in names)}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_max_grad_norm": self._max_grad_norm}
+        state = {**super().__getstate__(), "_max_grad_norm": self._max_grad_norm}
+        if self._first_counts:
+            state["state"] = self._without_skipped_first(plain(self.state))
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_workspace" not in self.__dict__:

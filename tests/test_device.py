@@ -89,6 +89,42 @@ def test_gradients_that_are_missing_at_times(case: Case, cuda: str) -> None:
     assert_same(ours, plain)
 
 
+def test_counts_that_somebody_writes_to(cuda: str) -> None:
+    ours = fusedopt.AdamW(on(cuda), capturable=True)
+    plain = fusedopt.AdamW(on(cuda))
+    for optimizer in (ours, plain):
+        train(optimizer, range(5))
+        optimizer.state[params_of(optimizer)[1]]["step"].zero_()
+        train(optimizer, range(5, 7))
+    assert_same(ours, plain)
+
+
+def test_a_replay_after_another_plan_was_made(cuda: str) -> None:
+    """The counts part where no host sees it."""
+    ours = fusedopt.AdamW(on(cuda), capturable=True)
+    plain = fusedopt.AdamW(on(cuda))
+    train(ours, [0])
+    train(plain, [0])
+    for p in params_of(ours)[1:]:
+        p.grad = None
+    kept = params_of(ours)[0].grad  # the graph reads it
+    replay = capture(ours.step)
+    extra = [nn.Parameter(torch.zeros(2, device=cuda)) for _ in range(2)]
+    for optimizer, p in zip((ours, plain), extra, strict=True):
+        optimizer.add_param_group({"params": [p]})
+        train(optimizer, [1])
+    for _ in range(3):
+        replay()
+        for p in params_of(plain)[1:]:
+            p.grad = None
+        set_grads(params_of(plain)[:1], 0)
+        plain.step()
+    for optimizer in (ours, plain):
+        train(optimizer, [2])
+    assert_same(ours, plain)
+    assert kept is not None
+
+
 def test_fused_true_counts_on_the_device_as_well(cuda: str) -> None:
     optimizer = fusedopt.AdamW(on(cuda), fused=True)
     train(optimizer, range(2))
@@ -362,6 +398,33 @@ def test_grad_scaler(case: Case, capturable: bool, cuda: str) -> None:
     assert_same(ours, plain)
 
 
+def test_a_copy_after_a_skipped_first_step(cuda: str) -> None:
+    ours = fusedopt.SGD(on(cuda), lr=1.0, momentum=0.9, dampening=0.5, capturable=True)
+    ours.found_inf = scalar(1.0, cuda)
+    train(ours, [0])
+    twin = copy.deepcopy(ours)
+    ours.found_inf = scalar(0.0, cuda)
+    for optimizer in (ours, twin):
+        train(optimizer, [1])
+    assert_same(ours, twin)
+
+
+def test_a_first_step_that_was_skipped_before_the_host_counts(cuda: str) -> None:
+    options = {"lr": 1.0, "momentum": 0.9, "dampening": 0.5}
+    ours = fusedopt.SGD(on(cuda), **options, capturable=True)
+    plain = fusedopt.SGD(on(cuda), **options)
+    ours.found_inf = scalar(1.0, cuda)
+    train(ours, [0])
+    ours.param_groups[0]["capturable"] = False
+    del ours.found_inf
+    for optimizer in (ours, plain):
+        for step in range(1, 4):
+            extra = nn.Parameter(torch.zeros(2, device=cuda))
+            optimizer.add_param_group({"params": [extra]})  # and a new plan
+            train(optimizer, [step])
+    assert_same(ours, plain)
+
+
 # -- what a step costs ------------------------------------------------------------------------
 
 
@@ -377,8 +440,8 @@ def test_launches(row: Any, groups: int, cuda: str) -> None:
     for options, expected in (
         ({}, 1),
         ({"max_grad_norm": 1.0}, 2),
-        ({"capturable": True}, 2),
-        ({"capturable": True, "max_grad_norm": 1.0}, 3),
+        ({"capturable": True}, 1 + row.counts_steps),
+        ({"capturable": True, "max_grad_norm": 1.0}, 2 + row.counts_steps),
     ):
         optimizer = many(row.ours, cuda, groups, **options)
         train(optimizer, range(2))
@@ -408,6 +471,8 @@ def test_the_current_stream_is_used(cuda: str) -> None:
     stream = torch.cuda.Stream()
     p = nn.Parameter(torch.zeros(1 << 20, device=cuda))
     optimizer = fusedopt.SGD([p], lr=1.0, max_grad_norm=1e9)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()  # loads the kernels
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         p.grad = torch.zeros_like(p)

@@ -45,7 +45,14 @@ FUSEDOPT_HD void tree_sum(double* values, int stride = 1) {
 template <class Grad>
 FUSEDOPT_HD void add_square(double& sum, Grad grad) {
   const double value = double(widen(grad));
-  sum += value * value;  // the square of a float is exact
+#if defined(__CUDA_ARCH__)
+  // The square of a float is exact: rounded once or twice, the sum is the same.
+  if (sizeof(Grad) < sizeof(double)) {
+    sum = fma(value, value, sum);
+    return;
+  }
+#endif
+  sum += value * value;
 }
 
 // The lanes of the total.

@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // As many blocks of a kernel as the current device holds at a time.
-template <class Kernel>
-cudaError_t resident_blocks(Kernel kernel, int& blocks) {
+template <auto kernel>
+cudaError_t resident_blocks(int& blocks) {
   constexpr int kDevices = 64;
   static std::atomic<int> known[kDevices];
   int device = 0, processors = 0;
@@ -82,7 +82,7 @@ cudaError_t resident_blocks(Kernel kernel, int& blocks) {
 template <auto kernel, class Args>
 cudaError_t launch(const Args& args, int64_t wanted_blocks, cudaStream_t stream) {
   int blocks = 0;
-  if (cudaError_t error = resident_blocks(kernel, blocks)) return error;
+  if (cudaError_t error = resident_blocks<kernel>(blocks)) return error;
   kernel<<<unsigned(std::clamp<int64_t>(wanted_blocks, 1, blocks)), kThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
@@ -141,8 +141,10 @@ class Launcher {
 
 bool is_capturing(void* stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  return cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) == cudaSuccess &&
-         status != cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) == cudaSuccess)
+    return status != cudaStreamCaptureStatusNone;
+  cudaGetLastError();  // forgotten here, or the next launch would report it
+  return false;
 }
 
 const char* step(const DeviceStep& step, void* stream) {
