@@ -9,12 +9,71 @@ namespace cpu {
 namespace FUSEDOPT_ISA {
 namespace {
 
+// Two neighbouring bfloat16, wherever they lie. Taken apart and put together as the halves of a
+// word, they need no instruction that moves elements between the lanes of a register.
+typedef uint32_t __attribute__((may_alias, aligned(2))) Pair;
+
+inline __attribute__((always_inline)) float first_of(uint32_t pair) {
+  return bits_to_float(pair << 16);
+}
+inline __attribute__((always_inline)) float second_of(uint32_t pair) {
+  return bits_to_float(pair & 0xffff0000u);
+}
+inline __attribute__((always_inline)) uint32_t make_pair(float first, float second) {
+  bfloat16 low, high;
+  narrow(first, low);
+  narrow(second, high);
+  return low.bits | uint32_t(high.bits) << 16;
+}
+
+inline __attribute__((always_inline)) Pair* pairs_from(void* stream, int64_t begin) {
+  return reinterpret_cast<Pair*>(static_cast<bfloat16*>(stream) + begin);
+}
+
+// Updates the pairs in [begin, end) of a span whose streams are all bfloat16; returns their end.
+template <bool usual, class Variant, class Row>
+inline __attribute__((always_inline)) int64_t run_pairs(const Span& span, const Row& row,
+                                                        int64_t begin, int64_t end) {
+  constexpr int states = Variant::states;
+  Pair* FUSEDOPT_RESTRICT param = pairs_from(span.param, begin);
+  const Pair* FUSEDOPT_RESTRICT grad = pairs_from(const_cast<void*>(span.grad), begin);
+  Pair* FUSEDOPT_RESTRICT state0 = states > 0 ? pairs_from(span.states[0], begin) : nullptr;
+  Pair* FUSEDOPT_RESTRICT state1 = states > 1 ? pairs_from(span.states[1], begin) : nullptr;
+  Pair* FUSEDOPT_RESTRICT state2 = states > 2 ? pairs_from(span.states[2], begin) : nullptr;
+  static_assert(kMaxStates == 3, "one pointer per state: an array of them would not vectorise");
+
+  const int64_t pairs = (end - begin) / 2;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < pairs; ++i) {
+    float p = first_of(param[i]), next_p = second_of(param[i]);
+    float state[kMaxStates] = {}, next_state[kMaxStates] = {};
+    if (states > 0) state[0] = first_of(state0[i]), next_state[0] = second_of(state0[i]);
+    if (states > 1) state[1] = first_of(state1[i]), next_state[1] = second_of(state1[i]);
+    if (states > 2) state[2] = first_of(state2[i]), next_state[2] = second_of(state2[i]);
+    Variant::template update<usual>(row, p, first_of(grad[i]), state);
+    Variant::template update<usual>(row, next_p, second_of(grad[i]), next_state);
+    param[i] = make_pair(p, next_p);
+    if (states > 0) state0[i] = make_pair(state[0], next_state[0]);
+    if (states > 1) state1[i] = make_pair(state[1], next_state[1]);
+    if (states > 2) state2[i] = make_pair(state[2], next_state[2]);
+  }
+  return begin + 2 * pairs;
+}
+
 template <bool usual, class Variant, class Types, class Row>
 inline __attribute__((always_inline)) void run(const Span& span, const Row& row, int64_t begin,
                                                int64_t end) {
   using T = typename Types::Compute;
   using State = typename Types::State;
   constexpr int states = Variant::states;
+  constexpr bool all_bfloat16 = std::is_same<typename Types::Param, bfloat16>::value &&
+                                std::is_same<typename Types::Grad, bfloat16>::value &&
+                                std::is_same<State, bfloat16>::value;
+  if constexpr (all_bfloat16) {
+    begin = run_pairs<usual, Variant>(span, row, begin, end);
+    if (begin == end) return;
+    end = begin + 1;
+  }
 
   auto* FUSEDOPT_RESTRICT param = static_cast<typename Types::Param*>(span.param);
   const auto* FUSEDOPT_RESTRICT grad = static_cast<const typename Types::Grad*>(span.grad);
