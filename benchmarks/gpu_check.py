@@ -236,11 +236,12 @@ def make_steps(results: Path, pytest_arguments: Sequence[str]) -> list[Step]:
     every = sorted({results, *others})
     build = (python, "setup.py", "--quiet", "build_ext", "--inplace")
     tests = (python, "-m", "pytest", "-m", "cuda", *pytest_arguments)
+    examples = (python, "-m", "pytest", "tests/test_docs.py")  # one of them captures a graph
     benchmark = (python, "-m", "benchmarks.run", "--device", "cuda", "--output", str(results))
     table = (python, "-m", "benchmarks.report", "--gpu", *map(str, every), "--readme")
     return [
         Step("build", [build, (python, "-c", HAS_CUDA)], 240, 0, NATIVE),
-        Step("tests", [tests], 210, 60),
+        Step("tests", [tests, examples], 210, 60),
         sanitizer_step("memcheck", UNCACHED),
         sanitizer_step("initcheck", UNCACHED),
         # torch's own kernels are none of our business here.
