@@ -17,6 +17,7 @@ from training import (
     assert_same_bits,
     assert_unchanged,
     make_params,
+    on,
     params_of,
     set_grads,
     snapshot,
@@ -28,10 +29,6 @@ from fusedopt._extension import _C
 
 every_class = pytest.mark.parametrize("case", RICHEST, ids=str)
 MAX_NORMS = [0.0, 0.3, 1e9, math.inf]
-
-
-def on(device: str, params: list[nn.Parameter]) -> list[nn.Parameter]:
-    return [nn.Parameter(p.detach().to(device)) for p in params]
 
 
 @pytest.mark.parametrize("max_norm", MAX_NORMS)

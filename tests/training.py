@@ -66,6 +66,11 @@ def clone_params(params: Iterable[Tensor]) -> list[nn.Parameter]:
     return [nn.Parameter(p.detach().clone(), p.requires_grad) for p in params]
 
 
+def on(device: str, params: Iterable[Tensor]) -> list[nn.Parameter]:
+    """Parameters with the same values on a device."""
+    return [nn.Parameter(p.detach().to(device)) for p in params]
+
+
 def set_grads(params: Iterable[Tensor], step: int, dtype: torch.dtype | None = None) -> None:
     """Hand over gradients that depend on nothing but the step and the parameters' order."""
     generator = torch.Generator().manual_seed(1000 + step)
