@@ -47,10 +47,8 @@ Error launch_norm(const DeviceStep& step, Launcher& launcher) {
       step.gradient_count == 0 ? 0 : end[-1].first_chunk + norm_chunks(end[-1].numel);
   do {
     args.first_chunk = next < step.gradient_count ? step.gradients[next].first_chunk : 0;
-    for (args.count = 0; args.count < NormArgs::kCapacity && next < step.gradient_count; ++next) {
-      const GradSpan& g = step.gradients[next];
-      args.gradients[args.count++] = {g.grad, g.numel, g.first_chunk, g.dtype};
-    }
+    for (args.count = 0; args.count < NormArgs::kCapacity && next < step.gradient_count; ++next)
+      args.gradients[args.count++] = step.gradients[next];
     args.last = next == step.gradient_count;
     args.chunks =
         (args.last ? args.total_chunks : step.gradients[next].first_chunk) - args.first_chunk;

@@ -12,12 +12,6 @@ constexpr int kWarps = kThreads / kWarp;  // a chunk is the work of a warp
 
 // The kernel's whole argument.
 struct NormArgs {
-  struct Gradient {
-    const void* grad;
-    int64_t numel;
-    int64_t first_chunk;
-    DType dtype;
-  };
   static constexpr int kCapacity = 1020;
   double* sums;  // of all chunks of all launches
   Control* control;
@@ -27,7 +21,7 @@ struct NormArgs {
   int64_t total_chunks;
   uint32_t count;
   uint32_t last;  // whether this launch makes up the total
-  Gradient gradients[kCapacity];
+  GradSpan gradients[kCapacity];
 };
 static_assert(sizeof(NormArgs) <= 32764, "more than a launch takes");
 
@@ -79,7 +73,7 @@ FUSEDOPT_HD double norm_share(const NormArgs& args, int64_t chunk, uint32_t thre
       high = middle - 1;
     }
   }
-  const NormArgs::Gradient& g = args.gradients[low];
+  const GradSpan& g = args.gradients[low];
   const int64_t begin = (chunk - g.first_chunk) * kNormChunk;
   const int64_t left = g.numel - begin;
   const int64_t count = left < kNormChunk ? left : kNormChunk;
