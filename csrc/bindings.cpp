@@ -4,6 +4,7 @@
 // The only file that includes torch: it turns parameters and gradients into spans, and hands them
 // to the core with a stream or a parallel loop.
 #include <ATen/Parallel.h>
+#include <ATen/record_function.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/extension.h>
@@ -33,6 +34,11 @@ constexpr c10::DeviceType kAccelerator = FUSEDOPT_ACCELERATOR;
 
 // In flat buffers a parameter starts at a multiple of this many elements: 64 bytes or more.
 constexpr int64_t kSlot = 64;
+
+// With fewer elements than this a step is not worth a second thread. With more, threads share what
+// has to be done for each parameter, too, and take at least so many of them.
+constexpr int64_t kManyElements = 65536;
+constexpr int64_t kShareGrain = 256;
 
 int64_t padded(int64_t numel) { return (numel + kSlot - 1) / kSlot * kSlot; }
 
@@ -253,43 +259,35 @@ Slots& slots() {
   return *instance;
 }
 
-// One parameter of an optimizer, with what a step needs to know of it and has to find unchanged.
+// One parameter of an optimizer, with what a step has to find unchanged, or else builds anew.
 // It is held as a Python object: torch.utils.swap_tensors may exchange the tensor behind it.
 struct Record {
   py::object param;
   std::vector<py::object> states;  // in the variant's order; empty while there is no gradient yet
   py::object count;                // of its steps; on the device, kernels count
   std::string name;
-  int group = 0;
-  bool duplicate = false;  // the same parameter again: it is stepped once
-  bool first = false;      // its state was made for this very step
   bool has_state = false;
-  bool dense = true;  // its elements fill one run of memory
+  bool on_device = false;  // the count, or that there is none, is the device's affair
+  bool dense = true;       // its elements fill one run of memory
   bool contiguous = true;
-  bool in_slots = false;  // the parameter and its states lie in slots of flat buffers
 
-  const void* data = nullptr;
-  const void* flat_grad = nullptr;  // where its gradient lies in a flat buffer, else null
-  int64_t numel = 0;                // in reals: a complex number is two
-  int64_t padding = 0;              // reals behind it in a slot
   at::ScalarType scalar;
   DType dtype = DType::float32;
   DType state_dtype = DType::float32;
   c10::Device device = c10::kCPU;
   std::vector<int64_t> strides;
-  std::array<void*, kMaxStates> state_data{};
-  float* count_value = nullptr;
-  uint32_t count_version = 0;  // kernels do not change it, so that it tells of others who wrote
-  bool on_device = false;      // the count, or that there is none, is the device's affair
-  int lineage = 0;             // parameters of one lineage have taken the same steps on the device
 };
 
 void* data_of(const py::object& tensor) {
   return THPVariable_Unpack(tensor.ptr()).unsafeGetTensorImpl()->mutable_data();
 }
 
-uint32_t version_of(const py::object& tensor) {
-  c10::TensorImpl* impl = THPVariable_Unpack(tensor.ptr()).unsafeGetTensorImpl();
+const void* address_of(PyObject* tensor) {
+  return THPVariable_Unpack(tensor).unsafeGetTensorImpl()->data();
+}
+
+uint32_t version_of(PyObject* tensor) {
+  c10::TensorImpl* impl = THPVariable_Unpack(tensor).unsafeGetTensorImpl();
   return impl->is_inference() ? 0 : impl->version_counter().current_version();
 }
 
@@ -309,6 +307,7 @@ struct DeviceWork {
   std::vector<HyperRow> rows;
   std::vector<RowSource> sources;  // in place of rows, where the device makes them
   std::vector<bool> float64;       // of each row
+  std::vector<bool> keeps_zero;    // whether elements that are zero stay so, as padding has to
   std::vector<CountRange> counts;
   std::vector<GradSpan> gradients;  // for the norm
 
@@ -317,6 +316,7 @@ struct DeviceWork {
     rows.clear();
     sources.clear();
     float64.clear();
+    keeps_zero.clear();
     counts.clear();
     gradients.clear();
   }
@@ -324,6 +324,36 @@ struct DeviceWork {
     return gradients.empty() ? 0
                              : gradients.back().first_chunk + norm_chunks(gradients.back().numel);
   }
+};
+
+// What every step reads of one parameter, apart from its record as it is read by all steps. Where
+// a step finds the parameter and its gradient as they were when all was checked, this is all that
+// it needs.
+struct Entry {
+  PyObject* param = nullptr;
+  std::array<PyObject*, kMaxStates + 1> tensors{};  // its states and, behind them, the count
+  int tensor_count = 0;                             // without the count
+  int group = 0;
+  Span span{};             // but for what the step finds: grad, row and offset
+  float* count = nullptr;  // of its steps
+  DeviceWork* work = nullptr;
+  const void* flat_grad = nullptr;  // where its gradient lies in a flat buffer, else null
+  int64_t padding = 0;              // reals behind it, where it and its states lie in slots
+  uint32_t count_version = 0;  // kernels do not change it, so that it tells of others who wrote
+  int lineage = 0;             // parameters of one lineage have taken the same steps on the device
+  uint8_t param_size = 0, grad_size = 0, state_size = 0;  // bytes of a real
+  DType grad_dtype = DType::float32;
+  bool duplicate = false;  // the same parameter again: it is stepped once
+  bool first = false;      // its state was made for this very step
+  bool float64 = false;
+  bool device_counts = false;  // its steps
+
+  // What all checks have let pass.
+  bool checked = false;
+  int64_t numel = 0;
+  c10::DispatchKeySet keys, grad_keys;
+  caffe2::TypeMeta type, grad_type;
+  c10::Device device = c10::kCPU;
 };
 
 struct CopyBack {
@@ -475,30 +505,33 @@ class Plan {
            int lineage) {
     const at::Tensor& tensor = THPVariable_Unpack(param.ptr());
     Record r;
+    Entry e;
     r.param = param;
     r.name = name;
-    r.group = int(group_sizes_.size()) - 1;
-    r.duplicate = duplicate;
-    r.first = first;
-    r.data = tensor.unsafeGetTensorImpl()->data();
     r.scalar = tensor.scalar_type();
     r.dtype = *storage_dtype(r.scalar);
     r.state_dtype = *storage_dtype(state_dtype);
     r.device = tensor.device();
-    const int64_t reals = tensor.is_complex() ? 2 : 1;
-    r.numel = tensor.numel() * reals;
-    r.padding = padded(tensor.numel()) * reals - r.numel;
     r.dense = tensor.is_non_overlapping_and_dense();
     r.contiguous = tensor.is_contiguous();
     r.strides = tensor.strides().vec();
-    r.in_slots = slots().holds(tensor);
-    r.flat_grad = reinterpret_cast<const void*>(flat_grad);
     r.has_state = states.has_value();
     r.on_device = on_device;
-    const auto set_count = [&r](const py::object& count) {
+    const int64_t reals = tensor.is_complex() ? 2 : 1;
+    e.param = param.ptr();
+    e.group = int(group_sizes_.size()) - 1;
+    e.duplicate = duplicate;
+    e.first = first;
+    e.float64 = r.dtype == DType::float64;
+    e.param_size = size_of(r.dtype);
+    e.state_size = size_of(r.state_dtype);
+    e.span.param = const_cast<void*>(tensor.unsafeGetTensorImpl()->data());
+    e.span.numel = tensor.numel() * reals;
+    bool in_slots = slots().holds(tensor);
+    const auto set_count = [&](const py::object& count) {
       r.count = count;
-      r.count_value = static_cast<float*>(data_of(count));
-      r.count_version = version_of(count);
+      e.count = static_cast<float*>(data_of(count));
+      e.count_version = version_of(count.ptr());
     };
     if (first_count && on_device) set_count(*first_count);
     if (states) {
@@ -508,23 +541,33 @@ class Plan {
           set_count(state);
           continue;
         }
-        r.state_data[r.states.size()] = data_of(state);
-        r.in_slots = r.in_slots && slots().holds(THPVariable_Unpack(state.ptr()));
+        e.span.states[r.states.size()] = data_of(state);
+        e.tensors[e.tensor_count++] = state.ptr();
+        in_slots = in_slots && slots().holds(THPVariable_Unpack(state.ptr()));
         r.states.push_back(state);
       }
     }
-    if (device_counts(r) && !r.duplicate) {
-      r.lineage = lineage;
+    if (r.count) e.tensors[e.tensor_count] = r.count.ptr();
+    if (in_slots) {
+      e.flat_grad = reinterpret_cast<const void*>(flat_grad);
+      e.padding = padded(tensor.numel()) * reals - e.span.numel;
+    }
+    e.device_counts = on_device && e.count != nullptr;
+    if (e.device_counts && !duplicate) {
+      e.lineage = lineage;
       if (lineages_.size() <= size_t(lineage)) lineages_.resize(lineage + 1, {0, 0});
       ++lineages_[lineage].members;
     }
-    if (!r.duplicate) {
+    if (!duplicate) {
       const bool without_state =
-          !rule_.counts_steps && registry().variants[variant_of(r)].states == 0;
-      device_decides_ = device_decides_ && (r.on_device || without_state);
+          !rule_.counts_steps && registry().variants[variant_of(e)].states == 0;
+      device_decides_ = device_decides_ && (on_device || without_state);
       one_accelerator_ = one_accelerator_ && r.device.type() == kAccelerator &&
                          (records_.empty() || records_[0].device == r.device);
+      elements_ += e.span.numel;
     }
+    entries_.push_back(e);
+    found_.push_back(nullptr);
     ++group_sizes_.back();
     records_.push_back(std::move(r));
   }
@@ -575,6 +618,7 @@ class Plan {
   void clear() {
     group_sizes_.clear();  // so that a step, should there be one yet, asks for another plan
     std::vector<Record>().swap(records_);
+    entries_.clear();
   }
 
   // Spans walked by the last step.
@@ -587,9 +631,7 @@ class Plan {
  private:
   std::string describe(const Record& r) const { return optimizer_ + ": " + r.name; }
 
-  static bool device_counts(const Record& r) { return r.on_device && r.count_value != nullptr; }
-
-  int variant_of(const Record& r) const { return rule_.first_variant + variants_[r.group]; }
+  int variant_of(const Entry& e) const { return rule_.first_variant + variants_[e.group]; }
 
   // Where kernels can read a scaler's tensor, else null.
   const float* on_the_accelerator(const py::object& value) const {
@@ -621,89 +663,158 @@ class Plan {
       if (rule_.variant(options_[g].values.data()) != variants_[g]) return false;
     }
 
-    size_t next = 0;
+    params_.clear();
     for (size_t g = 0; g < group_sizes_.size(); ++g) {
       PyObject* params = PyDict_GetItem(PyList_GET_ITEM(groups.ptr(), g), params_key_.ptr());
       if (params == nullptr || !(PyList_Check(params) || PyTuple_Check(params)))
         throw py::type_error(optimizer_ + ": group " + text(g) +
                              ": params is not a list of parameters");
       if (size_t(PySequence_Fast_GET_SIZE(params)) != group_sizes_[g]) return false;
-      for (size_t i = 0; i < group_sizes_[g]; ++i, ++next) {
-        Record& r = records_[next];
-        if (PySequence_Fast_GET_ITEM(params, i) != r.param.ptr()) return false;
-        if (r.duplicate) continue;
-        const at::Tensor& param = THPVariable_Unpack(r.param.ptr());
-        const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
-        if (!grad.defined()) continue;
-        if (!unchanged(r, param)) return false;
-        if (!add_span(r, param, grad)) missing_.push_back(int(next));
+      params_.insert(params_.end(), PySequence_Fast_ITEMS(params),
+                     PySequence_Fast_ITEMS(params) + group_sizes_[g]);
+    }
+
+    share<&Plan::look>();
+    for (size_t i = 0; i < entries_.size(); ++i) {
+      const void* grad = found_[i];
+      if (grad == nullptr) continue;
+      Entry& e = entries_[i];
+      if (grad != unchecked()) {
+        add_span(e, i, grad);
+        continue;
       }
+      if (params_[i] != e.param) return false;
+      const at::Tensor& param = THPVariable_Unpack(e.param);
+      if (!unchanged(e, records_[i], param)) return false;
+      if (!check_and_add(e, i, param, param.unsafeGetTensorImpl()->grad()))
+        missing_.push_back(int(i));
     }
     return missing_.empty();
   }
 
-  bool unchanged(const Record& r, const at::Tensor& param) const {
+  // Calls a method with ranges of parameters, in several threads where there is work for them.
+  template <void (Plan::*method)(int64_t begin, int64_t end)>
+  void share() {
+    const int64_t size = int64_t(entries_.size());
+    run_in_parallel(size, elements_ < kManyElements ? size : kShareGrain, this,
+                    [](void* plan, int64_t begin, int64_t end) {
+                      (static_cast<Plan*>(plan)->*method)(begin, end);
+                    });
+  }
+
+  // Stands for the address of a gradient that has to be checked first.
+  static const void* unchecked() {
+    static const char address = 0;
+    return &address;
+  }
+
+  // Looks up the gradients of the parameters [begin, end): their addresses where all checks have
+  // let the same pass before, null for those to leave out. Changes nothing else, so that several
+  // threads can share the work.
+  void look(int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Entry& e = entries_[i];
+      found_[i] = unchecked();
+      if (params_[i] != e.param) continue;
+      const c10::TensorImpl& param = *THPVariable_Unpack(e.param).unsafeGetTensorImpl();
+      const at::Tensor& grad = param.grad();
+      if (!grad.defined() || e.duplicate) {
+        found_[i] = nullptr;
+      } else if (e.checked && is_as_checked(e, param, *grad.unsafeGetTensorImpl())) {
+        found_[i] = grad.unsafeGetTensorImpl()->data();
+      }
+    }
+  }
+
+  static bool is_as_checked(const Entry& e, const c10::TensorImpl& param,
+                            const c10::TensorImpl& grad) {
+    return param.data() == e.span.param && param.numel() == e.numel && param.is_contiguous() &&
+           param.dtype() == e.type && param.key_set() == e.keys && grad.is_contiguous() &&
+           grad.dtype() == e.grad_type && grad.key_set() == e.grad_keys &&
+           grad.device() == e.device && grad.sizes() == param.sizes() && has_same_state(e);
+  }
+
+  static bool has_same_state(const Entry& e) {
+    for (int k = 0; k < e.tensor_count; ++k)
+      if (address_of(e.tensors[k]) != e.span.states[k]) return false;
+    if (e.count == nullptr) return true;
+    PyObject* count = e.tensors[e.tensor_count];
+    return address_of(count) == e.count &&
+           (!e.device_counts || version_of(count) == e.count_version);
+  }
+
+  static bool unchanged(const Entry& e, const Record& r, const at::Tensor& param) {
     const c10::TensorImpl* impl = param.unsafeGetTensorImpl();
-    if (impl->data() != r.data || param.scalar_type() != r.scalar ||
+    if (impl->data() != e.span.param || param.scalar_type() != r.scalar ||
         impl->is_contiguous() != r.contiguous ||
-        impl->numel() * (param.is_complex() ? 2 : 1) != r.numel)
+        impl->numel() * (param.is_complex() ? 2 : 1) != e.span.numel)
       return false;
     if (!r.contiguous && param.strides() != at::IntArrayRef(r.strides)) return false;
-    for (size_t k = 0; k < r.states.size(); ++k)
-      if (data_of(r.states[k]) != r.state_data[k]) return false;
-    if (r.count_value == nullptr) return true;
-    return data_of(r.count) == r.count_value &&
-           (!r.on_device || version_of(r.count) == r.count_version);
+    return has_same_state(e);
   }
 
   // Adds the span of one parameter; false where it has no state yet. Throws on a gradient that
   // cannot be taken.
-  bool add_span(Record& r, const at::Tensor& param, const at::Tensor& grad) {
-    const int kernel = check_gradient(r, param, grad);
+  bool check_and_add(Entry& e, size_t position, const at::Tensor& param, const at::Tensor& grad) {
+    const Record& r = records_[position];
+    e.checked = false;
+    e.span.kernel = check_gradient(e, r, param, grad);
     if (!r.has_state) return false;
-    active_.push_back(&r);
-    DeviceWork& work = work_of(r.device);
-    if (device_counts(r)) {
-      auto& counts = work.counts;
-      if (counts.empty() || counts.back().counts + counts.back().size != r.count_value)
-        counts.push_back({r.count_value, 0});
-      ++counts.back().size;
-    }
-    if (r.numel == 0) return true;
-
-    Span span;
-    span.param = const_cast<void*>(r.data);
-    span.grad = grad.unsafeGetTensorImpl()->data();
-    for (int k = 0; k < kMaxStates; ++k) span.states[k] = r.state_data[k];
-    span.numel = r.numel;
-    span.kernel = kernel;
-    span.row = row(r, work);
-
-    // Padding belongs to a flat buffer only where all of the streams are in one.
-    const bool walk_padding =
-        r.in_slots && span.grad == r.flat_grad && zero_stays_zero(r, work, span.row);
-    if (!r.dense) {
+    e.work = &work_of(r.device);
+    e.grad_dtype = *storage_dtype(grad.scalar_type());
+    e.grad_size = size_of(e.grad_dtype);
+    if (e.span.numel == 0) {
+      active_.push_back(position);
+      count_on_device(e);
+    } else if (!r.dense) {
       // States of such a parameter are dense; it is gathered and put back afterwards.
       const at::Tensor gathered = gather(param, dense_like(r, param));
       copy_back_.push_back({param, gathered});
-      span.param = gathered.mutable_data_ptr();
-      span.grad = dense_gradient(gathered, grad);
+      Entry there = e;
+      there.span.param = gathered.mutable_data_ptr();
+      add_span(there, position, dense_gradient(gathered, grad));
     } else if (!in_place(param, grad)) {
-      span.grad = dense_gradient(param, grad);
+      add_span(e, position, dense_gradient(param, grad));
+    } else {
+      e.checked = param.is_contiguous() && grad.is_contiguous();
+      e.numel = param.numel();
+      e.keys = param.key_set();
+      e.grad_keys = grad.key_set();
+      e.type = param.dtype();
+      e.grad_type = grad.dtype();
+      e.device = r.device;
+      add_span(e, position, grad.unsafeGetTensorImpl()->data());
     }
-
-    if (clips_)
-      work.gradients.push_back(
-          {span.grad, span.numel, work.chunks(), *storage_dtype(grad.scalar_type())});
-    if (work.spans.empty() || !extend(work.spans.back(), span, r, grad)) {
-      span.offset = work.spans.empty() ? 0 : work.spans.back().offset + work.spans.back().numel;
-      work.spans.push_back(span);
-    }
-    open_padding_ = walk_padding ? r.padding : 0;
     return true;
   }
 
-  int check_gradient(const Record& r, const at::Tensor& param, const at::Tensor& grad) const {
+  void count_on_device(const Entry& e) {
+    if (!e.device_counts) return;
+    auto& counts = e.work->counts;
+    if (counts.empty() || counts.back().counts + counts.back().size != e.count)
+      counts.push_back({e.count, 0});
+    ++counts.back().size;
+  }
+
+  void add_span(const Entry& e, size_t position, const void* grad) {
+    DeviceWork& work = *e.work;
+    active_.push_back(position);
+    count_on_device(e);
+    Span span = e.span;
+    span.grad = grad;
+    span.row = row(e, work);
+    if (clips_) work.gradients.push_back({grad, span.numel, work.chunks(), e.grad_dtype});
+    if (work.spans.empty() || !extend(work.spans.back(), span, e)) {
+      span.offset = work.spans.empty() ? 0 : work.spans.back().offset + work.spans.back().numel;
+      work.spans.push_back(span);
+    }
+    // Padding belongs to a flat buffer only where all of the streams are in one.
+    open_padding_ =
+        e.padding > 0 && grad == e.flat_grad && work.keeps_zero[span.row] ? e.padding : 0;
+  }
+
+  int check_gradient(const Entry& e, const Record& r, const at::Tensor& param,
+                     const at::Tensor& grad) const {
     if (grad.layout() != at::kStrided)
       throw std::runtime_error(describe(r) + " has a gradient of layout " + text(grad.layout()) +
                                "; " + optimizer_ +
@@ -724,7 +835,7 @@ class Plan {
                            text(scalar_type(r.state_dtype)) +
                            " states is not supported; a gradient has its parameter's dtype or "
                            "float32");
-    return registry().kernel(rule_.first_variant + variants_[r.group], index);
+    return registry().kernel(variant_of(e), index);
   }
 
   static bool in_place(const at::Tensor& like, const at::Tensor& grad) {
@@ -751,19 +862,17 @@ class Plan {
   }
 
   // Lengthens the last span by one that adjoins it in every stream.
-  bool extend(Span& last, const Span& span, const Record& r, const at::Tensor& grad) const {
+  bool extend(Span& last, const Span& span, const Entry& e) const {
     if (last.kernel != span.kernel || last.row != span.row) return false;
     const int64_t length = last.numel + open_padding_;
     const auto adjoins = [&](const void* a, const void* b, int64_t size) {
       return static_cast<const char*>(a) + length * size == static_cast<const char*>(b);
     };
-    const int64_t real = c10::elementSize(c10::toRealValueType(r.scalar));
-    const int64_t grad_real = c10::elementSize(c10::toRealValueType(grad.scalar_type()));
-    const int64_t state_size = c10::elementSize(scalar_type(r.state_dtype));
-    if (!adjoins(last.param, span.param, real) || !adjoins(last.grad, span.grad, grad_real))
+    if (!adjoins(last.param, span.param, e.param_size) ||
+        !adjoins(last.grad, span.grad, e.grad_size))
       return false;
-    for (size_t k = 0; k < r.states.size(); ++k)
-      if (!adjoins(last.states[k], span.states[k], state_size)) return false;
+    for (int k = 0; k < e.tensor_count; ++k)
+      if (!adjoins(last.states[k], span.states[k], e.state_size)) return false;
     last.numel = length + span.numel;
     return true;
   }
@@ -780,36 +889,39 @@ class Plan {
   }
 
   // The row of the hyper table for a parameter's group and step count.
-  int row(const Record& r, DeviceWork& work) {
-    const bool on_device = device_counts(r);
-    const float taken = r.count_value == nullptr || on_device ? 0 : *r.count_value;
-    const bool float64 = r.dtype == DType::float64;
-    const bool first = on_device || r.first;
-    const int lineage = on_device ? r.lineage : -1;
-    auto& cached = rows_of_group_[r.group];
+  int row(const Entry& e, DeviceWork& work) {
+    const float taken = e.count == nullptr || e.device_counts ? 0 : *e.count;
+    const bool first = e.device_counts || e.first;
+    const int lineage = e.device_counts ? e.lineage : -1;
+    auto& cached = rows_of_group_[e.group];
     for (auto it = cached.rbegin(); it != cached.rend() && it - cached.rbegin() < 8; ++it)
       if (it->taken == taken && it->lineage == lineage && it->first == first &&
-          it->float64 == float64 && it->work == &work)
+          it->float64 == e.float64 && it->work == &work)
         return it->index;
-    GroupOptions& options = options_[r.group];
-    if (options.any_on_device && !all_on(r.device, options))
-      option_reader_.fetch(optimizer_, r.group, options);
+    GroupOptions& options = options_[e.group];
+    if (options.any_on_device && !all_on(work.device, options))
+      option_reader_.fetch(optimizer_, e.group, options);
     const int index = int(work.float64.size());
-    work.float64.push_back(float64);
-    if (makes_rows(r.device)) {
+    const bool source_of_row = makes_rows(work.device);
+    HyperRow row;
+    // What a device is to make differs from this in no way that matters for zeros.
+    rule_.row(options.values.data(), source_of_row ? 1 : double(taken) + 1,
+              source_of_row ? e.first : first, e.float64, row);
+    work.float64.push_back(e.float64);
+    work.keeps_zero.push_back(registry().variants[variant_of(e)].zero_stays_zero(row, e.float64));
+    if (source_of_row) {
       RowSource source{};
       for (int i = 0; i < rule_.option_count; ++i) set_option(source, options, i);
-      source.count = on_device ? r.count_value : nullptr;
+      source.count = e.device_counts ? e.count : nullptr;
       source.taken = taken;
       source.row = uint32_t(index);
       source.first = first;
-      source.float64 = float64;
+      source.float64 = e.float64;
       work.sources.push_back(source);
     } else {
-      work.rows.emplace_back();
-      rule_.row(options.values.data(), double(taken) + 1, first, float64, work.rows.back());
+      work.rows.push_back(row);
     }
-    cached.push_back({&work, taken, first, float64, lineage, index});
+    cached.push_back({&work, taken, first, e.float64, lineage, index});
     return index;
   }
 
@@ -829,31 +941,23 @@ class Plan {
     source.set(i, wide ? OptionKind::float64 : OptionKind::float32, tensor.const_data_ptr());
   }
 
-  bool zero_stays_zero(const Record& r, const DeviceWork& work, int index) const {
-    HyperRow row;
-    if (work.rows.empty()) {
-      rule_.row(options_[r.group].values.data(), 1, r.first, work.float64[index], row);
-    } else {
-      row = work.rows[index];
-    }
-    return registry().variants[variant_of(r)].zero_stays_zero(row, work.float64[index]);
-  }
-
   // Captured, a step is replayed as it was. What the host knows of it would stay for ever.
   void check_capture() {
     std::optional<c10::Device> capturing;
     for (const auto& work : work_)
       if (!work.spans.empty() && is_capturing(work.device)) capturing = work.device;
     if (!capturing) return;
-    for (const Record* r : active_) {
-      if (!capturable_[r->group] || (rule_.counts_steps && !r->on_device))
+    for (const size_t position : active_) {
+      const Entry& e = entries_[position];
+      const Record& r = records_[position];
+      if (!capturable_[e.group] || (rule_.counts_steps && !r.on_device))
         throw std::runtime_error(
-            describe(*r) +
+            describe(r) +
             " is to be stepped in a CUDA graph, which would replay today's step count for ever; "
             "construct " +
             optimizer_ + " with capturable=True, and a tensor as lr where a scheduler changes it");
-      if (r->device != *capturing)
-        throw std::runtime_error(describe(*r) + " is on " + text(r->device) +
+      if (r.device != *capturing)
+        throw std::runtime_error(describe(r) + " is on " + text(r.device) +
                                  " and no part of the CUDA graph that is captured on " +
                                  text(*capturing) + "; give it an optimizer of its own");
     }
@@ -952,33 +1056,41 @@ class Plan {
       at::Tensor param = back.param.detach();
       param.copy_(back.contiguous);
     }
-    for (Record* r : active_) {
-      if (r->count_value != nullptr && !r->on_device) *r->count_value += 1;
-      r->first = false;
-      c10::TensorImpl* impl = THPVariable_Unpack(r->param.ptr()).unsafeGetTensorImpl();
-      if (!impl->is_inference()) impl->bump_version();
-    }
+    share<&Plan::count_steps>();
     if (!lineages_.empty()) part_lineages();
     temporaries_.clear();
     copy_back_.clear();
   }
 
+  // Counts the step of those parameters in [begin, end) that took one.
+  void count_steps(int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (found_[i] == nullptr) continue;
+      Entry& e = entries_[i];
+      if (e.count != nullptr && !e.device_counts) *e.count += 1;
+      e.first = false;
+      c10::TensorImpl* impl = THPVariable_Unpack(e.param).unsafeGetTensorImpl();
+      if (!impl->is_inference()) impl->bump_version();
+    }
+  }
+
   // Where not all of a lineage took a step, those that did are a lineage of their own from now on.
   void part_lineages() {
-    for (const Record* r : active_)
-      if (device_counts(*r)) ++lineages_[r->lineage].active;
+    for (const size_t position : active_)
+      if (entries_[position].device_counts) ++lineages_[entries_[position].lineage].active;
     const size_t before = lineages_.size();
     std::vector<int> successor(before, -1);
-    for (Record* r : active_) {
-      if (!device_counts(*r)) continue;
-      Lineage& from = lineages_[r->lineage];
+    for (const size_t position : active_) {
+      Entry& e = entries_[position];
+      if (!e.device_counts) continue;
+      const Lineage from = lineages_[e.lineage];
       if (from.active == from.members) continue;
-      int& to = successor[r->lineage];
+      int& to = successor[e.lineage];
       if (to < 0) {
         to = int(lineages_.size());
-        lineages_.push_back({lineages_[r->lineage].active, 0});
+        lineages_.push_back({from.active, 0});
       }
-      r->lineage = to;
+      e.lineage = to;
     }
     for (size_t i = 0; i < before; ++i) {
       if (successor[i] >= 0) lineages_[i].members -= lineages_[i].active;
@@ -992,6 +1104,8 @@ class Plan {
   py::str params_key_;
   std::shared_ptr<Workspace> workspace_;
   std::vector<Record> records_;
+  std::vector<Entry> entries_;  // one for each record
+  int64_t elements_ = 0;        // of all parameters, in reals
   std::vector<size_t> group_sizes_;
   std::vector<int> variants_;
   std::vector<bool> capturable_;  // of each group
@@ -1007,8 +1121,10 @@ class Plan {
   bool rows_on_device_ = false;
   int64_t open_padding_ = 0;  // padding behind the last span that may be walked along
   std::vector<int> missing_;
-  std::vector<Record*> active_;
-  std::deque<DeviceWork> work_;  // whose members stay where they are
+  std::vector<PyObject*> params_;   // of all groups
+  std::vector<const void*> found_;  // see look()
+  std::vector<size_t> active_;      // positions
+  std::deque<DeviceWork> work_;     // whose members stay where they are
   std::vector<double> sums_;
   std::vector<at::Tensor> temporaries_;
   std::vector<CopyBack> copy_back_;
@@ -1149,6 +1265,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("flat_tensors", flat_tensors);
   m.def("flat_steps", flat_steps);
   m.def("is_capturing", is_capturing);
+  m.def("is_recorded", at::hasCallbacks);
   m.def("attach_gradients", attach_gradients);
   py::class_<Workspace, std::shared_ptr<Workspace>>(m, "Workspace")
       .def(py::init<>())

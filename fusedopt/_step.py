@@ -1,6 +1,7 @@
 """What all optimizers share: the step, the home of their state, and its way into checkpoints."""
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
@@ -8,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fusedopt._extension import _C
 from fusedopt._flat import FlatBuffer, FlatParameters, find_buffer
@@ -211,6 +213,29 @@ class FusedOptimizer(Optimizer):
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
         """torch's constructors set it where fused=True; here it follows from the devices."""
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a class's step, which torch's constructor does once for each class.
+
+        torch's own wrapper names the step to profilers and calls hooks. It takes several times as
+        long as a small step, so it is left out where nobody listens.
+        """
+        recorded = Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if (
+                _C.is_recorded()
+                or self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or _global_optimizer_pre_hooks
+                or _global_optimizer_post_hooks
+            ):
+                return recorded(self, *args, **kwargs)
+            return func(self, *args, **kwargs)
+
+        return wrapper
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient, in one pass.
