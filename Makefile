@@ -12,7 +12,7 @@ PY := $(if $(strip $(VENV)),$(VENV)/bin/python,$(PYTHON))
 tool = "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/$(1)"
 SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help env build demo test bench lint format check-binary check-tables tables gpu-check dist clean
+.PHONY: help env build demo test bench bench-quick lint format check-binary check-tables tables gpu-check dist clean
 
 help:  ## list the targets
 	@echo 'Each sets up what it needs. PYTHON=python3.12 chooses what .venv is made from;'
@@ -46,8 +46,11 @@ test: build  ## run the tests
 build: env  ## build the compiled module in place (quick when nothing changed)
 	@$(PY) setup.py --quiet build_ext --inplace
 
-bench: build  ## run the benchmarks
-	$(PY) -m benchmarks.run $(ARGS)
+bench: build  ## run all benchmarks (about 20 minutes)
+	$(PY) -m benchmarks.run --scaling --training $(ARGS)
+
+bench-quick: build  ## run the most telling benchmarks (under 2 minutes)
+	$(PY) -m benchmarks.run --quick $(ARGS)
 
 lint: env  ## check style and types
 	$(PY) -m ruff check .
@@ -71,6 +74,7 @@ tables: env  ## write the tables of the results into the documentation
 	$(PY) -m benchmarks.report $(RESULTS) --readme
 	$(PY) -m benchmarks.report $(RESULTS) --readme --readme-file docs/performance.md
 	$(PY) -m benchmarks.report --gpu $(GPU_RESULTS) --readme
+	$(PY) -m benchmarks.report $(RESULTS) --plots docs/images
 
 check-binary: build  ## check in the disassembly that the loops are packed
 	$(PY) tests/binary/check_binary.py

@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from benchmarks.scenarios import OptimizerSetup, Scenario
 
 LEARNING_RATE = 1e-3
-MANY_TENSORS, MANY_SHAPES = 200, 3
 STEPS_WITHOUT_GROWTH = 10**9  # a GradScaler's scale then stays as it is
 
 Data = list[tuple[Tensor, Tensor]]  # a value and a gradient for each parameter
@@ -70,8 +69,10 @@ class Implementation:
         devices: the types of devices that it is measured on.
         dtypes: of parameters for which its states have the same dtype.
         exact: whether its results are torch's up to rounding.
-        few_tensors: whether it compiles for each shape and is called for each tensor, which with
-            more than a few takes too long.
+        most_tensors: how many it can take in reasonable time, where it compiles a step for them
+            or is called for each; None where any number will do.
+        most_shapes: the same for the number of different shapes.
+        compiled: whether the step is compiled by torch.compile.
         ours: whether it clips and unscales within the step, and takes the dtype of its states.
         graph: whether a CUDA graph of the step is replayed.
         unavailable: says why it cannot run a given optimizer on a device, or returns None.
@@ -85,7 +86,9 @@ class Implementation:
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     exact: bool = True
-    few_tensors: bool = False
+    most_tensors: int | None = None
+    most_shapes: int | None = None
+    compiled: bool = False
     ours: bool = False
     graph: bool = False
     unavailable: Callable[[OptimizerSetup, torch.device], str | None] = always_available
@@ -117,8 +120,10 @@ class Implementation:
         if self.classes is not None and setup.class_name not in self.classes:
             return f"it has no {setup.class_name}"
         tensors = scenario.tensors
-        if self.few_tensors and (len(tensors) > MANY_TENSORS or len(set(tensors)) > MANY_SHAPES):
+        if self.most_tensors is not None and len(tensors) > self.most_tensors:
             return f"{scenario.name} has too many tensors for it"
+        if self.most_shapes is not None and len(set(tensors)) > self.most_shapes:
+            return f"{scenario.name} has too many shapes for it"
         if self.graph and setup.loss_scale is not None:
             return "a GradScaler cannot be captured in a CUDA graph"
         name, _ = self.class_of(setup)
@@ -158,6 +163,8 @@ class Implementation:
                 param.grad.copy_(grad)
         if setup.loss_scale is not None:
             return self._pipeline(setup, setup.loss_scale, params, optimizer, data)
+        if self.compiled:
+            optimizer.step = torch.compile(optimizer.step)  # type: ignore[method-assign]
         return Work(self._clipped_step(setup, params, optimizer), params)
 
     def _clipped_step(
@@ -259,6 +266,14 @@ IMPLEMENTATIONS = {
             graph=True,
             unavailable=torch_fused_unavailable,
         ),
+        Implementation(
+            "torch-compiled",
+            "torch.optim",
+            {"foreach": True},
+            devices=("cpu",),
+            most_tensors=10,
+            compiled=True,
+        ),
         Implementation("fusedopt", "fusedopt", ours=True),
         Implementation("fusedopt-flat", "fusedopt", {"flat": True}, ours=True),
         Implementation(
@@ -345,7 +360,8 @@ IMPLEMENTATIONS = {
             package="torchao",
             dtypes=FLOAT32,
             exact=False,
-            few_tensors=True,
+            most_tensors=200,
+            most_shapes=3,
         ),
     )
 }

@@ -5,6 +5,9 @@ another implementation's time divided by fusedopt's in the same round: 2.0x says
 twice as fast. The floor is the time of a read-modify-write of the bytes that a step must move,
 measured in the same rounds.
 
+``--readme`` writes all tables for which a file has a place, between comments; ``--check`` tells
+whether they are the results'.
+
 With ``--gpu``, the summary is that of runs on GPUs, for docs/performance.md: of all files given,
 and without any it says that no GPU has been measured.
 """
@@ -14,13 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median, quantiles
 
 from benchmarks.case import (
     COPY,
     DEVICE,
+    FLAT,
     FLOOR,
     HOST,
     OURS,
@@ -34,12 +38,16 @@ from benchmarks.case import (
     share_of_copy,
     times,
 )
+from benchmarks.compare import comparison
+from benchmarks.end_to_end import training_rows
 from benchmarks.targets import target_rows
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
 MARKER, GPU_MARKER = "benchmark", "gpu-benchmark"
+README_COLUMNS = ("torch-fused", "torch-foreach", "torch-forloop", "deepspeed-cpu", FLAT)
+AS_GOOD = 1.02  # times that are no further apart count as the same
 
 NO_GPU = "The CUDA kernels have not been measured on a GPU yet, so there are no figures here.\n"
 GPU_TIMES = """\
@@ -136,9 +144,9 @@ def markdown(results: Json) -> str:
     notes = [f"- {name}: not measured, {reason}.\n" for name, reason in absent(results).items()]
     for case in results["cases"]:
         for name in case[WALL]:
-            allocated = f"{case['allocated'][name]:,}" if name in case["allocated"] else "-"
             figures = gpu_row(case, name) if gpu else cpu_row(case, name)
-            rows.append([case["optimizer"], of_what(case), name, *figures, allocated])
+            memory = memory_cells(case, name)
+            rows.append([case["optimizer"], of_what(case), name, *figures, *memory])
         for name, reason in case["skipped"].items():
             notes.append(f"- {name}, {case['optimizer']}: not measured, {reason}.\n")
     notes += [f"- FAILED: {failure}.\n" for failure in results.get("failures", ())]
@@ -153,11 +161,23 @@ def markdown(results: Json) -> str:
     )
     return (
         f"# One optimizer step\n\n{where(results)}.\n\n"
-        + table([*head, "allocated bytes"], rows, left=3)
+        + table([*head, "allocated bytes", "peak bytes/parameter"], rows, left=3)
         + f"\nMedians of {min(rounds)} to {max(rounds)} interleaved rounds. {meaning}"
-        + "`allocated bytes`: by torch's allocators during one\nstep after the first.\n\n"
+        + "`allocated bytes`: by torch's allocators during one\nstep after the first; "
+        + "`peak bytes/parameter`: the most of them in use at once until the first\nstep was done, "
+        + "from nothing on: parameters, gradients, states and whatever else.\n\n"
         + "".join(dict.fromkeys(notes))
     )
+
+
+def memory_cells(case: Json, name: str) -> list[str]:
+    """What an implementation's step allocates, and its peak per parameter."""
+    allocated = case["allocated"].get(name)
+    peak = case.get("peak", {}).get(name)
+    return [
+        "-" if allocated is None else f"{allocated:,}",
+        "-" if peak is None else f"{peak / case['parameters']:.1f}",
+    ]
 
 
 def absent(results: Json) -> dict[str, str]:
@@ -187,21 +207,92 @@ def block(marker: str, text: str) -> str:
     return f"<!-- {marker}:begin -->\n{text}<!-- {marker}:end -->"
 
 
-def readme_block(results: Json) -> str:
-    """README's summary: fusedopt's time, and the others' relative to it."""
+def summary(results: Json, columns: Iterable[str] | None = None) -> str:
+    """fusedopt's times, and those of the others, or of some, relative to it."""
     cases, others = measured_cases(results)
+    if columns is not None:
+        others = [name for name in columns if name in others]
     rows = [
         [
             case["optimizer"],
-            case["scenario"],
-            f"{1e3 * median(case[WALL][OURS]):.3g} ms",
+            of_what(case),
+            duration(median(case[WALL][OURS])),
             percent(ratio(case, FLOOR, OURS)),
             *(times(ratio(case, name, OURS)) for name in others),
         ]
         for case in cases
     ]
     head = ["step of", "tensors", OURS, "of the floor", *others]
-    return block(MARKER, f"{table(head, rows, left=2)}\n{where(results)}.\n")
+    return f"{table(head, rows, left=2)}\n{where(results)}.\n"
+
+
+def peers(results: Json) -> str:
+    """The versions of other projects' packages, and who was not measured, for which reason."""
+    versions = results["provenance"].get("peers", {})
+    lines = [f"- {name} {version}\n" for name, version in versions.items()]
+    lines += [f"- {name}: not measured, {reason}.\n" for name, reason in absent(results).items()]
+    return "".join(lines) or "Nothing but torch was measured.\n"
+
+
+def as_good_or_better(results: Json) -> str:
+    """Where another implementation takes no longer than fusedopt."""
+    cases, others = measured_cases(results)
+    found = [
+        f"- {case['optimizer']} {of_what(case)}: {name} takes {times(ratio(case, name, OURS))} of "
+        "fusedopt's time.\n"
+        for case in cases
+        for name in others
+        if name != FLAT and (ratio(case, name, OURS) or AS_GOOD) < AS_GOOD
+    ]
+    return "".join(found) or "In no case of this run.\n"
+
+
+def target_block(results: Json) -> str:
+    """What was to be reached, and whether it was."""
+    return targets(results)[0]
+
+
+def scaling_block(results: Json) -> str:
+    """Times along each axis."""
+    cases: list[Json] = results.get("scaling", [])
+    names = list(dict.fromkeys(n for case in cases for n in case[WALL] if n not in (COPY, FLOOR)))
+    rows = [
+        [
+            case["axis"],
+            of_what(case),
+            *(duration(median(case[WALL][n])) if n in case[WALL] else "-" for n in (*names, FLOOR)),
+        ]
+        for case in cases
+    ]
+    return table(["axis", "tensors", *names, FLOOR], rows, left=2)
+
+
+def training_block(results: Json) -> str:
+    """Whole iterations of training."""
+    head, rows = training_rows(results.get("training", []))
+    return table(head, rows, left=1)
+
+
+# What a page can have a place for, by the name of the comments around it.
+BLOCKS: dict[str, Callable[[Json], str]] = {
+    MARKER: summary,
+    f"{MARKER}-short": lambda results: summary(results, README_COLUMNS),
+    f"{MARKER}-peers": peers,
+    f"{MARKER}-better": as_good_or_better,
+    f"{MARKER}-targets": target_block,
+    f"{MARKER}-scaling": scaling_block,
+    f"{MARKER}-training": training_block,
+}
+
+
+def with_blocks(text: str, results: Json) -> str:
+    """A page with all its places filled; ValueError where it has none."""
+    found = [marker for marker in BLOCKS if f"<!-- {marker}:begin -->" in text]
+    if not found:
+        raise ValueError(f"no <!-- {MARKER}:begin --> ... <!-- {MARKER}:end --> in it")
+    for marker in found:
+        text = with_block(text, marker, block(marker, BLOCKS[marker](results)))
+    return text
 
 
 def gpu_block(runs: list[Json]) -> str:
@@ -254,6 +345,13 @@ def main(argv: list[str] | None = None) -> int:
     action.add_argument(
         "--check", action="store_true", help="exit status 1 if README.md has another summary"
     )
+    action.add_argument(
+        "--compare",
+        type=Path,
+        metavar="OLD",
+        help="tell where fusedopt is slower than in this earlier run; exit status 1 if it is",
+    )
+    action.add_argument("--plots", type=Path, metavar="FOLDER", help="draw them into this folder")
     parser.add_argument(
         "--gpu", action="store_true", help="with --readme and --check: the summary of GPUs"
     )
@@ -266,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.gpu and not (arguments.readme or arguments.check):
         parser.error("--gpu goes with --readme or --check")
     runs = []
-    for path in arguments.results:
+    for path in [*arguments.results, *filter(None, [arguments.compare])]:
         try:
             runs.append(json.loads(path.read_text()))
         except (OSError, json.JSONDecodeError) as error:
@@ -275,6 +373,15 @@ def main(argv: list[str] | None = None) -> int:
         text, met = targets(runs[0])
         print(text)
         return 0 if met else 1
+    if arguments.compare:
+        text, slower = comparison(runs[1], runs[0])
+        print(text)
+        return 1 if slower else 0
+    if arguments.plots:
+        from benchmarks.plots import draw_all  # needs matplotlib, which nothing else here does
+
+        draw_all(runs[0], arguments.plots)
+        return 0
     if not (arguments.readme or arguments.check):
         print(markdown(runs[0]))
         return 0
@@ -282,11 +389,12 @@ def main(argv: list[str] | None = None) -> int:
         if on_gpu(run) != arguments.gpu:
             parser.error(f"{path}: measured on {run['provenance']['device']}; see --gpu")
     readme = arguments.readme_file or (PERFORMANCE if arguments.gpu else README)
-    marker = GPU_MARKER if arguments.gpu else MARKER
-    new = gpu_block(runs) if arguments.gpu else readme_block(runs[0])
     try:
         old = readme.read_text()
-        wanted = with_block(old, marker, new)
+        if arguments.gpu:
+            wanted = with_block(old, GPU_MARKER, gpu_block(runs))
+        else:
+            wanted = with_blocks(old, runs[0])
     except (OSError, ValueError) as error:
         parser.error(f"{readme}: {error}")
     if arguments.readme:

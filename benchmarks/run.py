@@ -4,7 +4,7 @@ Implementations of one optimizer in one scenario are timed interleaved: every ro
 of each, so that all of them see the same drift of the machine, and ratios are taken per round. Two
 plain passes over memory that move as many bytes as one step are timed in the same rounds: a copy,
 and a read-modify-write, whose time is the floor. The results go to a JSON file with all samples,
-and as a Markdown table to standard output and to a file beside the JSON.
+as a Markdown table to standard output and to a file beside the JSON, and as plots to a folder.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import argparse
 import functools
 import gc
 import importlib
+import importlib.util
+import itertools
 import json
 import math
 import os
@@ -22,8 +24,8 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -33,6 +35,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import COPY, DEVICE, FLOOR
+from benchmarks.compare import comparison
+from benchmarks.end_to_end import measure_training
 from benchmarks.implementations import (
     IMPLEMENTATIONS,
     LEARNING_RATE,
@@ -46,12 +50,16 @@ from benchmarks.progress import Progress
 from benchmarks.report import markdown
 from benchmarks.scenarios import (
     GI,
+    KI,
     OPTIMIZERS,
+    SCALING,
+    SCALING_IMPLEMENTATIONS,
     SCENARIOS,
     SUITES,
     OptimizerSetup,
     Scenario,
     choose_cases,
+    find_scenario,
 )
 from benchmarks.timing import MIN_ROUNDS, measure, time_on_cuda
 
@@ -59,6 +67,8 @@ RESULTS = Path(__file__).parent / "results"
 ROUNDS, QUICK_ROUNDS = 41, 5
 SECONDS = {"cpu": 20.0, "cuda": 8.0}
 QUICK_SECONDS = 2.0
+SCALING_SECONDS = 4.0  # of rounds, at most, for each point of a curve
+IMPORTS = 5
 
 # On a GPU a copy need not be larger than this to show its bandwidth, and memory is for the steps.
 MOST_COPIED = 8 * GI
@@ -84,36 +94,70 @@ def make_data(scenario: Scenario, device: torch.device) -> Data:
 def fit_to_memory(
     scenario: Scenario, setup: OptimizerSetup, implementations: int, device: torch.device
 ) -> Scenario:
-    """The scenario, scaled down where a GPU cannot hold it once for each implementation."""
-    if device.type != "cuda":
-        return scenario
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
+    """The scenario, scaled down where it cannot be held once for each implementation.
+
+    ValueError where that does not help.
+    """
+    free = free_memory(device)
     of_each = setup.dtype.itemsize * (2 + setup.states)
     per_element = implementations * of_each + DATA_BYTES + TEMPORARIES * setup.dtype.itemsize
-    step_bytes = scenario.elements * setup.bytes_per_parameter
-    copies = 3 * min(step_bytes, MOST_COPIED) // 2
+    copies = 0
+    if device.type == "cuda":
+        copies = 3 * min(scenario.elements * setup.bytes_per_parameter, MOST_COPIED) // 2
+    else:
+        per_element += 3 * setup.bytes_per_parameter // 2
     return scenario.fitting(int(max(0, USED_OF_FREE_MEMORY * free - copies) / per_element))
 
 
-def allocated_by(work: Work, device: torch.device) -> int:
-    """Bytes that torch's allocators hand out during one call, whether freed again or not.
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had there; on a CPU where nobody knows, as many as it has."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable: *(\d+) kB", meminfo.read_text() if meminfo.exists() else "")
+    return int(found[1]) * KI if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+class MemoryEvents:
+    """What torch's allocators hand out and take back while this is entered.
 
     On a CPU the profiler reports every allocation of torch's CPU allocator; on CUDA the caching
     allocator counts by itself.
+
+    Attributes:
+        allocated: bytes handed out, whether freed again or not.
+        peak: the most bytes that were in use at once, above those at the start.
     """
-    before = allocated_on_cuda(device)
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        work.call()
-    on_cuda = allocated_on_cuda(device) - before
-    on_cpu = sum(
-        max(event.nbytes(), 0)
-        for event in profile.profiler.kineto_results.events()
-        if event.name() == "[memory]" and event.device_type().name == "CPU"
-    )
-    return int(on_cpu + on_cuda)
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._profile = torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        )
+        self.allocated = self.peak = 0
+
+    def __enter__(self) -> MemoryEvents:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._in_use = torch.cuda.memory_allocated(self._device)
+            self._handed_out = allocated_on_cuda(self._device)
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._profile.__exit__(*error)
+        events = [
+            (event.start_ns(), event.nbytes())
+            for event in self._profile.profiler.kineto_results.events()
+            if event.name() == "[memory]" and event.device_type().name == "CPU"
+        ]
+        sizes = [size for _, size in sorted(events, key=lambda event: event[0])]
+        self.allocated = sum(max(size, 0) for size in sizes)
+        self.peak = max(itertools.accumulate(sizes, initial=0))
+        if self._device.type == "cuda":
+            self.allocated += allocated_on_cuda(self._device) - self._handed_out
+            self.peak += torch.cuda.max_memory_allocated(self._device) - self._in_use
 
 
 def allocated_on_cuda(device: torch.device) -> int:
@@ -141,16 +185,27 @@ def check_same_work(
         raise RuntimeError(f"{name}: parameters differ from the others' by up to {worst:.3g}")
 
 
-def warm_up(implementation: Implementation, work: Work, device: torch.device) -> tuple[Work, int]:
-    """Call twice, the second time a graph where that is asked for; the bytes this allocates."""
-    if work.prepare is not None:
-        work.prepare()
-    work.call()
+def warm_up(
+    implementation: Implementation, build: Callable[[], Work], device: torch.device
+) -> tuple[Work, int, int]:
+    """Build and call twice, the second time a graph where that is asked for.
+
+    Returns:
+        What to time, the bytes that the second call allocates, and the peak of all bytes in use up
+        to then: parameters, gradients, states and whatever else.
+    """
+    with MemoryEvents(device) as first:
+        work = build()
+        if work.prepare is not None:
+            work.prepare()
+        work.call()
     if implementation.graph:
         work = captured(work)
     if work.prepare is not None:
         work.prepare()
-    return work, allocated_by(work, device)
+    with MemoryEvents(device) as second:
+        work.call()
+    return work, second.allocated, first.peak
 
 
 def memory_works(elements: int, device: torch.device) -> dict[str, Work]:
@@ -198,11 +253,11 @@ class Run:
             else:
                 skipped[implementation.name] = reason
         scenario = fit_to_memory(scenario, setup, len(able), self.device)
-        works, allocated = self._build(setup, scenario, able, skipped)
+        works, allocated, peak = self._build(setup, scenario, able, skipped)
         step_bytes = scenario.elements * setup.bytes_per_parameter
         if self.device.type == "cuda":
             step_bytes = min(step_bytes, MOST_COPIED)
-        elements = step_bytes // 8
+        elements = max(1, step_bytes // 8)
         return {
             "optimizer": setup.name,
             "scenario": scenario.name,
@@ -212,6 +267,7 @@ class Run:
             "bytes_per_parameter": setup.bytes_per_parameter,
             "memory_bytes": 8 * elements,
             "allocated": allocated,
+            "peak": peak,
             "skipped": skipped,
             **measure(
                 works | memory_works(elements, self.device),
@@ -228,8 +284,8 @@ class Run:
         scenario: Scenario,
         implementations: list[Implementation],
         skipped: dict[str, str],
-    ) -> tuple[dict[str, Work], dict[str, int]]:
-        """What to time of each implementation, and the bytes that a step of it allocates.
+    ) -> tuple[dict[str, Work], dict[str, int], dict[str, int]]:
+        """What to time of each implementation, the bytes that a step of it allocates, and its peak.
 
         One that fails is left out: other projects' with a note, torch's and ours as a failure.
         """
@@ -238,12 +294,14 @@ class Run:
         expected: Tensor | None = None
         works: dict[str, Work] = {}
         allocated: dict[str, int] = {}
+        peak: dict[str, int] = {}
         for implementation in implementations:
             name = implementation.name
             self.progress.preparing(name)
             try:
-                work = implementation.build(setup, scenario, data)
-                work, bytes_allocated = warm_up(implementation, work, self.device)
+                build = functools.partial(implementation.build, setup, scenario, data)
+                gc.collect()  # what is freed later would count
+                work, bytes_allocated, bytes_at_peak = warm_up(implementation, build, self.device)
                 got = first_elements(work.params)
                 wanted = expected if implementation.exact else None
                 check_same_work(name, got, initial, wanted, setup.dtype)
@@ -259,8 +317,41 @@ class Run:
                 expected = got
             if setup.loss_scale is None:  # a GradScaler allocates, too
                 allocated[name] = bytes_allocated
+            peak[name] = bytes_at_peak
         self.progress.preparing("")
-        return works, allocated
+        return works, allocated, peak
+
+
+def seconds_to_import() -> list[float]:
+    """What `import fusedopt` takes after `import torch`, each in a process of its own."""
+    code = (
+        "import torch, time; start = time.perf_counter(); import fusedopt; "
+        "print(time.perf_counter() - start)"
+    )
+    root = RESULTS.parent.parent
+    return [
+        float(subprocess.check_output([sys.executable, "-c", code], cwd=root))
+        for _ in range(IMPORTS)
+    ]
+
+
+def scaling(run: Run, seconds: float) -> list[dict[str, Any]]:
+    """Cases along each axis of SCALING; one that does not fit into memory ends its axis."""
+    run = replace(
+        run,
+        implementations=[i for i in run.implementations if i.name in SCALING_IMPLEMENTATIONS],
+        seconds=seconds,
+    )
+    cases: list[dict[str, Any]] = []
+    for axis, names in SCALING.items():
+        for name in names:
+            run.progress.case(f"{axis}: {name}")
+            try:
+                cases.append({"axis": axis, **run.case(OPTIMIZERS["AdamW"], find_scenario(name))})
+            except ValueError as error:
+                print(f"{axis} end before {name}: {first_line(error)}", file=sys.stderr)
+                break
+    return cases
 
 
 def git(*arguments: str) -> str | None:
@@ -353,15 +444,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "interleaved, in one run.",
         epilog="A case is one optimizer in one scenario. Without --optimizer and --scenario a "
         "suite of cases is run, another one on GPUs than on CPUs: "
-        f"{describe_suite('cpu')}; on GPUs {describe_suite('cuda')}. The CPU's takes about 5 "
-        "minutes on two cores, and 10 GiB of memory for 1x64Mi. Where there is no git to ask, the "
+        f"{describe_suite('cpu')}; on GPUs {describe_suite('cuda')}. The CPU's takes about 10 "
+        "minutes on two cores; what memory has no room for is left out. Where there is no git, the "
         "environment variable FUSEDOPT_COMMIT says which commit is measured.",
     )
-    for option, choices in (
-        ("--optimizer", OPTIMIZERS),
-        ("--scenario", SCENARIOS),
-        ("--implementation", IMPLEMENTATIONS),
-    ):
+    for option, choices in (("--optimizer", OPTIMIZERS), ("--implementation", IMPLEMENTATIONS)):
         parser.add_argument(
             option,
             nargs="+",
@@ -369,6 +456,30 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             metavar="NAME",
             help=f"of {', '.join(choices)}",
         )
+    parser.add_argument(
+        "--scenario",
+        nargs="+",
+        metavar="NAME",
+        help=f"of {', '.join(SCENARIOS)}; or tensors x elements, like 200x100K, 1x64Mi or, each "
+        "tensor in a group of its own, 500x4Ki-groups",
+    )
+    parser.add_argument(
+        "--scaling",
+        action="store_true",
+        help="measure as well how a step of AdamW grows with tensors, groups and elements",
+    )
+    parser.add_argument(
+        "--training",
+        action="store_true",
+        help="measure as well whole iterations of training (on a CPU)",
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="OLD",
+        help="a JSON file of an earlier run: tell where fusedopt is slower than there, relative to "
+        "the machine's own speed; exit status 1 if it is",
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N")
     parser.add_argument(
         "--threads",
@@ -376,7 +487,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default=torch.get_num_threads(),
         help="of torch (default: its own choice)",
     )
-    parser.add_argument("--quick", action="store_true", help="few rounds, under a minute")
+    parser.add_argument(
+        "--quick", action="store_true", help="few rounds, and on a CPU fewer cases: under 2 minutes"
+    )
     parser.add_argument(
         "--rounds", type=int, help=f"at most, per case (default: {ROUNDS}, quick: {QUICK_ROUNDS})"
     )
@@ -428,7 +541,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if name not in able:
             parser.error(f"--implementation {name}: is not measured on --device {kind}")
     arguments.implementations = [able[name] for name in arguments.implementation or able]
-    arguments.cases = choose_cases(kind, arguments.optimizer, arguments.scenario)
+    try:
+        arguments.cases = choose_cases(
+            kind, arguments.optimizer, arguments.scenario, arguments.quick
+        )
+    except ValueError as error:
+        parser.error(f"--scenario: {error}")
+    if arguments.training and kind != "cpu":
+        parser.error(f"--training: measured on a CPU only, not on --device {kind}")
+    arguments.old = None
+    if arguments.compare is not None:
+        try:
+            arguments.old = json.loads(arguments.compare.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            parser.error(f"--compare {arguments.compare}: {error}")
     if not arguments.cases:
         parser.error(
             f"--optimizer {' '.join(arguments.optimizer)}: is not in the suite of --device {kind}; "
@@ -474,6 +600,13 @@ def main(argv: list[str] | None = None) -> int:
                 results["cases"].append(run.case(setup, scenario))
             except (RuntimeError, ValueError) as error:
                 run.failures.append(f"{name}: {first_line(error)}")
+        if arguments.scaling:
+            results["scaling"] = scaling(run, min(arguments.seconds, SCALING_SECONDS))
+        if arguments.training:
+            results["training"] = measure_training(arguments.rounds, arguments.seconds, progress)
+    of_suite = arguments.scenario is None and arguments.optimizer is None
+    if device.type == "cpu" and of_suite and results["provenance"].get("fusedopt"):
+        results["import_seconds"] = seconds_to_import()
     if run.failures:
         results["failures"] = run.failures
     # ru_maxrss is in KiB on Linux and in bytes on macOS.
@@ -484,9 +617,19 @@ def main(argv: list[str] | None = None) -> int:
     arguments.output.with_suffix(".md").write_text(table)
     print(table)
     print(f"Written to {arguments.output} and {arguments.output.with_suffix('.md')}.")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("No plots: matplotlib is not installed.")
+    elif device.type == "cpu" and results["cases"]:
+        plots = importlib.import_module("benchmarks.plots")
+        plots.draw_all(results, arguments.output.with_suffix(""))
+        print(f"Plots are in {arguments.output.with_suffix('')}.")
     for failure in run.failures:
         print(f"FAILED: {failure}", file=sys.stderr)
-    return 1 if run.failures else 0
+    slower = False
+    if arguments.old is not None:
+        compared, slower = comparison(arguments.old, results)
+        print(compared)
+    return 1 if run.failures or slower else 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from statistics import median
 
 from benchmarks.case import (
     FLAT,
+    FLOOR,
     GRAPH,
     OURS,
     Json,
@@ -43,11 +44,13 @@ class Faster(Target):
 
     against: tuple[str, ...]
     at_least: float
+    implementation: str = OURS
 
     def row(self, case: Json) -> tuple[list[str], bool]:
-        ratios = [ratio(case, name, OURS) for name in self.against]
+        ratios = [ratio(case, name, self.implementation) for name in self.against]
         measured = min((value for value in ratios if value is not None), default=None)
-        title = f"{self.title(case)} vs {' / '.join(self.against)}"
+        ours = "" if self.implementation == OURS else f", {self.implementation}"
+        title = f"{self.title(case)}{ours} vs {' / '.join(self.against)}"
         met = measured is not None and measured >= self.at_least
         return [title, times(measured), f"at least {self.at_least:g}x"], met
 
@@ -81,15 +84,41 @@ class Within(Target):
         return [title, duration(measured), f"at most {duration(self.at_most)}"], met
 
 
+@dataclass(frozen=True)
+class OfFloor(Target):
+    """How many times as long as the floor a step takes at most."""
+
+    at_most: float
+    implementation: str = OURS
+
+    def row(self, case: Json) -> tuple[list[str], bool]:
+        measured = ratio(case, self.implementation, FLOOR)
+        met = measured is not None and measured <= self.at_most
+        title = f"{self.title(case)}, {self.implementation}, of the floor's time"
+        return [title, times(measured), f"at most {times(self.at_most)}"], met
+
+
+NOT_FUSED = ("torch-foreach", "torch-forloop")
 CPU_TARGETS: tuple[Target, ...] = (
+    Faster("AdamW", "1000x1Ki", ("torch-fused",), 18),
+    Faster("AdamW", "1000x1Ki", ("deepspeed-cpu",), 17),
+    OfFloor("AdamW", "1000x1Ki", 2),
+    Faster("AdamW", "1000x1Ki", ("torch-fused",), 30, FLAT),
+    OfFloor("AdamW", "1000x1Ki", 1.2, FLAT),
+    Faster("AdamW", "500-groups", ("torch-fused",), 14),
+    OfFloor("AdamW", "500-groups", 1.6),
+    OfFloor("AdamW", "1x64Mi", 1 / 0.95),
     Faster("AdamW", "1x64Mi", ("torch-fused",), 0.97),
     Faster("AdamW", "1x64Mi", ("torch-foreach",), 4),
     Faster("AdamW", "1x64Mi", ("torch-forloop",), 6),
     Faster("SGD", "1x64Mi", ("torch-fused",), 0.97),
-    Faster("RMSprop", "1x64Mi", ("torch-foreach", "torch-forloop"), 5),
-    Faster("AdamW", "1000x1Ki", ("torch-fused",), 8),
-    Faster("AdamW-bf16", "1x64Mi", ("torch-fused",), 1.5),
+    Faster("RMSprop", "1x64Mi", NOT_FUSED, 6),
+    Faster("RMSprop", "200x100K", NOT_FUSED, 1.8),
+    Faster("AdamW", "ResNet-50", ("torch-fused",), 1),
+    Faster("AdamW", "GPT-2-small", ("torch-fused",), 1),
+    Faster("AdamW-bf16", "1x64Mi", ("torch-fused",), 1.8),
     Faster("AdamW-clip", "200x100K", ("torch-fused",), 1.5),
+    Faster("SGD", "1x1", ("torch-fused", *NOT_FUSED), 1),
 )
 GPU_TARGETS: tuple[Target, ...] = (
     Share("AdamW", "1x1Gi", 0.97),
@@ -108,6 +137,7 @@ GPU_TARGETS: tuple[Target, ...] = (
     Faster("AdamW-pipeline", "Llama-3-8B", ("torch-fused",), 1.5),
 )
 ALLOCATED_AT_MOST = 0  # bytes, in a step after the first, in every case
+IMPORT_AT_MOST = 0.05  # seconds, beyond torch
 
 
 def allocated_row(results: Json) -> tuple[list[str], bool]:
@@ -124,9 +154,18 @@ def allocated_row(results: Json) -> tuple[list[str], bool]:
     return [title, measured, f"at most {ALLOCATED_AT_MOST} bytes"], met
 
 
+def import_row(results: Json) -> tuple[list[str], bool]:
+    """The same cells for the time to import fusedopt."""
+    taken = results.get("import_seconds")
+    measured = median(taken) if taken else None
+    met = measured is not None and measured <= IMPORT_AT_MOST
+    return ["import beyond torch", duration(measured), f"at most {duration(IMPORT_AT_MOST)}"], met
+
+
 def target_rows(results: Json) -> list[tuple[list[str], bool]]:
     """For each target the cells title, measured and required, and whether it is met."""
     cases = {(case["optimizer"], case["scenario"]): case for case in results["cases"]}
     targets = GPU_TARGETS if on_gpu(results) else CPU_TARGETS
     rows = [target.row(cases.get((target.optimizer, target.scenario), {})) for target in targets]
-    return [*rows, allocated_row(results)]
+    rows.append(allocated_row(results))
+    return rows if on_gpu(results) else [*rows, import_row(results)]

@@ -12,6 +12,7 @@
 #include <array>
 #include <cmath>
 #include <deque>
+#include <limits>
 #include <mutex>
 #include <optional>
 #include <sstream>
@@ -983,6 +984,8 @@ class Plan {
   }
 
   void scale_rows() {
+    // rounded() in cpu/loop.h wants to see no NaN but those of arithmetic.
+    if (std::isnan(factor_.factor)) factor_.factor = std::numeric_limits<double>::quiet_NaN();
     for (auto& work : work_)
       for (size_t i = 0; i < work.rows.size(); ++i)
         rule_.scale_gradient(factor_.factor, work.float64[i], work.rows[i]);

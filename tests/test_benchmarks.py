@@ -19,9 +19,17 @@ from accelerator import HOST_RUN
 
 from benchmarks import gpu_check, report, run, sanitize, scenarios, shapes, timing
 from benchmarks.case import COPY, DEVICE, FLOOR, HOST, OURS, WALL
+from benchmarks.compare import comparison
 from benchmarks.implementations import IMPLEMENTATIONS, Work, captured
-from benchmarks.scenarios import OPTIMIZERS, SCENARIOS, SUITES, Scenario, choose_cases
-from benchmarks.targets import CPU_TARGETS, GPU_TARGETS
+from benchmarks.scenarios import (
+    OPTIMIZERS,
+    SCENARIOS,
+    SUITES,
+    Scenario,
+    choose_cases,
+    find_scenario,
+)
+from benchmarks.targets import CPU_TARGETS, GPU_TARGETS, target_rows
 
 
 def count(of: shapes.Shapes) -> int:
@@ -79,7 +87,6 @@ def test_memory_of_a_gpu_decides_on_the_number_of_layers(monkeypatch: pytest.Mon
     # Three implementations with parameters, gradients and two states, and what comes on top.
     assert full.elements * (3 * 16 + 8 + 3 * 4) < 0.9 * 139 * 2**30
     assert 2 < full.layers < half.layers < llama.layers
-    assert run.fit_to_memory(llama, OPTIMIZERS["AdamW"], 3, torch.device("cpu")) is llama
     single = SCENARIOS["1x1Gi"]
     assert run.fit_to_memory(single, OPTIMIZERS["AdamW"], 5, gpu) is single
 
@@ -99,8 +106,14 @@ def test_choice_of_cases() -> None:
     for kind, suite in SUITES.items():
         whole = [(optimizer, scenario) for scenario in suite for optimizer in suite[scenario]]
         assert names(kind, None, None) == whole
-    assert names("cpu", ["SGD"], None) == [("SGD", s) for s in ("1x64Mi", "1000x1Ki", "200x100K")]
-    assert names("cpu", None, ["GPT-2-small"]) == [(o, "GPT-2-small") for o in scenarios.PLAIN]
+    assert names("cpu", ["SGD"], None) == [
+        ("SGD", s) for s in ("1x64Mi", "1000x1Ki", "200x100K", "1x1", "ResNet-50")
+    ]
+    quick = names("cpu", None, None, True)
+    assert 0 < len(quick) < len(names("cpu", None, None)) / 2
+    assert set(quick) <= set(names("cpu", None, None))
+    assert names("cpu", None, ["GPT-2-small"]) == [("AdamW", "GPT-2-small")]
+    assert names("cpu", None, ["1x7"]) == [(optimizer, "1x7") for optimizer in scenarios.PLAIN]
     assert names("cpu", ["AdamW-bf16"], ["ResNet-50"]) == [("AdamW-bf16", "ResNet-50")]
     assert names("cuda", ["AdamW-clip"], None) == []
 
@@ -109,6 +122,29 @@ def test_targets_are_about_cases_of_the_suites() -> None:
     for kind, targets in (("cpu", CPU_TARGETS), ("cuda", GPU_TARGETS)):
         for target in targets:
             assert target.optimizer in SUITES[kind][target.scenario], target
+
+
+def test_scenarios_by_description() -> None:
+    groups = find_scenario("500x4Ki-groups")
+    assert groups.tensors == SCENARIOS["500-groups"].tensors and groups.groups == 500
+    single = find_scenario("1x7")
+    assert single.tensors == ((7,),) and single.groups == 1
+    assert find_scenario("3x2M").elements == 6_000_000
+    for name in ("0x1", "1x", "1x1Ti", "x", "1000x1Ki-group"):
+        with pytest.raises(ValueError, match=f"unknown scenario {name}; known are .*200x100K"):
+            find_scenario(name)
+
+
+def test_curves_are_made_of_what_they_are_named_after() -> None:
+    for axis, names in scenarios.SCALING.items():
+        curve = [find_scenario(name) for name in names]
+        sizes = {
+            "tensors": [len(scenario.tensors) for scenario in curve],
+            "groups": [scenario.groups for scenario in curve],
+            "elements": [scenario.elements for scenario in curve],
+        }
+        assert all(a < b for a, b in zip(sizes[axis], sizes[axis][1:], strict=False))
+        assert axis == "elements" or len({scenario.tensors[0] for scenario in curve}) == 1
 
 
 # -- clocks -------------------------------------------------------------------------------------
@@ -199,7 +235,8 @@ ALL = ["AdamW", "SGD", "RMSprop", "AdamW-bf16", "AdamW-clip", "AdamW-pipeline"]
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A scenario of which a run takes next to no time."""
+    """A scenario of which a run takes next to no time, without compiling, which takes longer."""
+    monkeypatch.delitem(IMPLEMENTATIONS, "torch-compiled")
     monkeypatch.setitem(SCENARIOS, "tiny", TINY)
     monkeypatch.setattr(timing, "MIN_SAMPLE_SECONDS", {"cpu": 1e-6, "cuda": 1e-6})
     yield
@@ -224,6 +261,10 @@ def test_everybody_does_the_same_work(tmp_path: Path) -> None:
         assert {OURS, "fusedopt-flat", "torch-foreach", COPY, FLOOR} <= case[WALL].keys()
         assert all(len(taken) == 3 for taken in case[WALL].values())
         assert case["parameters"] == TINY.elements
+        assert all(peak >= 2 * 4 * TINY.elements / 2 for peak in case["peak"].values())
+    # Parameters, gradients and two states in float32, and what comes on top for tensors so small.
+    assert 16 <= cases["AdamW"]["peak"][OURS] / TINY.elements < 18
+    assert cases["AdamW"]["peak"]["torch-foreach"] > cases["AdamW"]["peak"]["torch-fused"]
     assert "torch-fused" in cases["AdamW-pipeline"][WALL]
     for name in ("AdamW", "AdamW-clip"):
         assert cases[name]["allocated"][OURS] == cases[name]["allocated"]["fusedopt-flat"] == 0
@@ -250,6 +291,72 @@ def test_other_work_is_noticed(
     assert failure.startswith(f"{optimizer} tiny fusedopt: ")
     assert OURS not in results["cases"][0][WALL]
     assert "FAILED" in report.markdown(results)
+
+
+def test_time_to_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "IMPORTS", 1)
+    (seconds,) = run.seconds_to_import()
+    assert 0 < seconds < 10
+
+
+def test_memory_in_use_and_handed_out() -> None:
+    with run.MemoryEvents(torch.device("cpu")) as events:
+        first = torch.empty(1000)
+        del first
+        kept = [torch.empty(500), torch.empty(600)]
+    del kept
+    assert events.allocated == 4 * 2100
+    assert events.peak == 4 * 1100
+
+
+def test_memory_of_a_cpu_decides_on_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup, cpu = OPTIMIZERS["AdamW"], torch.device("cpu")
+    monkeypatch.setattr(run, "free_memory", lambda device: 2**34)
+    scenario = SCENARIOS["1x64Mi"]
+    assert run.fit_to_memory(scenario, setup, 6, cpu) is scenario
+    assert run.fit_to_memory(SCENARIOS["1x1Gi"], setup, 2, cpu).elements < 2**28
+    with pytest.raises(ValueError, match="GPT-2-medium does not fit"):
+        run.fit_to_memory(SCENARIOS["GPT-2-medium"], setup, 4, cpu)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_curves_and_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "SCALING", {"tensors": ("1x8", "10x8"), "groups": ("2x8-groups",)})
+    ours = ["--optimizer", "AdamW", "--implementation", OURS, "torch-foreach"]
+    results = measured(tmp_path, *ours, "--scaling")
+    assert [(case["axis"], case["scenario"]) for case in results["scaling"]] == [
+        *(("tensors", "1x8"), ("tensors", "10x8"), ("groups", "2x8-groups"))
+    ]
+    assert all(case[WALL].keys() == {OURS, COPY, FLOOR} for case in results["scaling"])
+    assert "| tensors | 10x8 |" in report.scaling_block(results)
+    assert (tmp_path / "results" / "steps.png").stat().st_size > 10_000
+    assert (tmp_path / "results" / "scaling.png").stat().st_size > 10_000
+    # Against a run in which a step was a thousand times as fast.
+    for case in results["cases"]:
+        case[WALL][OURS] = [seconds / 1000 for seconds in case[WALL][OURS]]
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(results))
+    capsys.readouterr()
+    measured(tmp_path, *ours, "--compare", str(old), status=1)
+    assert "SLOWER" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scenario", "10x"], "unknown scenario 10x; known are"),
+        (["--implementation", "nobody"], "invalid choice: 'nobody'"),
+        (["--compare", "no-such-file.json"], "--compare no-such-file.json"),
+    ],
+)
+def test_bad_arguments(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run.main(arguments)
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("tiny")
@@ -352,6 +459,69 @@ def test_targets_of_a_gpu(gpu_results: dict[str, Any]) -> None:
     assert found["AdamW 1x1Gi (of invented memory) vs torch-fused"][0] == "1.22x"
     within = "AdamW 1000x1Ki, fusedopt-graph, wall time"
     assert found[within] == ["-", "at most 20 us", "NO |"]
+
+
+def cpu_results(**seconds: list[float]) -> dict[str, Any]:
+    """Invented."""
+    case = {
+        **{"optimizer": "AdamW", "scenario": "1000x1Ki", "parameters": 1_024_000, "tensors": 1000},
+        **{"bytes_per_parameter": 28, "memory_bytes": 28_672_000, "skipped": {}, "allocated": {}},
+        WALL: {COPY: [1e-3] * 3, FLOOR: [1e-3] * 3, **seconds},
+    }
+    return {
+        "provenance": {
+            **{"device": "CPU", "processor": "Invented", "threads": 2, "cores": 2, "torch": "2"},
+            **{"python": "3.11", "date": "2026-01-01T00:00:00", "commit": None, "dirty": None},
+            "peers": {"deepspeed": "0.1"},
+        },
+        "absent": {"torchao-8bit": "torchao is not installed"},
+        "cases": [case],
+        "import_seconds": [0.02, 0.03, 0.04],
+    }
+
+
+def test_targets_of_a_cpu() -> None:
+    results = cpu_results(
+        **{OURS: [2e-3, 2e-3, 4e-3], "fusedopt-flat": [1.1e-3] * 3, "torch-fused": [0.04] * 3}
+    )
+    rows = {cells[0]: (cells[1:], met) for cells, met in target_rows(results)}
+    assert rows["AdamW 1000x1Ki vs torch-fused"] == (["20.0x", "at least 18x"], True)
+    of_floor = rows["AdamW 1000x1Ki, fusedopt, of the floor's time"]
+    assert of_floor == (["2.00x", "at most 2.00x"], True)
+    assert rows["AdamW 1000x1Ki, fusedopt-flat vs torch-fused"][0][0] == "36.4x"
+    assert rows["AdamW 1000x1Ki vs deepspeed-cpu"] == (["-", "at least 17x"], False)
+    assert rows["import beyond torch"] == (["30 ms", "at most 50 ms"], True)
+
+
+def test_places_of_a_page(tmp_path: Path) -> None:
+    results = cpu_results(
+        **{OURS: [1e-3] * 3, "torch-fused": [1.01e-3] * 3, "deepspeed-cpu": [9e-4] * 3}
+    )
+    places = ("benchmark-short", "benchmark-peers", "benchmark-better")
+    page = "".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in places)
+    filled = report.with_blocks(page, results)
+    assert "| AdamW | 1000x1Ki | 1 ms | 100% | 1.01x | 0.90x |" in filled
+    assert "- deepspeed 0.1\n- torchao-8bit: not measured, torchao is not installed.\n" in filled
+    assert "- AdamW 1000x1Ki: torch-fused takes 1.01x of fusedopt's time.\n" in filled
+    assert "- AdamW 1000x1Ki: deepspeed-cpu takes 0.90x of fusedopt's time.\n" in filled
+    assert report.with_blocks(filled, results) == filled
+    with pytest.raises(ValueError, match="benchmark:begin"):
+        report.with_blocks("nothing", results)
+
+
+def test_comparison_of_runs() -> None:
+    old = cpu_results(**{OURS: [2e-3, 2.1e-3, 2.2e-3]})
+    within = cpu_results(**{OURS: [2e-3, 2.15e-3, 2.4e-3]})
+    slower = cpu_results(**{OURS: [2.5e-3, 2.6e-3, 2.7e-3]})
+    assert comparison(old, within)[1] is False
+    text, regressed = comparison(old, slower)
+    assert regressed and text == (
+        "AdamW 1000x1Ki fusedopt: 2.10x of the floor before, 2.60x now, x1.24: SLOWER"
+    )
+    text, regressed = comparison(slower, old)
+    assert not regressed and text.endswith("2.60x of the floor before, 2.10x now, x0.81: faster")
+    old["cases"][0]["optimizer"] = "SGD"
+    assert comparison(old, slower) == ("The two runs have no case in common.", False)
 
 
 def test_gpu_tables(

@@ -19,11 +19,15 @@ inline __attribute__((always_inline)) float first_of(uint32_t pair) {
 inline __attribute__((always_inline)) float second_of(uint32_t pair) {
   return bits_to_float(pair & 0xffff0000u);
 }
+// The bits of a float32 of which the upper half is rounded to nearest, ties to even, as narrow()
+// does. A NaN needs no care here: one of bfloat16 has no bits in its lower half, nor has one that
+// arithmetic makes of it, so that nothing is carried out of there.
+inline __attribute__((always_inline)) uint32_t rounded(float value) {
+  const uint32_t bits = float_to_bits(value);
+  return bits + (0x7fffu + ((bits >> 16) & 1u));
+}
 inline __attribute__((always_inline)) uint32_t make_pair(float first, float second) {
-  bfloat16 low, high;
-  narrow(first, low);
-  narrow(second, high);
-  return low.bits | uint32_t(high.bits) << 16;
+  return (rounded(first) >> 16) | (rounded(second) & 0xffff0000u);
 }
 
 inline __attribute__((always_inline)) Pair* pairs_from(void* stream, int64_t begin) {

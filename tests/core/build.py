@@ -42,7 +42,10 @@ class Fault:
 
 
 # For a build with a fault these combinations and the baseline loops do, and compile in seconds.
-SMALL = "Types<float, float, float>, Types<bfloat16, float, bfloat16>"
+SMALL = (
+    "Types<float, float, float>, Types<bfloat16, float, bfloat16>, "
+    "Types<bfloat16, bfloat16, bfloat16>"
+)
 NO_LOOPS = "namespace fusedopt::cpu { struct Loops; const Loops* %s_loops() { return nullptr; } }\n"
 
 

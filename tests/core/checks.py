@@ -430,6 +430,22 @@ def check_conversions(core: Core) -> None:
                     f"{got[wrong[0]]:#x}, not {expected[wrong[0]]:#x}"
                 )
 
+        # Sums of two neighbouring magnitudes are exact in float32, and every fourth is a tie.
+        random = np.random.default_rng(0)
+        one = to_bits(dtype, np.ones(1))[0]
+        codes = one + random.integers(0, 1 << 11, (2, 10_001), dtype=np.uint16)
+        codes |= random.integers(0, 2, codes.shape, dtype=np.uint16) << 15
+        sums = torch.from_numpy(sum(to_values(dtype, code).astype(np.float32) for code in codes))
+        expected = sums.to(getattr(torch, dtype)).view(torch.int16).numpy().view(np.uint16)
+        for kernel in find(core, "sgd", (), dtype, dtype):
+            rows = core.row(kernel, sgd | {"lr": -1.0}).reshape(1, -1)
+            memory = Streams(kernel, [codes.shape[1]])
+            for stream in range(2):
+                memory.before[stream][memory.live[stream]] = codes[stream]
+            for way, step in all_ways(core, rows):
+                got = memory.after(step)[0]
+                assert np.array_equal(got, expected), f"sums of {dtype} by {way}"
+
         # In a first step the momentum buffer is the gradient.
         codes = np.arange(1 << 16, dtype=np.uint16)
         for kernel in find(core, "sgd", ("momentum_buffer",), dtype, dtype, "float32"):

@@ -122,6 +122,7 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "rows in float": (PREPARE, "taken == 0, source.float64", "taken == 0, false"),
     },
     "conversions": {
+        "pairs round ties up": (LOOP, "(0x7fffu + ((bits >> 16) & 1u))", "0x8000u"),
         "bfloat16 cut off": (DTYPE, "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16", "bits >> 16"),
         "bfloat16 ties away": (DTYPE, "0x7fffu + ((bits >> 16) & 1u)", "0x8000u"),
     },
