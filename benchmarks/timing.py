@@ -26,6 +26,9 @@ from benchmarks.progress import Progress
 
 MIN_ROUNDS = 3
 MIN_SAMPLE_SECONDS = {"cpu": 0.01, "cuda": 0.005}
+# Libraries may bring OpenMP runtimes of their own, whose idle threads spin for some milliseconds and
+# take the processor away from whoever is timed next.
+SETTLE_SECONDS = {"cpu": 0.02, "cuda": 0.0}
 # A launch takes a host 2 us or more, and a stream's queue holds about 1,000 of them: so what a host
 # enqueues in this time fits in.
 QUEUE_SECONDS = 0.002
@@ -102,6 +105,7 @@ def measure(
                 break
             first = done % len(names)
             for name in names[first:] + names[:first]:
+                time.sleep(SETTLE_SECONDS[device_type])
                 sample = clock(works[name], calls[name])
                 for timed, value in sample.items():
                     samples.setdefault(timed, {other: [] for other in names})[name].append(value)

@@ -239,6 +239,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delitem(IMPLEMENTATIONS, "torch-compiled")
     monkeypatch.setitem(SCENARIOS, "tiny", TINY)
     monkeypatch.setattr(timing, "MIN_SAMPLE_SECONDS", {"cpu": 1e-6, "cuda": 1e-6})
+    monkeypatch.setattr(timing, "SETTLE_SECONDS", {"cpu": 0, "cuda": 0})
     yield
     run.make_data.cache_clear()
 
