@@ -70,4 +70,6 @@ def duration(seconds: float | None) -> str:
     """A time as text."""
     if seconds is None:
         return "-"
+    if seconds >= 1:
+        return f"{seconds:.3g} s"
     return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} us"

@@ -11,6 +11,8 @@ from statistics import median, quantiles
 from benchmarks.case import DEVICE, FLAT, FLOOR, GRAPH, OURS, WALL, Json, of_what, samples, times
 
 SLOWER = 1.05  # what the medians have to differ by
+LEAST_ROUNDS = 11  # with fewer, the middle halves of two runs are apart by chance too often
+ALIKE = ("processor", "device", "isa", "threads", "torch")  # what two runs should have in common
 
 
 def multiples(case: Json, name: str) -> list[float] | None:
@@ -31,13 +33,24 @@ def is_slower(old: list[float], new: list[float]) -> bool:
 def comparison(old: Json, new: Json) -> tuple[str, bool]:
     """A line for each case that both runs have, and whether any became slower."""
     before = {(case["optimizer"], of_what(case)): case for case in old["cases"]}
-    lines = []
+    lines = [
+        f"These runs differ in {key}: {old['provenance'].get(key)} before, "
+        f"{new['provenance'].get(key)} now."
+        for key in ALIKE
+        if old["provenance"].get(key) != new["provenance"].get(key)
+    ]
+    compared = 0
     regressed = False
     for case in new["cases"]:
         earlier = before.get((case["optimizer"], of_what(case)), {})
         for name in (OURS, FLAT, GRAPH):
             was, now = multiples(earlier, name), multiples(case, name)
             if was is None or now is None:
+                continue
+            compared += 1
+            if min(len(was), len(now)) < LEAST_ROUNDS:
+                rounds = f"{len(was)} and {len(now)} rounds"
+                lines.append(f"{case['optimizer']} {of_what(case)} {name}: {rounds} are too few")
                 continue
             slower, change = is_slower(was, now), median(now) / median(was)
             regressed = regressed or slower
@@ -46,4 +59,6 @@ def comparison(old: Json, new: Json) -> tuple[str, bool]:
                 f"{case['optimizer']} {of_what(case)} {name}: {times(median(was))} of the floor "
                 f"before, {times(median(now))} now, x{change:.2f}: {verdict}"
             )
-    return "\n".join(lines) or "The two runs have no case in common.", regressed
+    if compared == 0:
+        lines.append("The two runs have no case in common.")
+    return "\n".join(lines), regressed

@@ -7,6 +7,7 @@ from statistics import median
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from benchmarks.case import COPY, FLOOR, OURS, WALL, Json, duration, of_what, ratio
 from benchmarks.figure import OUR_COLOUR, TORCH_COLOUR
@@ -75,7 +76,9 @@ def draw_case(case: Json, axes: Axes) -> None:
     axes.bar_label(bars, labels, padding=3, fontsize=8)
     axes.axvline(floor, color="#15803d", linewidth=1)
     axes.set_xscale("log")
-    axes.set_xlim(0.5 * min(*seconds, floor), 12 * max(seconds))  # room for the labels
+    axes.set_xlim(0.5 * min(*seconds, floor), 40 * max(seconds))  # room for the labels
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("seconds", fontsize=8)
     axes.invert_yaxis()
     axes.tick_params(labelsize=8)
     axes.set_title(f"{case['optimizer']} {of_what(case)}", fontsize=10)

@@ -149,6 +149,7 @@ def markdown(results: Json) -> str:
             rows.append([case["optimizer"], of_what(case), name, *figures, *memory])
         for name, reason in case["skipped"].items():
             notes.append(f"- {name}, {case['optimizer']}: not measured, {reason}.\n")
+    notes += [f"- Left out: {reason}.\n" for reason in results.get("left_out", ())]
     notes += [f"- FAILED: {failure}.\n" for failure in results.get("failures", ())]
     head = ["optimizer", "tensors", "implementation", *(GPU_HEAD if gpu else CPU_HEAD)]
     rounds = [len(taken) for case in results["cases"] for taken in case[WALL].values()] or [0]

@@ -10,6 +10,8 @@ as a Markdown table to standard output and to a file beside the JSON, and as plo
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import functools
 import gc
 import importlib
@@ -24,7 +26,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -114,6 +116,9 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
+    # What glibc keeps of memory that was given back is not in what the system calls available.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     meminfo = Path("/proc/meminfo")
     found = re.search(r"MemAvailable: *(\d+) kB", meminfo.read_text() if meminfo.exists() else "")
     return int(found[1]) * KI if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -228,6 +233,8 @@ class Run:
         seconds: of rounds, at most, per case.
         progress: tells what is being done.
         failures: what went wrong so far.
+        left_out: cases for which there is no memory.
+        last: the scenario of the case before this one.
     """
 
     implementations: list[Implementation]
@@ -236,12 +243,25 @@ class Run:
     seconds: float
     progress: Progress
     failures: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    last: Scenario | None = None
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """What goes wrong within a part of the run is a failure of that part."""
+        try:
+            yield
+        except ValueError as error:
+            self.left_out.append(f"{name}: {error}")
+        except (ImportError, RuntimeError, subprocess.SubprocessError) as error:
+            self.failures.append(f"{name}: {first_line(error)}")
 
     def case(self, setup: OptimizerSetup, scenario: Scenario) -> dict[str, Any]:
         """Measure all implementations of one optimizer in one scenario; the case for the file."""
-        gc.collect()
-        if self.device.type == "cuda":
+        if scenario != self.last:
             make_data.cache_clear()
+            self.last = scenario
+        gc.collect()
         skipped: dict[str, str] = {}
         able = []
         for implementation in self.implementations:
@@ -336,7 +356,7 @@ def seconds_to_import() -> list[float]:
 
 
 def scaling(run: Run, seconds: float) -> list[dict[str, Any]]:
-    """Cases along each axis of SCALING; one that does not fit into memory ends its axis."""
+    """Cases along each axis of SCALING."""
     run = replace(
         run,
         implementations=[i for i in run.implementations if i.name in SCALING_IMPLEMENTATIONS],
@@ -346,11 +366,8 @@ def scaling(run: Run, seconds: float) -> list[dict[str, Any]]:
     for axis, names in SCALING.items():
         for name in names:
             run.progress.case(f"{axis}: {name}")
-            try:
+            with run.part(f"{axis}: {name}"):
                 cases.append({"axis": axis, **run.case(OPTIMIZERS["AdamW"], find_scenario(name))})
-            except ValueError as error:
-                print(f"{axis} end before {name}: {first_line(error)}", file=sys.stderr)
-                break
     return cases
 
 
@@ -503,7 +520,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--limit",
         type=float,
         default=math.inf,
-        help="seconds for everything: cases get fewer rounds, and the last are left out",
+        help="seconds for the cases: they get fewer rounds, and the last are left out",
     )
     parser.add_argument(
         "--output",
@@ -596,19 +613,22 @@ def main(argv: list[str] | None = None) -> int:
             if left <= 0:
                 run.failures.append(f"{name}: not measured, {arguments.limit:g} s are over")
                 continue
-            try:
+            with run.part(name):
                 results["cases"].append(run.case(setup, scenario))
-            except (RuntimeError, ValueError) as error:
-                run.failures.append(f"{name}: {first_line(error)}")
         if arguments.scaling:
             results["scaling"] = scaling(run, min(arguments.seconds, SCALING_SECONDS))
         if arguments.training:
-            results["training"] = measure_training(arguments.rounds, arguments.seconds, progress)
+            with run.part("training"):
+                results["training"] = measure_training(
+                    arguments.rounds, arguments.seconds, progress
+                )
     of_suite = arguments.scenario is None and arguments.optimizer is None
     if device.type == "cpu" and of_suite and results["provenance"].get("fusedopt"):
-        results["import_seconds"] = seconds_to_import()
-    if run.failures:
-        results["failures"] = run.failures
+        with run.part("import"):
+            results["import_seconds"] = seconds_to_import()
+    for kind, lines in (("failures", run.failures), ("left_out", run.left_out)):
+        if lines:
+            results[kind] = lines
     # ru_maxrss is in KiB on Linux and in bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     results["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

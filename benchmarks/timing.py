@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import time
 from collections.abc import Callable
 
@@ -26,7 +27,7 @@ from benchmarks.progress import Progress
 
 MIN_ROUNDS = 3
 MIN_SAMPLE_SECONDS = {"cpu": 0.01, "cuda": 0.005}
-# Libraries may bring OpenMP runtimes of their own, whose idle threads spin for some milliseconds and
+# Libraries may bring OpenMP runtimes of their own, whose idle threads spin for milliseconds and
 # take the processor away from whoever is timed next.
 SETTLE_SECONDS = {"cpu": 0.02, "cuda": 0.0}
 # A launch takes a host 2 us or more, and a stream's queue holds about 1,000 of them: so what a host
@@ -88,7 +89,7 @@ def measure(
 ) -> dict[str, dict[str, list[float]]]:
     """Samples by what was timed and by name, one per round, until rounds or seconds run out.
 
-    Each round starts with another of the works, so that none always runs after the same one.
+    Each round has an order of its own, so that none always runs after the same one.
     """
     clock = CLOCKS[device_type]
     least = MIN_SAMPLE_SECONDS[device_type]
@@ -103,8 +104,7 @@ def measure(
             if done >= MIN_ROUNDS and time.perf_counter() - start > seconds:
                 progress.update(rounds - done)
                 break
-            first = done % len(names)
-            for name in names[first:] + names[:first]:
+            for name in random.Random(done).sample(names, len(names)):
                 time.sleep(SETTLE_SECONDS[device_type])
                 sample = clock(works[name], calls[name])
                 for timed, value in sample.items():

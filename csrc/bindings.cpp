@@ -17,6 +17,7 @@
 #include <optional>
 #include <sstream>
 #include <unordered_map>
+#include <unordered_set>
 
 #include "cpu/cpu.h"
 #include "cuda/cuda.h"
@@ -132,22 +133,24 @@ bool is_on_accelerator(PyObject* value) {
          (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble);
 }
 
-// A number out of a parameter group: a float, an int, a bool, or a tensor of one element.
-double number(PyObject* value, const std::string& what) {
+// A number out of a parameter group: a float, an int, a bool, or a tensor of one element. what()
+// says which, in errors.
+template <class What>
+double number(PyObject* value, const What& what) {
   if (PyFloat_Check(value)) return PyFloat_AS_DOUBLE(value);
   if (value == Py_True) return 1;
   if (value == Py_False || value == Py_None) return 0;
   if (THPVariable_Check(value)) {
     const at::Tensor& tensor = THPVariable_Unpack(value);
     if (tensor.numel() != 1)
-      throw py::value_error(what + " is a tensor of " + text(tensor.numel()) +
+      throw py::value_error(what() + " is a tensor of " + text(tensor.numel()) +
                             " elements; expected a number or a tensor of one element");
     return tensor.item<double>();
   }
   const double result = PyFloat_AsDouble(value);
   if (PyErr_Occurred()) {
     PyErr_Clear();
-    throw py::type_error(what + " is " + py::repr(value).cast<std::string>() +
+    throw py::type_error(what() + " is " + py::repr(value).cast<std::string>() +
                          "; expected a number or a tensor of one element");
   }
   return result;
@@ -188,7 +191,7 @@ class OptionReader {
         options.on_device[i] = py::reinterpret_borrow<py::object>(value);
         options.any_on_device = true;
       } else {
-        options.values[i] = number(value, what());
+        options.values[i] = number(value, what);
       }
       if (std::isnan(options.values[i]))
         throw py::value_error(what() + " is NaN; expected a number");
@@ -197,9 +200,13 @@ class OptionReader {
 
   // Fetches what lies on a device, which waits for it.
   void fetch(const std::string& optimizer, size_t g, GroupOptions& options) const {
-    for (int i = 0; i < rule_.option_count; ++i)
-      if (options.on_device[i])
-        options.values[i] = number(options.on_device[i].ptr(), describe(optimizer, g, i));
+    for (int i = 0; i < rule_.option_count; ++i) {
+      if (!options.on_device[i]) continue;
+      const auto what = [&] { return describe(optimizer, g, i); };
+      options.values[i] = number(options.on_device[i].ptr(), what);
+      if (std::isnan(options.values[i]))
+        throw py::value_error(what() + " is NaN; expected a number");
+    }
     options.on_device.fill(py::object());
     options.any_on_device = false;
   }
@@ -284,7 +291,7 @@ void* data_of(const py::object& tensor) {
 }
 
 const void* address_of(PyObject* tensor) {
-  return THPVariable_Unpack(tensor).unsafeGetTensorImpl()->data();
+  return THPVariable_Unpack(tensor).unsafeGetTensorImpl()->mutable_data();
 }
 
 uint32_t version_of(PyObject* tensor) {
@@ -533,6 +540,7 @@ class Plan {
       r.count = count;
       e.count = static_cast<float*>(data_of(count));
       e.count_version = version_of(count.ptr());
+      if (!duplicate) counts_are_shared_ = !counts_.insert(e.count).second || counts_are_shared_;
     };
     if (first_count && on_device) set_count(*first_count);
     if (states) {
@@ -587,13 +595,13 @@ class Plan {
     if (!grad_scale.is_none()) {
       factor_.grad_scale = on_the_accelerator(grad_scale);
       if (factor_.grad_scale == nullptr)
-        factor_.factor = 1 / number(grad_scale.ptr(), optimizer_ + ": grad_scale");
+        factor_.factor = 1 / number(grad_scale.ptr(), [&] { return optimizer_ + ": grad_scale"; });
     }
     if (!found_inf.is_none()) {
       // Where a count of steps is the host's, it has to know whether there is a step.
       if (device_decides_) factor_.found_inf = on_the_accelerator(found_inf);
       if (factor_.found_inf == nullptr &&
-          number(found_inf.ptr(), optimizer_ + ": found_inf") != 0) {
+          number(found_inf.ptr(), [&] { return optimizer_ + ": found_inf"; }) != 0) {
         // Nobody looks at the gradients then; their norm is not finite.
         if (clips_) workspace_->note_norm(norm_device(), NAN);
         return std::nullopt;
@@ -618,8 +626,8 @@ class Plan {
   }
   void clear() {
     group_sizes_.clear();  // so that a step, should there be one yet, asks for another plan
-    std::vector<Record>().swap(records_);
     entries_.clear();
+    std::vector<Record>().swap(records_);
   }
 
   // Spans walked by the last step.
@@ -697,7 +705,8 @@ class Plan {
   template <void (Plan::*method)(int64_t begin, int64_t end)>
   void share() {
     const int64_t size = int64_t(entries_.size());
-    run_in_parallel(size, elements_ < kManyElements ? size : kShareGrain, this,
+    const bool alone = elements_ < kManyElements || one_accelerator_;
+    run_in_parallel(size, alone ? size : kShareGrain, this,
                     [](void* plan, int64_t begin, int64_t end) {
                       (static_cast<Plan*>(plan)->*method)(begin, end);
                     });
@@ -722,16 +731,18 @@ class Plan {
       if (!grad.defined() || e.duplicate) {
         found_[i] = nullptr;
       } else if (e.checked && is_as_checked(e, param, *grad.unsafeGetTensorImpl())) {
-        found_[i] = grad.unsafeGetTensorImpl()->data();
+        const void* address = grad.unsafeGetTensorImpl()->data();
+        if (address != nullptr) found_[i] = address;
       }
     }
   }
 
   static bool is_as_checked(const Entry& e, const c10::TensorImpl& param,
                             const c10::TensorImpl& grad) {
-    return param.data() == e.span.param && param.numel() == e.numel && param.is_contiguous() &&
-           param.dtype() == e.type && param.key_set() == e.keys && grad.is_contiguous() &&
-           grad.dtype() == e.grad_type && grad.key_set() == e.grad_keys &&
+    // First the keys, which tell of subclasses whose other properties only Python knows.
+    return param.key_set() == e.keys && grad.key_set() == e.grad_keys &&
+           param.data() == e.span.param && param.numel() == e.numel && param.is_contiguous() &&
+           param.dtype() == e.type && grad.is_contiguous() && grad.dtype() == e.grad_type &&
            grad.device() == e.device && grad.sizes() == param.sizes() && has_same_state(e);
   }
 
@@ -777,7 +788,9 @@ class Plan {
     } else if (!in_place(param, grad)) {
       add_span(e, position, dense_gradient(param, grad));
     } else {
-      e.checked = param.is_contiguous() && grad.is_contiguous();
+      e.checked = param.is_contiguous() && grad.is_contiguous() &&
+                  !param.unsafeGetTensorImpl()->is_python_dispatch() &&
+                  !grad.unsafeGetTensorImpl()->is_python_dispatch();
       e.numel = param.numel();
       e.keys = param.key_set();
       e.grad_keys = grad.key_set();
@@ -823,6 +836,10 @@ class Plan {
     if (grad.device() != r.device)
       throw py::value_error(describe(r) + " is on " + text(r.device) + " but its gradient is on " +
                             text(grad.device()) + "; move one of them");
+    if (grad.numel() > 0 && grad.unsafeGetTensorImpl()->data() == nullptr)
+      throw py::value_error(describe(r) +
+                            " has a gradient without memory (its storage was resized "
+                            "or it was made on the meta device); give it one with memory, or None");
     if (grad.sizes() != param.sizes())
       throw py::value_error(describe(r) + " has shape " + text(param.sizes()) +
                             " but its gradient has shape " + text(grad.sizes()));
@@ -904,7 +921,7 @@ class Plan {
       option_reader_.fetch(optimizer_, e.group, options);
     const int index = int(work.float64.size());
     const bool source_of_row = makes_rows(work.device);
-    HyperRow row;
+    HyperRow row{};
     // What a device is to make differs from this in no way that matters for zeros.
     rule_.row(options.values.data(), source_of_row ? 1 : double(taken) + 1,
               source_of_row ? e.first : first, e.float64, row);
@@ -1059,7 +1076,11 @@ class Plan {
       at::Tensor param = back.param.detach();
       param.copy_(back.contiguous);
     }
-    share<&Plan::count_steps>();
+    if (counts_are_shared_) {
+      count_steps(0, int64_t(entries_.size()));
+    } else {
+      share<&Plan::count_steps>();
+    }
     if (!lineages_.empty()) part_lineages();
     temporaries_.clear();
     copy_back_.clear();
@@ -1109,6 +1130,8 @@ class Plan {
   std::vector<Record> records_;
   std::vector<Entry> entries_;  // one for each record
   int64_t elements_ = 0;        // of all parameters, in reals
+  std::unordered_set<const float*> counts_;
+  bool counts_are_shared_ = false;  // somebody gave several parameters the same count
   std::vector<size_t> group_sizes_;
   std::vector<int> variants_;
   std::vector<bool> capturable_;  // of each group

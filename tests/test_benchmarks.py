@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerator import HOST_RUN
 
-from benchmarks import gpu_check, report, run, sanitize, scenarios, shapes, timing
+from benchmarks import compare, gpu_check, report, run, sanitize, scenarios, shapes, timing
 from benchmarks.case import COPY, DEVICE, FLOOR, HOST, OURS, WALL
 from benchmarks.compare import comparison
 from benchmarks.implementations import IMPLEMENTATIONS, Work, captured
@@ -340,6 +340,9 @@ def test_curves_and_comparison(
     old = tmp_path / "old.json"
     old.write_text(json.dumps(results))
     capsys.readouterr()
+    measured(tmp_path, *ours, "--compare", str(old))
+    assert "3 and 3 rounds are too few" in capsys.readouterr().out
+    monkeypatch.setattr(compare, "LEAST_ROUNDS", 3)
     measured(tmp_path, *ours, "--compare", str(old), status=1)
     assert "SLOWER" in capsys.readouterr().out
 
@@ -510,7 +513,8 @@ def test_places_of_a_page(tmp_path: Path) -> None:
         report.with_blocks("nothing", results)
 
 
-def test_comparison_of_runs() -> None:
+def test_comparison_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "LEAST_ROUNDS", 3)
     old = cpu_results(**{OURS: [2e-3, 2.1e-3, 2.2e-3]})
     within = cpu_results(**{OURS: [2e-3, 2.15e-3, 2.4e-3]})
     slower = cpu_results(**{OURS: [2.5e-3, 2.6e-3, 2.7e-3]})
@@ -521,6 +525,9 @@ def test_comparison_of_runs() -> None:
     )
     text, regressed = comparison(slower, old)
     assert not regressed and text.endswith("2.60x of the floor before, 2.10x now, x0.81: faster")
+    old["provenance"]["threads"] = 1
+    assert comparison(old, slower)[0].startswith("These runs differ in threads: 1 before, 2 now.")
+    old["provenance"]["threads"] = 2
     old["cases"][0]["optimizer"] = "SGD"
     assert comparison(old, slower) == ("The two runs have no case in common.", False)
 

@@ -3,12 +3,14 @@
 #include "cpu.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
 
+#define FUSEDOPT_F16C
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 #define FUSEDOPT_ISA avx2
 #include "loop.h"

@@ -3,13 +3,15 @@
 #include "cpu.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
 
+#define FUSEDOPT_F16C
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("fma,avx512f,avx512bw,avx512dq,avx512vl"))), \
-                             apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#pragma GCC target("fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #endif
 #define FUSEDOPT_ISA avx512
 #include "loop.h"

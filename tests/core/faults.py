@@ -51,7 +51,7 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "first ignored": (SGD, "row.first != 0 ? g : ", ""),
         "maximize ignored": (SGD, "o.maximize != 0 ? -1 : 1", "1"),
         "no maximum in amsgrad": (ADAM, "second_moment = max_exp_avg_sq;", ""),
-        "tail skipped by the loop": (LOOP, "i < end;", "i < end - end % 8;"),
+        "tail skipped by the loop": (LOOP, "i < end; ++i", "i < end - end % 8; ++i"),
         "tail skipped by the tile": (TILE, "i < s.numel)", "i < s.numel - s.numel % 8)"),
     },
     "same bits": {
