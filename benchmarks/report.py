@@ -83,9 +83,18 @@ def where(results: Json) -> str:
             f"driver {source['driver']}, CUDA {source['cuda']}, torch {source['torch']}, {when}"
         )
     isa = f" ({source['isa']})" if source.get("isa") else ""
+    later: dict[str, list[str]] = {}
+    for case in results["cases"]:
+        if case.get("provenance"):
+            name = f"{case['optimizer']} {of_what(case)}"
+            later.setdefault(str(case["provenance"]["commit"])[:10], []).append(name)
+    again = "".join(
+        f"; measured again at commit {commit_of}: {', '.join(names)}"
+        for commit_of, names in later.items()
+    )
     return (
         f"{source['processor']}{isa}, threads: {source['threads']} of {source['cores']}, "
-        f"torch {source['torch']}, {when}"
+        f"torch {source['torch']}, {when}{again}"
     )
 
 

@@ -63,7 +63,7 @@ from benchmarks.scenarios import (
     choose_cases,
     find_scenario,
 )
-from benchmarks.timing import MIN_ROUNDS, measure, time_on_cuda
+from benchmarks.timing import measure, time_on_cuda
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS, QUICK_ROUNDS = 41, 5
@@ -355,6 +355,15 @@ def seconds_to_import() -> list[float]:
     ]
 
 
+def updated(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The old results with the new run's cases in their places, each with its own provenance."""
+    cases = {(case["optimizer"], case["scenario"]): case for case in new["cases"]}
+    for case in cases.values():
+        case["provenance"] = new["provenance"]
+    kept = [cases.pop((case["optimizer"], case["scenario"]), case) for case in old["cases"]]
+    return {**old, "cases": [*kept, *cases.values()]}
+
+
 def scaling(run: Run, seconds: float) -> list[dict[str, Any]]:
     """Cases along each axis of SCALING."""
     run = replace(
@@ -491,6 +500,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="measure as well whole iterations of training (on a CPU)",
     )
     parser.add_argument(
+        "--update",
+        action="store_true",
+        help="keep what is in the output file, but for the cases that this run measures anew",
+    )
+    parser.add_argument(
         "--compare",
         type=Path,
         metavar="OLD",
@@ -548,8 +562,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         arguments.rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
     if arguments.seconds is None:
         arguments.seconds = QUICK_SECONDS if arguments.quick else SECONDS[kind]
-    if arguments.rounds < MIN_ROUNDS:
-        parser.error(f"--rounds: at least {MIN_ROUNDS}, got {arguments.rounds}")
+    if arguments.rounds < 1:
+        parser.error(f"--rounds: at least 1, got {arguments.rounds}")
+    arguments.into = None
+    if arguments.update:
+        try:
+            arguments.into = json.loads(arguments.output.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            parser.error(f"--update --output {arguments.output}: {error}")
     for option in ("seconds", "limit"):
         if not getattr(arguments, option) > 0:
             parser.error(f"--{option}: more than 0, got {getattr(arguments, option)}")
@@ -632,6 +652,8 @@ def main(argv: list[str] | None = None) -> int:
     # ru_maxrss is in KiB on Linux and in bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     results["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if arguments.into is not None:
+        results = updated(arguments.into, results)
     table = markdown(results)
     write_json(arguments.output, results)
     arguments.output.with_suffix(".md").write_text(table)

@@ -25,7 +25,8 @@ from benchmarks.case import DEVICE, HOST, WALL
 from benchmarks.implementations import Work
 from benchmarks.progress import Progress
 
-MIN_ROUNDS = 3
+# However long they take: medians of fewer rounds say little on a machine that others use, too.
+MIN_ROUNDS = {"cpu": 11, "cuda": 3}
 MIN_SAMPLE_SECONDS = {"cpu": 0.01, "cuda": 0.005}
 # Libraries may bring OpenMP runtimes of their own, whose idle threads spin for milliseconds and
 # take the processor away from whoever is timed next.
@@ -40,13 +41,17 @@ Clock = Callable[[Work, int], Sample]
 
 
 def time_on_cpu(work: Work, calls: int) -> Sample:
-    """One sample of so many calls; of one, where each has to be prepared."""
-    if work.prepare is None:
+    """One sample of so many calls; of one, where each has to be prepared.
+
+    Timer warms up with two calls, which a call of some milliseconds does not need.
+    """
+    if work.prepare is None and calls > 1:
         timer = Timer(
             "call()", globals={"call": work.call}, num_threads=torch.get_num_threads()
         ).timeit(calls)
         return {WALL: timer.mean}
-    work.prepare()
+    if work.prepare is not None:
+        work.prepare()
     start = time.perf_counter()
     work.call()
     return {WALL: time.perf_counter() - start}
@@ -101,7 +106,7 @@ def measure(
     try:
         start = time.perf_counter()
         for done in range(rounds):
-            if done >= MIN_ROUNDS and time.perf_counter() - start > seconds:
+            if done >= MIN_ROUNDS[device_type] and time.perf_counter() - start > seconds:
                 progress.update(rounds - done)
                 break
             for name in random.Random(done).sample(names, len(names)):

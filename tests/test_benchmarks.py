@@ -353,6 +353,7 @@ def test_curves_and_comparison(
         (["--scenario", "10x"], "unknown scenario 10x; known are"),
         (["--implementation", "nobody"], "invalid choice: 'nobody'"),
         (["--compare", "no-such-file.json"], "--compare no-such-file.json"),
+        (["--update", "--output", "no-such-file.json"], "--update --output no-such-file.json"),
     ],
 )
 def test_bad_arguments(
