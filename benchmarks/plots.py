@@ -35,6 +35,11 @@ AXES = {
 COLUMNS = 3
 
 
+def measured_on(results: Json) -> str:
+    """Where and when, without what was measured again: a title has one line."""
+    return where(results).partition(";")[0]
+
+
 def draw_all(results: Json, folder: Path) -> None:
     """Write all plots for which the results have figures."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +61,7 @@ def draw_steps(results: Json, path: Path) -> None:
         draw_case(case, axes)
     for axes in panels[len(cases) :]:
         axes.set_axis_off()
-    figure.suptitle(f"One optimizer step, median; the line is the floor\n{where(results)}")
+    figure.suptitle(f"One optimizer step, median; the line is the floor\n{measured_on(results)}")
     figure.savefig(path, dpi=100)
 
 
@@ -108,5 +113,5 @@ def draw_scaling(results: Json, path: Path) -> None:
         axes.set_ylabel("ms per step")
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(where(results))
+    figure.suptitle(measured_on(results))
     figure.savefig(path, dpi=100)
