@@ -577,7 +577,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in arguments.implementation or ():
         if name not in able:
             parser.error(f"--implementation {name}: is not measured on --device {kind}")
-    arguments.implementations = [able[name] for name in arguments.implementation or able]
+    # Compiling takes longer than all else that is quick.
+    default = [name for name, one in able.items() if not (arguments.quick and one.compiled)]
+    arguments.implementations = [able[name] for name in arguments.implementation or default]
     try:
         arguments.cases = choose_cases(
             kind, arguments.optimizer, arguments.scenario, arguments.quick
