@@ -298,6 +298,49 @@ class Minifloat(Code):
         return bound.clamp(min=smallest if self.first else smallest / 2)
 
 
+class Tapered(Code):
+    """A small floating-point number whose mantissa has the fewer bits, the smaller it is.
+
+    The bits of a float32, divided by 2 or 4, are those of a number that is not far from its square
+    or fourth root, and runs along a straight line between two powers of two. Of these roots,
+    distances are equal. With a sign, q / 127 is the root, without one (q + 2) / 256: then powers of
+    two are code points, and between two neighbours a number has its place as its root has.
+    """
+
+    def __init__(self, signed: bool, shift: int) -> None:
+        self.signed, self.shift = signed, shift
+        self.top = 127 if signed else 254
+        self.name = f"tapered {2**shift}"
+        root = "q / 127" if signed else "(q + 2) / 256"
+        self.formula = f"({root})^{2**shift}, the power by shifting a float32's bits"
+        self.note = (
+            "multiply, shift, add, multiply-add, convert; convert, subtract, shift, multiply"
+        )
+        self.offset = 0x3F800000 - (0x3F800000 >> shift)
+        self.table = self.ratio(torch.arange(self.top + 1, dtype=torch.uint8)).double()
+
+    def quantize(self, ratio: Tensor) -> Tensor:
+        bits = (ratio.abs().float().view(torch.int32) >> self.shift) + self.offset
+        root = bits.view(torch.float32)
+        if self.signed:
+            return with_sign((root * 127 + 0.5).floor(), ratio)
+        return (root * 256 - 1.5).floor().clamp_(0, self.top).to(torch.uint8)
+
+    def ratio(self, codes: Tensor) -> Tensor:
+        q = (codes & 0x7F if self.signed else codes).float()
+        root = q / 127 if self.signed else (q + 2) / 256
+        bits = (root.view(torch.int32) - self.offset).clamp_(min=0) << self.shift
+        magnitude = bits.view(torch.float32)
+        return signed_as(magnitude, codes) if self.signed else magnitude
+
+    def bound(self, ratio: Tensor) -> Tensor:
+        table = self.table.to(ratio.dtype)
+        above = torch.bucketize(ratio.abs(), table).clamp(1, self.top)
+        half = (table[above] - table[above - 1]) / 2
+        # The nearest root is not that of the nearest number where a power of two lies between.
+        return torch.maximum(half * (1.4 if self.signed else 1), table[0] - ratio.abs())
+
+
 class Dynamic(Code):
     """The dynamic map (Dettmers et al., 2022, arXiv:2110.02861), as bitsandbytes has it.
 
@@ -404,6 +447,8 @@ SIGNED = (
     Softsign(),
     Minifloat(3, 4, signed=True),
     Minifloat(4, 3, signed=True),
+    Tapered(signed=True, shift=1),
+    Tapered(signed=True, shift=2),
     Dynamic(signed=True),
 )
 UNSIGNED = (
@@ -421,6 +466,8 @@ UNSIGNED = (
     Rounded(Root(signed=False, power=4, zero=False), "dithered"),
     Rounded(Root(signed=False, power=4, zero=False), "dithered roots"),
     Rounded(Minifloat(4, 4, signed=False, zero=False), "dithered"),
+    Tapered(signed=False, shift=2),
+    Rounded(Tapered(signed=False, shift=2), "dithered"),
     Dynamic(signed=False),
 )
 DYNAMIC = "dynamic map"

@@ -156,6 +156,11 @@ double number(PyObject* value, const What& what) {
   return result;
 }
 
+template <class What>
+void check_no_nan(double value, const What& what) {
+  if (std::isnan(value)) throw py::value_error(what() + " is NaN; expected a number");
+}
+
 // A rule's options in a parameter group. Where one lies on a device, values has a placeholder.
 struct GroupOptions {
   std::array<double, kMaxOptions> values{};
@@ -193,8 +198,7 @@ class OptionReader {
       } else {
         options.values[i] = number(value, what);
       }
-      if (std::isnan(options.values[i]))
-        throw py::value_error(what() + " is NaN; expected a number");
+      check_no_nan(options.values[i], what);
     }
   }
 
@@ -204,8 +208,7 @@ class OptionReader {
       if (!options.on_device[i]) continue;
       const auto what = [&] { return describe(optimizer, g, i); };
       options.values[i] = number(options.on_device[i].ptr(), what);
-      if (std::isnan(options.values[i]))
-        throw py::value_error(what() + " is NaN; expected a number");
+      check_no_nan(options.values[i], what);
     }
     options.on_device.fill(py::object());
     options.any_on_device = false;
@@ -267,11 +270,47 @@ Slots& slots() {
   return *instance;
 }
 
+// How a parameter and its states are stored, as its group wants it.
+struct Storage {
+  at::ScalarType state;  // a byte: codes and scales
+  int master_bits;       // 0: no master
+  bool stochastic;       // how parameters are rounded
+  bool counts_steps;     // whether there is a count of steps among the tensors of its state
+  uint64_t seed, ordinal;
+
+  bool in_codes() const { return state == at::kByte; }
+  bool is_coded(DType param) const {
+    return in_codes() || master_bits != 0 || stochastic ||
+           (param == DType::float32 && state == at::kBFloat16);
+  }
+  ParamCode param_code(DType param) const {
+    if (param == DType::float32) return ParamCode::float32;
+    if (param == DType::float16)
+      return master_bits == 0 ? ParamCode::float16 : ParamCode::float16_and_float32;
+    return stochastic          ? ParamCode::bfloat16_stochastic
+           : master_bits == 32 ? ParamCode::bfloat16_and_16
+           : master_bits == 24 ? ParamCode::bfloat16_and_8
+                               : ParamCode::bfloat16;
+  }
+  StateCode state_code() const {
+    return in_codes()               ? StateCode::int8
+           : state == at::kBFloat16 ? StateCode::bfloat16
+                                    : StateCode::float32;
+  }
+};
+
+// The weights as the last step left them.
+struct Weights {
+  const void* address = nullptr;  // null: not known
+  uint32_t version = 0;
+};
+
 // One parameter of an optimizer, with what a step has to find unchanged, or else builds anew.
 // It is held as a Python object: torch.utils.swap_tensors may exchange the tensor behind it.
 struct Record {
   py::object param;
   std::vector<py::object> states;  // in the variant's order; empty while there is no gradient yet
+  std::vector<py::object> parts;   // of a Coding: scales of the states, then the master
   py::object count;                // of its steps; on the device, kernels count
   std::string name;
   bool has_state = false;
@@ -281,16 +320,12 @@ struct Record {
 
   at::ScalarType scalar;
   DType dtype = DType::float32;
-  DType state_dtype = DType::float32;
+  at::ScalarType state_type = at::kFloat;
   c10::Device device = c10::kCPU;
   std::vector<int64_t> strides;
 };
 
-void* data_of(const py::object& tensor) {
-  return THPVariable_Unpack(tensor.ptr()).unsafeGetTensorImpl()->mutable_data();
-}
-
-const void* address_of(PyObject* tensor) {
+void* address_of(PyObject* tensor) {
   return THPVariable_Unpack(tensor).unsafeGetTensorImpl()->mutable_data();
 }
 
@@ -341,6 +376,7 @@ struct Entry {
   PyObject* param = nullptr;
   std::array<PyObject*, kMaxStates + 1> tensors{};  // its states and, behind them, the count
   int tensor_count = 0;                             // without the count
+  int part_count = 0;                               // tensors of the coding
   int group = 0;
   Span span{};             // but for what the step finds: grad, row and offset
   float* count = nullptr;  // of its steps
@@ -362,6 +398,13 @@ struct Entry {
   c10::DispatchKeySet keys, grad_keys;
   caffe2::TypeMeta type, grad_type;
   c10::Device device = c10::kCPU;
+
+  // How it is stored, where that takes more than dtypes.
+  bool coded = false;
+  Coding coding{};
+  std::array<PyObject*, kMaxStates + 1> parts{};
+  std::array<const void*, kMaxStates + 1> part_addresses{};
+  Weights* weights = nullptr;  // where a remainder is worth nothing once the weights are others
 };
 
 struct CopyBack {
@@ -433,6 +476,12 @@ class Workspace {
   // Whether a graph has been captured, which may be replayed at any time.
   bool captured = false;
 
+  Weights& weights_of(PyObject* param) { return weights_[param]; }
+  // What is stored with them now belongs to the weights that the next step finds.
+  void forget_weights() {
+    for (auto& [param, weights] : weights_) weights = Weights{};
+  }
+
   // The sum of squares that the last norm on the device has left; waits for it.
   double sum_of_squares(c10::Device device) {
     return room(device)
@@ -474,6 +523,7 @@ class Workspace {
 
   std::vector<Room> rooms_;
   std::vector<at::Tensor> outgrown_;
+  std::unordered_map<PyObject*, Weights> weights_;  // whose members stay where they are
   std::optional<c10::Device> norm_device_;
   std::optional<double> norm_;
 };
@@ -503,13 +553,14 @@ class Plan {
     variants_.push_back(rule_.variant(options_.back().values.data()));
   }
 
-  // Adds the next parameter of the group added last. states are in the order of state_names, or
-  // none while there is no gradient yet; flat_grad is where its gradient lies in a flat buffer.
+  // Adds the next parameter of the group added last. states are in the order of state_names, codes
+  // followed by their scales, and then the master, or none while there is no gradient yet;
+  // flat_grad is where its gradient lies in a flat buffer.
   // on_device says that the host need not know its count of steps, which for a rule that has none
   // in its state is first_count, where it has just been made.
   void add(const py::object& param, const std::string& name, bool duplicate,
            const std::optional<py::tuple>& states, bool first, uintptr_t flat_grad,
-           at::ScalarType state_dtype, bool on_device, const std::optional<py::object>& first_count,
+           const Storage& storage, bool on_device, const std::optional<py::object>& first_count,
            int lineage) {
     const at::Tensor& tensor = THPVariable_Unpack(param.ptr());
     Record r;
@@ -518,7 +569,7 @@ class Plan {
     r.name = name;
     r.scalar = tensor.scalar_type();
     r.dtype = *storage_dtype(r.scalar);
-    r.state_dtype = *storage_dtype(state_dtype);
+    r.state_type = storage.state;
     r.device = tensor.device();
     r.dense = tensor.is_non_overlapping_and_dense();
     r.contiguous = tensor.is_contiguous();
@@ -532,29 +583,46 @@ class Plan {
     e.first = first;
     e.float64 = r.dtype == DType::float64;
     e.param_size = size_of(r.dtype);
-    e.state_size = size_of(r.state_dtype);
+    e.state_size = uint8_t(c10::elementSize(storage.state));
+    e.coded = storage.is_coded(r.dtype);
     e.span.param = const_cast<void*>(tensor.unsafeGetTensorImpl()->data());
     e.span.numel = tensor.numel() * reals;
     bool in_slots = slots().holds(tensor);
     const auto set_count = [&](const py::object& count) {
       r.count = count;
-      e.count = static_cast<float*>(data_of(count));
+      e.count = static_cast<float*>(address_of(count.ptr()));
       e.count_version = version_of(count.ptr());
       if (!duplicate) counts_are_shared_ = !counts_.insert(e.count).second || counts_are_shared_;
     };
     if (first_count && on_device) set_count(*first_count);
     if (states) {
-      for (const auto& item : *states) {
-        const auto state = py::reinterpret_borrow<py::object>(item);
-        if (rule_.counts_steps && !r.count) {
-          set_count(state);
-          continue;
-        }
-        e.span.states[r.states.size()] = data_of(state);
+      size_t next = 0;
+      const auto take = [&] { return py::reinterpret_borrow<py::object>((*states)[next++]); };
+      const auto take_part = [&] {
+        r.parts.push_back(take());
+        e.parts[e.part_count] = r.parts.back().ptr();
+        void* const address = address_of(r.parts.back().ptr());
+        e.part_addresses[e.part_count++] = address;
+        return address;
+      };
+      if (storage.counts_steps) set_count(take());
+      for (int k = 0; k < registry().variants[variant_of(e)].states; ++k) {
+        const py::object state = take();
+        e.span.states[k] = address_of(state.ptr());
         e.tensors[e.tensor_count++] = state.ptr();
         in_slots = in_slots && slots().holds(THPVariable_Unpack(state.ptr()));
         r.states.push_back(state);
+        if (storage.in_codes()) e.coding.scales[k] = static_cast<float*>(take_part());
       }
+      if (storage.master_bits != 0) e.coding.master = take_part();
+    }
+    if (e.coded) {
+      in_slots = false;
+      e.coding.param = storage.param_code(r.dtype);
+      e.coding.state = storage.state_code();
+      e.coding.key = random_key(storage.seed, storage.ordinal);
+      if (storage.master_bits != 0 && r.dtype == DType::bfloat16)
+        e.weights = &workspace_->weights_of(param.ptr());
     }
     if (r.count) e.tensors[e.tensor_count] = r.count.ptr();
     if (in_slots) {
@@ -562,6 +630,7 @@ class Plan {
       e.padding = padded(tensor.numel()) * reals - e.span.numel;
     }
     e.device_counts = on_device && e.count != nullptr;
+    if (e.device_counts) e.coding.count = e.count;
     if (e.device_counts && !duplicate) {
       e.lineage = lineage;
       if (lineages_.size() <= size_t(lineage)) lineages_.resize(lineage + 1, {0, 0});
@@ -620,6 +689,7 @@ class Plan {
     for (const Record& r : records_) {
       Py_VISIT(r.param.ptr());
       for (const auto& state : r.states) Py_VISIT(state.ptr());
+      for (const auto& part : r.parts) Py_VISIT(part.ptr());
       if (r.count) Py_VISIT(r.count.ptr());
     }
     return 0;
@@ -660,6 +730,7 @@ class Plan {
     active_.clear();
     temporaries_.clear();
     copy_back_.clear();
+    outdated_.clear();
     for (auto& work : work_) work.clear();
     if (groups.size() != group_sizes_.size()) return false;
 
@@ -743,12 +814,20 @@ class Plan {
     return param.key_set() == e.keys && grad.key_set() == e.grad_keys &&
            param.data() == e.span.param && param.numel() == e.numel && param.is_contiguous() &&
            param.dtype() == e.type && grad.is_contiguous() && grad.dtype() == e.grad_type &&
-           grad.device() == e.device && grad.sizes() == param.sizes() && has_same_state(e);
+           grad.device() == e.device && grad.sizes() == param.sizes() && has_same_state(e) &&
+           (e.weights == nullptr || are_known(e));
+  }
+
+  // Whether the weights are what the last step has left.
+  static bool are_known(const Entry& e) {
+    return e.weights->address == e.span.param && e.weights->version == version_of(e.param);
   }
 
   static bool has_same_state(const Entry& e) {
     for (int k = 0; k < e.tensor_count; ++k)
       if (address_of(e.tensors[k]) != e.span.states[k]) return false;
+    for (int k = 0; k < e.part_count; ++k)
+      if (address_of(e.parts[k]) != e.part_addresses[k]) return false;
     if (e.count == nullptr) return true;
     PyObject* count = e.tensors[e.tensor_count];
     return address_of(count) == e.count &&
@@ -775,6 +854,9 @@ class Plan {
     e.work = &work_of(r.device);
     e.grad_dtype = *storage_dtype(grad.scalar_type());
     e.grad_size = size_of(e.grad_dtype);
+    e.coding.grad = e.grad_dtype;
+    if (e.weights != nullptr && e.weights->address != nullptr && !are_known(e))
+      outdated_.push_back(position);
     if (e.span.numel == 0) {
       active_.push_back(position);
       count_on_device(e);
@@ -817,6 +899,11 @@ class Plan {
     Span span = e.span;
     span.grad = grad;
     span.row = row(e, work);
+    if (e.coded) {
+      Coding& coding = entries_[position].coding;
+      if (e.count != nullptr && !e.device_counts) coding.step = uint32_t(*e.count) + 1;
+      span.coding = &coding;
+    }
     if (clips_) work.gradients.push_back({grad, span.numel, work.chunks(), e.grad_dtype});
     if (work.spans.empty() || !extend(work.spans.back(), span, e)) {
       span.offset = work.spans.empty() ? 0 : work.spans.back().offset + work.spans.back().numel;
@@ -844,13 +931,14 @@ class Plan {
       throw py::value_error(describe(r) + " has shape " + text(param.sizes()) +
                             " but its gradient has shape " + text(grad.sizes()));
     const auto grad_dtype = storage_dtype(grad.scalar_type());
-    const int index = grad_dtype && grad.is_complex() == param.is_complex()
-                          ? combination(r.dtype, *grad_dtype, r.state_dtype)
+    if (e.coded && (grad_dtype == r.dtype || grad_dtype == DType::float32))
+      return registry().coded_kernel(variant_of(e));
+    const int index = grad_dtype && !e.coded && grad.is_complex() == param.is_complex()
+                          ? combination(r.dtype, *grad_dtype, *storage_dtype(r.state_type))
                           : -1;
     if (index < 0)
       throw py::type_error(describe(r) + ": a " + text(param.scalar_type()) + " parameter with a " +
-                           text(grad.scalar_type()) + " gradient and " +
-                           text(scalar_type(r.state_dtype)) +
+                           text(grad.scalar_type()) + " gradient and " + text(r.state_type) +
                            " states is not supported; a gradient has its parameter's dtype or "
                            "float32");
     return registry().kernel(variant_of(e), index);
@@ -874,14 +962,14 @@ class Plan {
   }
 
   static at::Tensor dense_like(const Record& r, const at::Tensor& param) {
-    if (r.states.empty()) return at::empty_like(param);
+    if (r.states.empty() || r.state_type == at::kByte) return at::empty_like(param);
     return at::empty_strided(param.sizes(), THPVariable_Unpack(r.states[0].ptr()).strides(),
                              param.options());
   }
 
   // Lengthens the last span by one that adjoins it in every stream.
   bool extend(Span& last, const Span& span, const Entry& e) const {
-    if (last.kernel != span.kernel || last.row != span.row) return false;
+    if (last.kernel != span.kernel || last.row != span.row || e.coded) return false;
     const int64_t length = last.numel + open_padding_;
     const auto adjoins = [&](const void* a, const void* b, int64_t size) {
       return static_cast<const char*>(a) + length * size == static_cast<const char*>(b);
@@ -968,7 +1056,7 @@ class Plan {
     for (const size_t position : active_) {
       const Entry& e = entries_[position];
       const Record& r = records_[position];
-      if (!capturable_[e.group] || (rule_.counts_steps && !r.on_device))
+      if (!capturable_[e.group] || (r.count && !r.on_device))
         throw std::runtime_error(
             describe(r) +
             " is to be stepped in a CUDA graph, which would replay today's step count for ever; "
@@ -979,10 +1067,17 @@ class Plan {
                                  " and no part of the CUDA graph that is captured on " +
                                  text(*capturing) + "; give it an optimizer of its own");
     }
+    for (const size_t position : outdated_)
+      throw std::runtime_error(describe(records_[position]) +
+                               " was changed since the last step, which a CUDA graph would find at "
+                               "each replay; take a step before capture begins");
     workspace_->captured = true;
   }
 
   void run() {
+    // Others' weights are their own masters.
+    for (const size_t position : outdated_)
+      THPVariable_Unpack(records_[position].parts.back().ptr()).zero_();
     py::gil_scoped_release release;
     // With one accelerator the factor can be worked out there.
     factor_.clips = clips_ && one_accelerator_;
@@ -1095,6 +1190,7 @@ class Plan {
       e.first = false;
       c10::TensorImpl* impl = THPVariable_Unpack(e.param).unsafeGetTensorImpl();
       if (!impl->is_inference()) impl->bump_version();
+      if (e.weights != nullptr) *e.weights = {e.span.param, version_of(e.param)};
     }
   }
 
@@ -1150,6 +1246,7 @@ class Plan {
   std::vector<PyObject*> params_;   // of all groups
   std::vector<const void*> found_;  // see look()
   std::vector<size_t> active_;      // positions
+  std::vector<size_t> outdated_;    // those whose master belongs to other weights
   std::deque<DeviceWork> work_;     // whose members stay where they are
   std::vector<double> sums_;
   std::vector<at::Tensor> temporaries_;
@@ -1179,6 +1276,28 @@ std::pair<at::Tensor, std::vector<at::Tensor>> flat_tensors(const std::vector<at
     next += padded(tensor.numel()) * int64_t(c10::elementSize(dtype));
   }
   return {buffer, views};
+}
+
+// A state in memory order, as a step would store it in codes, but each element rounded to nearest.
+std::pair<at::Tensor, at::Tensor> encode(const at::Tensor& values, bool never_negative) {
+  const int64_t blocks = (values.numel() + kBlock - 1) / kBlock;
+  at::Tensor codes = at::zeros({blocks, kBlock}, at::kByte), scales = at::zeros({blocks});
+  const float* from = values.const_data_ptr<float>();
+  for (int64_t block = 0; block < blocks; ++block)
+    encode_block(from + block * kBlock, std::min<int64_t>(kBlock, values.numel() - block * kBlock),
+                 never_negative, codes.mutable_data_ptr<uint8_t>() + block * kBlock,
+                 scales.mutable_data_ptr<float>() + block);
+  return {codes, scales};
+}
+
+at::Tensor decode(const at::Tensor& codes, const at::Tensor& scales, int64_t numel,
+                  bool never_negative) {
+  at::Tensor values = at::empty({numel}, at::kFloat);
+  for (int64_t i = 0; i < numel; ++i)
+    values.mutable_data_ptr<float>()[i] =
+        decode_element(codes.const_data_ptr<uint8_t>() + i / kBlock * kBlock, int(i % kBlock),
+                       scales.const_data_ptr<float>()[i / kBlock], never_negative);
+  return values;
 }
 
 // Step counts: 0-dim float32 tensors, one behind the other in one buffer.
@@ -1226,15 +1345,20 @@ py::dict rules() {
     const int end = index + 1 < registry().rules.size() ? registry().rules[index + 1].first_variant
                                                         : int(registry().variants.size());
     py::list variants;
+    py::set never_negative;
     for (int v = rule.first_variant; v < end; ++v) {
       py::list names;
-      for (int k = 0; k < registry().variants[v].states; ++k)
+      for (int k = 0; k < registry().variants[v].states; ++k) {
         names.append(registry().variants[v].state_names[k]);
+        if (registry().variants[v].never_negative(k))
+          never_negative.add(registry().variants[v].state_names[k]);
+      }
       variants.append(py::tuple(names));
     }
     py::dict info;
     info["counts_steps"] = rule.counts_steps;
     info["variants"] = py::tuple(variants);
+    info["never_negative"] = never_negative;
     result[rule.name] = info;
   }
   return result;
@@ -1288,6 +1412,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("state_names", state_names);
   m.def("rules", rules);
   m.def("combinations", combinations);
+  m.attr("block") = kBlock;
+  m.def("encode", encode);
+  m.def("decode", decode);
   m.def("flat_tensors", flat_tensors);
   m.def("flat_steps", flat_steps);
   m.def("is_capturing", is_capturing);
@@ -1296,7 +1423,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<Workspace, std::shared_ptr<Workspace>>(m, "Workspace")
       .def(py::init<>())
       .def_readonly("captured", &Workspace::captured)
+      .def("forget_weights", &Workspace::forget_weights)
       .def_property_readonly("grad_norm", &Workspace::grad_norm);
+  py::class_<Storage>(m, "Storage")
+      .def(py::init<at::ScalarType, int, bool, bool, uint64_t, uint64_t>());
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_plans))
       .def(py::init<std::string, const std::string&, std::shared_ptr<Workspace>>())
       .def("add_group", &Plan::add_group)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 slot: int
+block: int
 has_cuda: bool
 accelerator: str
 version: str
@@ -13,6 +14,7 @@ torch_version: str
 class RuleInfo(TypedDict):
     counts_steps: bool
     variants: tuple[tuple[str, ...], ...]
+    never_negative: set[str]
 
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
@@ -21,6 +23,8 @@ def state_names(
 ) -> tuple[str, ...]: ...
 def rules() -> dict[str, RuleInfo]: ...
 def combinations() -> list[list[torch.dtype]]: ...
+def encode(values: Tensor, never_negative: bool) -> tuple[Tensor, Tensor]: ...
+def decode(codes: Tensor, scales: Tensor, numel: int, never_negative: bool) -> Tensor: ...
 def flat_tensors(like: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]: ...
 def flat_steps(values: list[float], device: torch.device) -> list[Tensor]: ...
 def is_capturing(device: torch.device) -> bool: ...
@@ -33,6 +37,18 @@ class Workspace:
     captured: bool
     @property
     def grad_norm(self) -> Tensor | None: ...
+    def forget_weights(self) -> None: ...
+
+class Storage:
+    def __init__(
+        self,
+        state: torch.dtype,
+        master_bits: int,
+        stochastic: bool,
+        counts_steps: bool,
+        seed: int,
+        ordinal: int,
+    ) -> None: ...
 
 class Plan:
     def __init__(self, optimizer: str, rule: str, workspace: Workspace) -> None: ...
@@ -45,7 +61,7 @@ class Plan:
         states: tuple[Tensor, ...] | None,
         first: bool,
         flat_grad: int,
-        state_dtype: torch.dtype,
+        storage: Storage,
         on_device: bool,
         first_count: Tensor | None,
         lineage: int,

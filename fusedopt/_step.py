@@ -13,8 +13,25 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from fusedopt._extension import _C
 from fusedopt._flat import FlatBuffer, FlatParameters, find_buffer
-from fusedopt._memory import check_overlap, is_dense
+from fusedopt._memory import check_overlap
 from fusedopt._state import OptimizerState, plain
+from fusedopt._storage import (
+    MASTER,
+    MASTERS,
+    REMAINDER,
+    ORDER,
+    Storage,
+    check_part,
+    check_scales,
+    convert,
+    is_part,
+    lacking_in,
+    layout_of,
+    master_of,
+    related,
+    split,
+    storage_of,
+)
 
 _COMBINATIONS = _C.combinations()
 
@@ -27,7 +44,14 @@ class FusedOptimizer(Optimizer):
 
     _rule: str
     # How an instance stores things is its own choice: a checkpoint never changes it.
-    _storage_options: Mapping[str, Any] = {"state_dtype": None}
+    _storage_options: Mapping[str, Any] = {
+        "state_dtype": None,
+        "min_8bit_size": 4096,
+        "master_bits": None,
+        "rounding": "nearest",
+    }
+    # Options with which states must not be codes, and why.
+    _unsafe_in_int8: Mapping[str, str] = {}
 
     # Class-level, as unpickling calls no constructor.
     _plan: _C.Plan | None = None
@@ -111,7 +135,7 @@ class FusedOptimizer(Optimizer):
                 if id(param) not in params:
                     params[id(param)] = param, name
                     self._check_param(param, name)
-                    self._state_dtype(self.param_groups[g], param, name)
+                    self._storage(self.param_groups[g], param, name)
         tensors = [param for param, _ in params.values()]
         check_overlap(tensors, type(self).__name__, lambda p: params[id(p)][1])
 
@@ -150,19 +174,17 @@ class FusedOptimizer(Optimizer):
         for i, param in enumerate(group["params"]):
             yield param, f"parameter '{names[i]}'" if names else f"parameter {i} of group {g}"
 
-    def _state_dtype(self, group: Mapping[str, Any], param: Tensor, name: str) -> torch.dtype:
-        """The dtype of a parameter's states, in reals; TypeError where it is not supported."""
-        real = param.dtype.to_real() if param.is_complex() else param.dtype
-        wanted = group.get("state_dtype")
-        default = torch.float64 if real == torch.float64 else torch.float32
-        dtype = default if wanted is None else wanted
-        accepted = dict.fromkeys(s for p, _, s in _COMBINATIONS if p == real)
-        if dtype not in accepted:
-            raise TypeError(
-                f"{type(self).__name__}: {name} of dtype {param.dtype} cannot have state_dtype="
-                f"{wanted}; expected one of {_list(accepted)}"
-            )
-        return dtype
+    def _storage(self, group: Mapping[str, Any], param: Tensor, name: str) -> Storage:
+        """How a parameter is stored; TypeError or ValueError where its group makes no sense."""
+        return storage_of(group, param, f"{type(self).__name__}: {name}", self._unsafe_in_int8)
+
+    def _stored(self) -> Iterator[tuple[dict[str, Any], Tensor, str, Storage, tuple[str, ...]]]:
+        """All parameters with their groups and names, how they are stored, and the keys of that."""
+        for g, group in enumerate(self.param_groups):
+            names = _C.state_names(type(self).__name__, self._rule, group, g)
+            for param, name in self._named_in(g):
+                storage = self._storage(group, param, name)
+                yield group, param, name, storage, storage.keys(names, param)
 
     def _counts_on_device(self, group: Mapping[str, Any], param: Tensor) -> bool:
         """Whether the device counts a parameter's steps, so that the host need not know of them."""
@@ -300,19 +322,16 @@ class FusedOptimizer(Optimizer):
             self.state = OptimizerState(self.state)
         self._check_params(range(len(self.param_groups)))
         self._check_first_counts()
-        name = type(self).__name__
-        keys_of_group = [
-            _C.state_names(name, self._rule, group, g) for g, group in enumerate(self.param_groups)
-        ]
-        self._complete_state(new, keys_of_group)
+        self._complete_state(new)
         lineages = self._lineages()
 
-        plan = _C.Plan(name, self._rule, self._workspace)
+        plan = _C.Plan(type(self).__name__, self._rule, self._workspace)
         seen: set[int] = set()
-        for g, keys in enumerate(keys_of_group):
-            group = self.param_groups[g]
+        everything = enumerate(self._stored())
+        for group in self.param_groups:
             plan.add_group(group, bool(group.get("capturable")))
-            for param, param_name in self._named_in(g):
+            for _ in group["params"]:
+                ordinal, (_, param, param_name, storage, keys) = next(everything)
                 values = self.state.get(param, {})
                 states = None
                 if all(values.get(key) is not None for key in keys):
@@ -324,7 +343,14 @@ class FusedOptimizer(Optimizer):
                     states,
                     id(param) in new,
                     self._flat_grad(param, param_name),
-                    self._state_dtype(group, param, param_name),
+                    _C.Storage(
+                        storage.state,
+                        storage.master_bits,
+                        storage.stochastic,
+                        "step" in keys,
+                        group.get("seed", 0),
+                        ordinal,
+                    ),
                     self._counts_on_device(group, param),
                     self._first_counts.get(param),
                     lineages.get(id(param), 0),
@@ -342,9 +368,7 @@ class FusedOptimizer(Optimizer):
         counts: dict[int, Tensor] = {}
         for group, param, _ in self._named_params():
             if self._counts_on_device(group, param):
-                count = self._first_counts.get(param)
-                if _C.rules()[self._rule]["counts_steps"]:
-                    count = self.state.get(param, {}).get("step")
+                count = self.state.get(param, {}).get("step", self._first_counts.get(param))
                 if count is not None:
                     counts[id(param)] = count
         # What a graph does to the counts when it is replayed, nobody tells.
@@ -374,32 +398,34 @@ class FusedOptimizer(Optimizer):
 
     # -- state --------------------------------------------------------------------------------
 
-    def _complete_state(
-        self, new: Mapping[int, Tensor], keys_of_group: list[tuple[str, ...]]
-    ) -> None:
+    def _complete_state(self, new: Mapping[int, Tensor]) -> None:
         """Make what the parameters in new lack, and convert what does not fit its parameter.
 
         Tensors that somebody put there are used as they are where that is possible; one of another
         dtype, device or stride is replaced by a converted copy.
         """
         wanted: dict[Tensor, dict[str, Any]] = {}
-        for g, keys in enumerate(keys_of_group):
-            for param, name in self._named_in(g):
-                if param in wanted:
-                    continue
-                values = self.state.get(param, {})
-                present = {k: values[k] for k in keys if values.get(k) is not None}
-                if present and "step" in keys and "step" not in present:
-                    present = {"step": None, **present}
-                self._check_state(param, name, present)
-                fits = self._fit(self.param_groups[g], param, name)
-                wanted[param] = {k: v for k, v in present.items() if not fits(k, v)}
-                if id(param) in new:
-                    wanted[param].update({k: None for k in keys if k not in present})
+        for group, param, name, storage, keys in self._stored():
+            if param in wanted:
+                continue
+            before = self.state.get(param, {})
+            values = {k: before[k] for k in related(keys) if before.get(k) is not None}
+            if "step" in keys and values.keys() - {"step", *MASTERS}:
+                values.setdefault("step", None)
+            self._check_state(param, name, values)
+            values = convert(values, param, storage, self._never_negative)
+            if values.keys() - before.keys():
+                rest = {k: v for k, v in before.items() if k not in related(keys)}
+                self.state[param] = rest | values
+            present = {k: values[k] for k in keys if k in values}
+            fits = self._fit(group, param, storage)
+            wanted[param] = {k: v for k, v in present.items() if not fits(k, v)}
+            if id(param) in new:
+                wanted[param].update({k: None for k in keys if k not in present})
         for param, values in self._allocate(wanted).items():
             if values:
                 self.state[param] = {**self.state.get(param, {}), **values}
-        self._make_first_counts(new, keys_of_group)
+        self._make_first_counts(new)
 
     def _check_first_counts(self) -> None:
         """Forget the first counts of parameters whose steps the host counts now."""
@@ -412,20 +438,17 @@ class FusedOptimizer(Optimizer):
                 self._counts_on_device(group, param) and count.device == param.device
             ):
                 if float(count) == 0:
-                    for key in self._state_names():
+                    for key in self._state_names() - MASTERS:
                         self.state.get(param, {}).pop(key, None)
                 del self._first_counts[param]
 
-    def _make_first_counts(
-        self, new: Mapping[int, Tensor], keys_of_group: list[tuple[str, ...]]
-    ) -> None:
+    def _make_first_counts(self, new: Mapping[int, Tensor]) -> None:
         """Let the device tell a first step from later ones, where it may skip one."""
         together: dict[torch.device, list[Tensor]] = {}
-        for g, keys in enumerate(keys_of_group):
-            for param, _ in self._named_in(g):
-                on_device = self._counts_on_device(self.param_groups[g], param)
-                if id(param) in new and on_device and keys and "step" not in keys:
-                    together.setdefault(param.device, []).append(param)
+        for group, param, _, _, keys in self._stored():
+            on_device = self._counts_on_device(group, param)
+            if id(param) in new and on_device and keys and "step" not in keys:
+                together.setdefault(param.device, []).append(param)
         for device, params in together.items():
             counts = _C.flat_steps([0.0] * len(params), device)
             self._first_counts.update(zip(params, counts, strict=True))
@@ -436,29 +459,35 @@ class FusedOptimizer(Optimizer):
         Those of one key lie in one buffer per device and dtype, in the order of the parameters.
         """
         made: dict[Tensor, dict[str, Any]] = {param: dict(keys) for param, keys in wanted.items()}
-        together: dict[tuple[Any, ...], list[Tensor]] = {}
+        together: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
         seen: set[int] = set()
         for group, param, name in self._named_params():
             if id(param) in seen:
                 continue
             seen.add(id(param))
+            storage = self._storage(group, param, name)
             for key in wanted.get(param, ()):
-                dtype = self._state_dtype(group, param, name)
-                kind = (key, dtype.to_complex() if param.is_complex() else dtype)
+                if key == ORDER:
+                    continue
+                spec = storage.spec(key, param)
                 device = param.device
                 if key == "step" and not self._counts_on_device(group, param):
                     device = torch.device("cpu")
                 # One buffer per dtype of the parameters, so that it has the layout of theirs.
-                together.setdefault((*kind, param.dtype, device), []).append(param)
+                kind = (key, spec.dtype, param.dtype, device)
+                laid = param.detach()
+                if spec.shape is not None:
+                    laid = laid.new_empty(1).expand(spec.shape)
+                together.setdefault(kind, []).append((param, laid))
         for (key, dtype, _, device), members in together.items():
             if key == "step":
                 numbers = [
-                    0.0 if wanted[p][key] is None else float(wanted[p][key]) for p in members
+                    0.0 if wanted[p][key] is None else float(wanted[p][key]) for p, _ in members
                 ]
                 tensors = _C.flat_steps(numbers, device)
             else:
-                _, tensors = _C.flat_tensors([p.detach() for p in members], dtype)
-            for param, tensor in zip(members, tensors, strict=True):
+                _, tensors = _C.flat_tensors([laid for _, laid in members], dtype)
+            for (param, _), tensor in zip(members, tensors, strict=True):
                 value = wanted[param][key]
                 if value is not None and key != "step":
                     tensor.copy_(value.detach())
@@ -466,13 +495,10 @@ class FusedOptimizer(Optimizer):
         return made
 
     def _fit(
-        self, group: Mapping[str, Any], param: Tensor, name: str
+        self, group: Mapping[str, Any], param: Tensor, storage: Storage
     ) -> Callable[[str, Any], bool]:
         """Tells whether a step can walk over a value of a parameter's state as it is."""
-        dtype = self._state_dtype(group, param, name)
-        if param.is_complex():
-            dtype = dtype.to_complex()
-        like = param if is_dense(param) else torch.empty_like(param, device="meta")
+        like = layout_of(param)
 
         def fits(key: str, value: Any) -> bool:
             if not isinstance(value, Tensor) or value.requires_grad:
@@ -481,14 +507,15 @@ class FusedOptimizer(Optimizer):
                 on_device = self._counts_on_device(group, param)
                 home = param.device if on_device else torch.device("cpu")
                 return value.dtype == torch.float32 and value.device == home and value.dim() == 0
-            return (
-                value.dtype == dtype
-                and value.device == param.device
-                and not (value.is_conj() or value.is_neg())
-                and all(
-                    size == 1 or a == b
-                    for size, a, b in zip(param.shape, value.stride(), like.stride(), strict=True)
-                )
+            spec = storage.spec(key, param)
+            if value.dtype != spec.dtype or value.device != param.device:
+                return False
+            if spec.shape is not None:
+                # Codes are read as words.
+                return value.is_contiguous() and value.data_ptr() % 8 == 0
+            return not (value.is_conj() or value.is_neg()) and all(
+                size == 1 or a == b
+                for size, a, b in zip(param.shape, value.stride(), like.stride(), strict=True)
             )
 
         return fits
@@ -514,6 +541,9 @@ class FusedOptimizer(Optimizer):
                     f"{where} is of layout {value.layout} on {value.device}; expected a dense "
                     f"tensor on {param.device}"
                 )
+            if is_part(key):
+                check_part(key, value, param, where)
+                continue
             if value.shape != param.shape:
                 raise ValueError(
                     f"{where} has shape {tuple(value.shape)}; expected that of the parameter, "
@@ -549,7 +579,7 @@ class FusedOptimizer(Optimizer):
         for number, (_, param, _) in enumerate(self._named_params()):
             if values.get(id(param)) == 0:
                 for key in {number, param} & packed.keys():
-                    names = self._state_names()
+                    names = self._state_names() - MASTERS
                     packed[key] = {k: v for k, v in packed[key].items() if k not in names}
         return packed
 
@@ -601,17 +631,22 @@ class FusedOptimizer(Optimizer):
             if not isinstance(values, Mapping):
                 raise TypeError(f"{where} is a {type(values).__name__}; expected a dictionary")
             known = {k: v for k, v in values.items() if k in names and v is not None}
-            if known and (lacking := needed - set(known)):
-                raise ValueError(f"{where} lacks {', '.join(sorted(lacking))}")
+            if lacking := lacking_in(known, needed):
+                raise ValueError(f"{where} lacks {', '.join(lacking)}")
             if isinstance(step := known.get("step"), Tensor):
                 known["step"] = step.detach().cpu()
             self._check_state(param, name, known)
+            check_scales(known, where)
             states[param] = values
         return states
 
     def _state_names(self) -> set[str]:
         variants = _C.rules()[self._rule]["variants"]
-        return {"step", *(name for names in variants for name in names)}
+        return {"step"} | related(name for names in variants for name in names)
+
+    @property
+    def _never_negative(self) -> set[str]:
+        return _C.rules()[self._rule]["never_negative"]
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**super().__getstate__(), "_max_grad_norm": self._max_grad_norm}
@@ -622,6 +657,7 @@ class FusedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_workspace" not in self.__dict__:
             self._workspace = _C.Workspace()
+        self._workspace.forget_weights()
         self._first_counts = {}
         groups = self.__dict__.get("param_groups", [])
         kept = [{k: group[k] for k in self._storage_options} for group in groups]
@@ -638,6 +674,7 @@ class FusedOptimizer(Optimizer):
     def _own(self, states: Mapping[Any, Any]) -> OptimizerState:
         """Copies of these states, those of parameters in flat buffers."""
         names = self._state_names()
+        storages = {p: self._storage(group, p, name) for group, p, name in self._named_params()}
         known, rest = {}, {}
         for param, values in states.items():
             is_state = isinstance(param, Tensor) and isinstance(values, Mapping)
@@ -648,10 +685,66 @@ class FusedOptimizer(Optimizer):
             )
             if is_state:
                 known[param] = {k: v for k, v in values.items() if k in names and v is not None}
+                if param in storages:
+                    known[param] = convert(
+                        known[param], param, storages[param], self._never_negative
+                    )
         for param, values in self._allocate(known).items():
             # In the order in which they were.
-            rest[param] = {k: (values | rest[param])[k] for k in states[param]}
+            values |= rest[param]
+            kept = {k: values[k] for k in states[param] if k in values}
+            rest[param] = kept | values
         return OptimizerState(rest)
+
+    # -- master weights -----------------------------------------------------------------------
+
+    def master_params(self) -> Iterator[Tensor]:
+        """The weights that the optimizer works on, as float32 copies, in the order of the groups.
+
+        Where a parameter has no master they are the parameter itself (float64 stays float64).
+        """
+        for _, param, _ in self._named_params():
+            master = master_of(param, self.state.get(param, {}))
+            if master is None:
+                wide = param.dtype in (torch.bfloat16, torch.float16)
+                master = param.detach().to(torch.float32 if wide else param.dtype, copy=True)
+            yield master
+
+    @torch.no_grad()
+    def load_master_params(self, masters: Iterable[Tensor]) -> None:
+        """Set parameters, and what is stored beside them, from what master_params() yields.
+
+        Raises:
+            ValueError: for another number of tensors or other shapes. Nothing has been changed
+                then.
+        """
+        stored = [(param, name, storage) for _, param, name, storage, _ in self._stored()]
+        tensors = [*masters]
+        optimizer = type(self).__name__
+        if len(tensors) != len(stored):
+            raise ValueError(
+                f"{optimizer}: load_master_params got {len(tensors)} tensors; expected one for "
+                f"each of {len(stored)} parameters"
+            )
+        for (param, name, _), master in zip(stored, tensors, strict=True):
+            if not isinstance(master, Tensor) or master.shape != param.shape:
+                got = tuple(master.shape) if isinstance(master, Tensor) else type(master).__name__
+                raise ValueError(
+                    f"{optimizer}: load_master_params got {got} for {name}; expected a tensor of "
+                    f"shape {tuple(param.shape)}"
+                )
+        for (param, _, storage), master in zip(stored, tensors, strict=True):
+            if storage.master_bits and param.dtype == torch.bfloat16:
+                exact = master.to(param.device, torch.float32)
+                high, remainder = split(exact, storage.master_bits)
+                param.copy_(high)
+                self.state[param][REMAINDER] = remainder
+            else:
+                param.copy_(master)
+                if storage.master_bits:
+                    self.state[param][MASTER] = master.to(param.device, torch.float32, copy=True)
+        self._workspace.forget_weights()
+        self._plan = None
 
     # -- gradients ----------------------------------------------------------------------------
 

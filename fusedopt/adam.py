@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedopt._step import FusedOptimizer
+from fusedopt._storage import storage_options
 
 
 class Adam(FusedOptimizer, torch.optim.Adam):
@@ -71,7 +72,11 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | str | None = None,
+        min_8bit_size: int = 4096,
+        master_bits: int | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
         max_grad_norm: float | None = None,
         flat: bool = False,
     ) -> None:
@@ -88,7 +93,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        self._init({"state_dtype": state_dtype}, flat, max_grad_norm, differentiable, args)
+        options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        self._init(options, flat, max_grad_norm, differentiable, args)
 
 
 class AdamW(FusedOptimizer, torch.optim.AdamW):
@@ -121,7 +127,11 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | str | None = None,
+        min_8bit_size: int = 4096,
+        master_bits: int | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
         max_grad_norm: float | None = None,
         flat: bool = False,
     ) -> None:
@@ -137,4 +147,5 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
             "capturable": capturable,
             "fused": fused,
         }
-        self._init({"state_dtype": state_dtype}, flat, max_grad_norm, differentiable, args)
+        options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        self._init(options, flat, max_grad_norm, differentiable, args)

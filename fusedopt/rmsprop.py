@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedopt._step import FusedOptimizer
+from fusedopt._storage import storage_options
 
 
 class RMSprop(FusedOptimizer, torch.optim.RMSprop):
@@ -54,6 +55,9 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     """
 
     _rule = "rmsprop"
+    _unsafe_in_int8 = {
+        "centered": "square_avg - grad_avg^2 is a small difference, of which codes leave nothing"
+    }
 
     def __init__(
         self,
@@ -70,7 +74,11 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         differentiable: bool = False,
         *,
         eps_inside_sqrt: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | str | None = None,
+        min_8bit_size: int = 4096,
+        master_bits: int | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
         max_grad_norm: float | None = None,
         flat: bool = False,
     ) -> None:
@@ -86,5 +94,6 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
             "foreach": foreach,
             "maximize": maximize,
         }
-        options = {"state_dtype": state_dtype, "eps_inside_sqrt": eps_inside_sqrt}
+        options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        options["eps_inside_sqrt"] = eps_inside_sqrt
         self._init(options, flat, max_grad_norm, differentiable, args)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedopt._step import FusedOptimizer
+from fusedopt._storage import storage_options
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):
@@ -65,7 +66,11 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         capturable: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | str | None = None,
+        min_8bit_size: int = 4096,
+        master_bits: int | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
         max_grad_norm: float | None = None,
         flat: bool = False,
     ) -> None:
@@ -80,5 +85,6 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             "foreach": foreach,
             "fused": fused,
         }
-        options = {"state_dtype": state_dtype, "capturable": capturable}
+        options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        options["capturable"] = capturable
         self._init(options, flat, max_grad_norm, differentiable, args)

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "coded_tile.h"
 #include "norm_tile.h"
 #include "prepare.h"
 

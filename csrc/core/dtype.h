@@ -98,6 +98,13 @@ FUSEDOPT_HD void narrow(float value, float16& out) {
   out.bits = uint16_t(magnitude > 0x7f800000u ? 0x7e00u : signed_bits);
 }
 
+// Stands for what only the Coding of a span tells, see coding.h.
+struct coded {};
+template <>
+struct StorageTraits<coded> {
+  using Compute = float;
+};
+
 // The storage types of one kernel. Only the combinations listed here are instantiated.
 template <class Param_, class Grad_, class State_>
 struct Types {
@@ -125,5 +132,8 @@ using Combinations = TypeList<
     Types<float16, float, float>,         //
     Types<float16, float16, float16>,     //
     Types<float16, float, float16>>;
+
+// Besides, each variant has a kernel for whatever a Coding says.
+using Coded = Types<coded, coded, coded>;
 
 }  // namespace fusedopt

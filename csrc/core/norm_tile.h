@@ -64,16 +64,7 @@ FUSEDOPT_HD double norm_thread(const void* grad, int64_t begin, int64_t count, u
 // A thread's share in the sum of a chunk, given by its number in this launch.
 FUSEDOPT_HD double norm_share(const NormArgs& args, int64_t chunk, uint32_t thread) {
   chunk += args.first_chunk;
-  uint32_t low = 0, high = args.count - 1;
-  while (low < high) {
-    const uint32_t middle = (low + high + 1) / 2;
-    if (args.gradients[middle].first_chunk <= chunk) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  const GradSpan& g = args.gradients[low];
+  const GradSpan& g = args.gradients[span_of_chunk(args.gradients, 0, args.count, chunk)];
   const int64_t begin = (chunk - g.first_chunk) * kNormChunk;
   const int64_t left = g.numel - begin;
   const int64_t count = left < kNormChunk ? left : kNormChunk;

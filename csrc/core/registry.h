@@ -10,12 +10,14 @@
 #include "span.h"
 
 // The rule list without its types, for callers that know a rule only by its name. A kernel is one
-// (variant, combination of dtypes), numbered variant by variant in the order of the lists.
+// (variant, combination of dtypes), numbered variant by variant in the order of the lists; behind
+// the combinations comes the kernel of spans with a Coding.
 namespace fusedopt {
 
 struct VariantInfo {
   int states;
   const char* const* state_names;
+  bool (*never_negative)(int state);
   // Whether an element that is zero in all streams stays so, as padding has to.
   bool (*zero_stays_zero)(const HyperRow& row, bool float64);
 };
@@ -42,8 +44,9 @@ struct Registry {
   std::vector<CombinationInfo> combinations;
 
   int kernel(int variant, int combination) const {
-    return variant * int(combinations.size()) + combination;
+    return variant * (int(combinations.size()) + 1) + combination;
   }
+  int coded_kernel(int variant) const { return kernel(variant, int(combinations.size())); }
 };
 
 // Calls visit(Member{}) for each member of a TypeList, in order.
@@ -152,8 +155,8 @@ inline const Registry& registry() {
       for_each_type(typename Rule::Variants{}, [&](auto variant) {
         using Variant = decltype(variant);
         static_assert(Variant::states <= kMaxStates, "raise kMaxStates");
-        r.variants.push_back(
-            {Variant::states, Variant::state_names, detail::zero_stays_zero<Variant>});
+        r.variants.push_back({Variant::states, Variant::state_names, Variant::never_negative,
+                              detail::zero_stays_zero<Variant>});
       });
     });
     return r;
@@ -170,6 +173,7 @@ std::vector<Entry> kernel_table() {
       for_each_type(Combinations{}, [&](auto types) {
         table.push_back(Make<decltype(variant), decltype(types)>::value);
       });
+      table.push_back(Make<decltype(variant), Coded>::value);
     });
   });
   return table;

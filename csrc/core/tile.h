@@ -65,6 +65,69 @@ struct LaunchArgs {
   alignas(16) unsigned char data[kBytes];
 };
 
+// The last span that begins at or before a chunk, none before the known one.
+template <class ChunkSpan, class Chunk>
+FUSEDOPT_HD uint32_t span_of_chunk(const ChunkSpan* spans, uint32_t known, uint32_t count,
+                                   Chunk chunk) {
+  uint32_t low = known, high = count - 1;
+  while (low < high) {
+    const uint32_t middle = (low + high + 1) / 2;
+    if (spans[middle].first_chunk <= chunk) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+template <class Row>
+FUSEDOPT_HD Row row_of(const LaunchArgs& args, uint32_t i) {
+  Row row = args.rows == nullptr
+                ? *(reinterpret_cast<const Row*>(args.data + LaunchArgs::kBytes) - (i + 1))
+                : *reinterpret_cast<const Row*>(args.rows[i].bytes);
+  if (args.control != nullptr) {
+    decltype(row.grad_factor) factor;
+    get_grad_factor(*args.control, factor);
+    row.grad_factor *= factor;
+  }
+  return row;
+}
+
+// Packs spans into the argument of one launch, from spans[next] on; returns the next one that did
+// not fit. Spans of other kernels are passed over. Rows are shared by the spans that name them,
+// and left out where they are on the device, as args.rows says.
+template <class TileSpan, class Row, int kChunk>
+size_t pack_spans(const Span* spans, size_t count, size_t next, int kernel, const HyperRow* rows,
+                  LaunchArgs& args) {
+  constexpr size_t capacity = LaunchArgs::kBytes;
+  args.spans = 0;
+  args.chunks = 0;
+  uint32_t packed_rows = 0;
+  int32_t last_row = -1;
+  for (; next < count; ++next) {
+    const Span& from = spans[next];
+    if (from.kernel != kernel || from.numel == 0) continue;
+    const bool new_row = args.rows == nullptr && from.row != last_row;
+    if ((args.spans + 1) * sizeof(TileSpan) + (packed_rows + new_row) * sizeof(Row) > capacity)
+      break;
+    TileSpan to = TileSpan::from(from);
+    to.first_chunk = args.chunks;
+    // A launch counts its chunks in 31 bits; the spans that would overflow go into the next.
+    if (uint64_t(args.chunks) + uint64_t(from.numel / kChunk + 2) > INT32_MAX) break;
+    if (new_row) {
+      memcpy(args.data + capacity - (++packed_rows) * sizeof(Row), rows[from.row].bytes,
+             sizeof(Row));
+      last_row = from.row;
+    }
+    to.row = args.rows == nullptr ? packed_rows - 1 : uint32_t(from.row);
+    memcpy(args.data + args.spans * sizeof(TileSpan), &to, sizeof to);
+    ++args.spans;
+    args.chunks += to.chunks();
+  }
+  return next;
+}
+
 template <class Variant, class Types>
 struct Tile {
   using T = typename Types::Compute;
@@ -92,34 +155,30 @@ struct Tile {
     int64_t numel;
     uint32_t first_chunk;
     uint32_t row;
+
+    static TileSpan from(const Span& span) {
+      TileSpan to{static_cast<Param*>(span.param),
+                  static_cast<const Grad*>(span.grad),
+                  {},
+                  span.numel,
+                  0,
+                  0};
+      for (int k = 0; k < states; ++k) to.state[k] = static_cast<State*>(span.states[k]);
+      return to;
+    }
+    // Chunks are laid out from the 16-byte boundary at or before the parameter's first element: the
+    // elements in between do not exist and are masked like those behind the end.
+    FUSEDOPT_HD uint32_t shift() const {
+      return uint32_t(reinterpret_cast<uintptr_t>(param) % 16 / sizeof(Param)) % kPack;
+    }
+    FUSEDOPT_HD uint32_t chunks() const {
+      return uint32_t((numel + shift() + kChunk - 1) / kChunk);
+    }
   };
 
-  FUSEDOPT_HD static const TileSpan& span(const LaunchArgs& args, uint32_t i) {
-    return reinterpret_cast<const TileSpan*>(args.data)[i];
-  }
-  FUSEDOPT_HD static Row row(const LaunchArgs& args, uint32_t i) {
-    Row row = args.rows == nullptr
-                  ? *(reinterpret_cast<const Row*>(args.data + LaunchArgs::kBytes) - (i + 1))
-                  : *reinterpret_cast<const Row*>(args.rows[i].bytes);
-    if (args.control != nullptr) {
-      T factor;
-      get_grad_factor(*args.control, factor);
-      row.grad_factor *= factor;
-    }
-    return row;
-  }
-
-  // Chunks are laid out from the 16-byte boundary at or before the parameter's first element: the
-  // elements in between do not exist and are masked like those behind the end.
-  FUSEDOPT_HD static uint32_t shift(const TileSpan& s) {
-    return uint32_t(reinterpret_cast<uintptr_t>(s.param) % 16 / sizeof(Param)) % kPack;
-  }
-  FUSEDOPT_HD static uint32_t chunks(const TileSpan& s) {
-    return uint32_t((s.numel + shift(s) + kChunk - 1) / kChunk);
-  }
   // Whether all streams reach a 16-byte boundary at the same element.
   FUSEDOPT_HD static bool aligned(const TileSpan& s) {
-    const uint32_t before = shift(s);
+    const uint32_t before = s.shift();
     bool result = (reinterpret_cast<uintptr_t>(s.param) - before * sizeof(Param)) % 16 == 0 &&
                   (reinterpret_cast<uintptr_t>(s.grad) - before * sizeof(Grad)) % 16 == 0;
     FUSEDOPT_UNROLL
@@ -169,7 +228,7 @@ struct Tile {
 
   FUSEDOPT_HD static void run_chunk(const TileSpan& s, const Row& row, uint32_t chunk,
                                     uint32_t thread) {
-    const int64_t base = int64_t(chunk) * kChunk - shift(s);
+    const int64_t base = int64_t(chunk) * kChunk - s.shift();
     if (!aligned(s)) {
       // Neighbouring threads take neighbouring elements.
       for (uint32_t at = thread; at < uint32_t(kChunk); at += kThreads)
@@ -208,58 +267,18 @@ struct Tile {
   FUSEDOPT_HD static void run(const LaunchArgs& args, uint32_t block, uint32_t blocks,
                               uint32_t thread) {
     if (args.control != nullptr && args.control->skip != 0) return;
-    uint32_t low = 0;
+    const auto* spans = reinterpret_cast<const TileSpan*>(args.data);
+    uint32_t known = 0;
     for (uint32_t chunk = block; chunk < args.chunks; chunk += blocks) {
-      // The last span that begins at or before this chunk; none before that of the last chunk.
-      uint32_t high = args.spans - 1;
-      while (low < high) {
-        const uint32_t middle = (low + high + 1) / 2;
-        if (span(args, middle).first_chunk <= chunk) {
-          low = middle;
-        } else {
-          high = middle - 1;
-        }
-      }
-      const TileSpan& s = span(args, low);
-      run_chunk(s, row(args, s.row), chunk - s.first_chunk, thread);
+      known = span_of_chunk(spans, known, args.spans, chunk);
+      const TileSpan& s = spans[known];
+      run_chunk(s, row_of<Row>(args, s.row), chunk - s.first_chunk, thread);
     }
   }
 
-  // Packs spans into the argument of one launch, from spans[next] on; returns the next one that did
-  // not fit. Spans of other kernels are passed over. Rows are shared by the spans that name them,
-  // and left out where they are on the device, as args.rows says.
   static size_t pack(const Span* spans, size_t count, size_t next, int kernel, const HyperRow* rows,
                      LaunchArgs& args) {
-    constexpr size_t capacity = LaunchArgs::kBytes;
-    args.spans = 0;
-    args.chunks = 0;
-    uint32_t packed_rows = 0;
-    int32_t last_row = -1;
-    for (; next < count; ++next) {
-      const Span& from = spans[next];
-      if (from.kernel != kernel || from.numel == 0) continue;
-      const bool new_row = args.rows == nullptr && from.row != last_row;
-      if ((args.spans + 1) * sizeof(TileSpan) + (packed_rows + new_row) * sizeof(Row) > capacity)
-        break;
-      TileSpan to;
-      to.param = static_cast<Param*>(from.param);
-      to.grad = static_cast<const Grad*>(from.grad);
-      for (int k = 0; k < states; ++k) to.state[k] = static_cast<State*>(from.states[k]);
-      to.numel = from.numel;
-      to.first_chunk = args.chunks;
-      // A launch counts its chunks in 31 bits; the spans that would overflow go into the next.
-      if (uint64_t(args.chunks) + uint64_t(from.numel / kChunk + 2) > INT32_MAX) break;
-      if (new_row) {
-        memcpy(args.data + capacity - (++packed_rows) * sizeof(Row), rows[from.row].bytes,
-               sizeof(Row));
-        last_row = from.row;
-      }
-      to.row = args.rows == nullptr ? packed_rows - 1 : uint32_t(from.row);
-      memcpy(args.data + args.spans * sizeof(TileSpan), &to, sizeof to);
-      ++args.spans;
-      args.chunks += chunks(to);
-    }
-    return next;
+    return pack_spans<TileSpan, Row, kChunk>(spans, count, next, kernel, rows, args);
   }
 };
 

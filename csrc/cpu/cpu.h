@@ -2,10 +2,12 @@
 // Copyright the fusedopt authors
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
+#include "../core/coding.h"
 #include "../core/norm.h"
 #include "../core/registry.h"
 

@@ -15,8 +15,9 @@ namespace {
 
 // Below this many elements a second thread costs more than it brings.
 constexpr int64_t kGrain = 32768;
-// Where a span is cut, it is cut at a multiple of this, so that every piece stays aligned.
-constexpr int64_t kCut = 64;
+// Where a span is cut, it is cut at a multiple of this, so that every piece stays aligned and has
+// its blocks to itself.
+constexpr int64_t kCut = kBlock;
 
 // Default rounding and no flushing of denormals for as long as it lives: whether a thread flushes
 // them is a setting of its own, and results must not depend on which thread computes them.

@@ -70,15 +70,6 @@ inline __attribute__((always_inline)) void run(const Span& span, const Row& row,
   using T = typename Types::Compute;
   using State = typename Types::State;
   constexpr int states = Variant::states;
-  constexpr bool all_bfloat16 = std::is_same<typename Types::Param, bfloat16>::value &&
-                                std::is_same<typename Types::Grad, bfloat16>::value &&
-                                std::is_same<State, bfloat16>::value;
-  if constexpr (all_bfloat16) {
-    begin = run_pairs<usual, Variant>(span, row, begin, end);
-    if (begin == end) return;
-    end = begin + 1;
-  }
-
   auto* FUSEDOPT_RESTRICT param = static_cast<typename Types::Param*>(span.param);
   const auto* FUSEDOPT_RESTRICT grad = static_cast<const typename Types::Grad*>(span.grad);
   State* FUSEDOPT_RESTRICT state0 = static_cast<State*>(span.states[0]);
@@ -105,16 +96,15 @@ inline __attribute__((always_inline)) void run(const Span& span, const Row& row,
 // float16 is converted by the processor's own instructions, which no compiler takes in a loop over
 // scalars: a piece at a time, beside the streams, in the L1 cache. They give the bits of widen()
 // and narrow().
-constexpr int64_t kPiece = 256;
+constexpr int kPiece = 256;
 constexpr int kLanes = 8;
 
 template <class Storage>
 inline __attribute__((always_inline)) Storage* fetch(Storage* from, Storage*, int64_t) {
   return from;
 }
-inline __attribute__((always_inline)) float* fetch(const float16* from, float* piece,
-                                                   int64_t count) {
-  int64_t i = 0;
+inline __attribute__((always_inline)) float* fetch(const float16* from, float* piece, int count) {
+  int i = 0;
   for (; i + kLanes <= count; i += kLanes)
     _mm256_store_ps(piece + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
   for (; i < count; ++i) piece[i] = widen(from[i]);
@@ -122,9 +112,8 @@ inline __attribute__((always_inline)) float* fetch(const float16* from, float* p
 }
 
 inline __attribute__((always_inline)) void put_back(const float*, float*, int64_t) {}
-inline __attribute__((always_inline)) void put_back(const float* piece, float16* to,
-                                                    int64_t count) {
-  int64_t i = 0;
+inline __attribute__((always_inline)) void put_back(const float* piece, float16* to, int count) {
+  int i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     const __m256 values = _mm256_load_ps(piece + i);
     const __m256 is_nan = _mm256_cmp_ps(values, values, _CMP_UNORD_Q);
@@ -140,10 +129,10 @@ inline __attribute__((always_inline)) void run_pieces(const Span& span, const Ro
   using State = typename Types::State;
   alignas(64) float params[kPiece], grads[kPiece], states[kMaxStates][kPiece];
   for (int64_t i = begin; i < end; i += kPiece) {
-    const int64_t count = end - i < kPiece ? end - i : kPiece;
+    const int count = end - i < kPiece ? int(end - i) : kPiece;
     auto* param = static_cast<typename Types::Param*>(span.param) + i;
     auto* grad = static_cast<typename Types::Grad*>(const_cast<void*>(span.grad)) + i;
-    Span piece{fetch(param, params, count), fetch(grad, grads, count), {}, count, 0, 0, 0};
+    Span piece{fetch(param, params, count), fetch(grad, grads, count), {}, count, 0, 0, 0, nullptr};
     for (int k = 0; k < Variant::states; ++k)
       piece.states[k] = fetch(static_cast<State*>(span.states[k]) + i, states[k], count);
     run<usual, Variant, fusedopt::Types<float, float, float>>(piece, row, 0, count);
@@ -154,17 +143,26 @@ inline __attribute__((always_inline)) void run_pieces(const Span& span, const Ro
 }
 #endif
 
+#include "coded.h"
+
 // Updates the elements [begin, end) in the way that suits their types best.
 template <bool usual, class Variant, class Types, class Row>
 inline __attribute__((always_inline)) void run_best(const Span& span, const Row& row, int64_t begin,
                                                     int64_t end) {
+  using Param = typename Types::Param;
+  constexpr bool all_bfloat16 = std::is_same<Param, bfloat16>::value &&
+                                std::is_same<typename Types::Grad, bfloat16>::value &&
+                                std::is_same<typename Types::State, bfloat16>::value;
+  if constexpr (std::is_same<Types, Coded>::value) {
+    run_blocks<usual, Variant>(span, row, begin, end);
 #if defined(FUSEDOPT_F16C)
-  if constexpr (std::is_same<typename Types::Param, float16>::value) {
+  } else if constexpr (std::is_same<Param, float16>::value) {
     run_pieces<usual, Variant, Types>(span, row, begin, end);
-    return;
-  }
 #endif
-  run<usual, Variant, Types>(span, row, begin, end);
+  } else {
+    if constexpr (all_bfloat16) begin = run_pairs<usual, Variant>(span, row, begin, end);
+    if (begin < end) run<usual, Variant, Types>(span, row, begin, end);
+  }
 }
 
 template <class Variant, class Types>

@@ -64,6 +64,7 @@ struct Adam {
     using Rule = Adam;
     static constexpr int states = amsgrad ? 3 : 2;
     static constexpr const char* state_names[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
+    FUSEDOPT_HD static constexpr bool never_negative(int k) { return k > 0; }
 
     template <bool usual, class T>
     FUSEDOPT_HD static void update(const Row<T>& row, T& p, T g, T* state) {

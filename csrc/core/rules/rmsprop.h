@@ -59,6 +59,7 @@ struct RmsProp {
     static constexpr int states = 1 + (momentum ? 1 : 0) + (centered ? 1 : 0);
     static constexpr const char* state_names[] = {
         "square_avg", momentum ? "momentum_buffer" : "grad_avg", "grad_avg"};
+    FUSEDOPT_HD static constexpr bool never_negative(int k) { return k == 0; }
 
     template <bool usual, class T>
     FUSEDOPT_HD static void update(const Row<T>& row, T& p, T g, T* state) {

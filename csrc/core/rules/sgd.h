@@ -54,6 +54,7 @@ struct Sgd {
     using Rule = Sgd;
     static constexpr int states = momentum ? 1 : 0;
     static constexpr const char* state_names[] = {"momentum_buffer"};
+    FUSEDOPT_HD static constexpr bool never_negative(int) { return false; }
 
     template <bool, class T>
     FUSEDOPT_HD static void update(const Row<T>& row, T& p, T g, T* state) {

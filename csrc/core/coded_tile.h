@@ -1,0 +1,397 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+#pragma once
+
+#include "coding.h"
+#include "norm.h"
+#include "tile.h"
+
+// The body of the CUDA kernel that updates spans with a Coding. A block is the work of a warp: a
+// lane has a pair of neighbours in each of its quarters, so that the codes of these are two words.
+namespace fusedopt {
+
+constexpr int kPairs = 4;
+constexpr int kLaneElements = 2 * kPairs;
+static_assert(kLaneElements * kWarp == kBlock, "a warp has a block");
+
+// Where in its block an element of a lane is.
+FUSEDOPT_HD int place_of(int lane, int i) { return i / 2 * kWords + 2 * lane + i % 2; }
+
+template <class Word>
+FUSEDOPT_HD Word load_aligned(const void* from) {
+#if defined(__CUDA_ARCH__)
+  return *static_cast<const Word*>(from);
+#else
+  Word word;
+  memcpy(&word, from, sizeof word);
+  return word;
+#endif
+}
+template <class Word>
+FUSEDOPT_HD void store_aligned(void* to, Word word) {
+#if defined(__CUDA_ARCH__)
+  *static_cast<Word*>(to) = word;
+#else
+  memcpy(to, &word, sizeof word);
+#endif
+}
+
+// A lane's elements of one stream as they are stored, a pair in the lower bits of a word. They are
+// loaded before any is decoded, so that all streams are on their way at a time.
+struct LanePairs {
+  uint64_t pairs[kPairs];
+
+  template <class Element>
+  FUSEDOPT_HD Element get(int i) const {
+    return Element(pairs[i / 2] >> (8 * sizeof(Element) * (i % 2)));
+  }
+  template <class Element>
+  FUSEDOPT_HD void set(int i, Element value) {
+    const uint64_t placed = uint64_t(value) << (8 * sizeof(Element) * (i % 2));
+    pairs[i / 2] = i % 2 == 0 ? placed : pairs[i / 2] | placed;
+  }
+
+  // Block: where it begins; count: the elements it has.
+  template <class Element, class Pair>
+  FUSEDOPT_HD void load(const void* block, int lane, int count) {
+    const auto* from = static_cast<const Element*>(block);
+    const bool whole = count == kBlock && reinterpret_cast<uintptr_t>(block) % sizeof(Pair) == 0;
+    FUSEDOPT_UNROLL
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const int place = place_of(lane, 2 * pair);
+      if (whole) {
+        pairs[pair] = load_aligned<Pair>(from + place);
+      } else {
+        set<Element>(2 * pair, place < count ? from[place] : Element(0));
+        set<Element>(2 * pair + 1, place + 1 < count ? from[place + 1] : Element(0));
+      }
+    }
+  }
+  template <class Element, class Pair>
+  FUSEDOPT_HD void store(void* block, int lane, int count) const {
+    auto* to = static_cast<Element*>(block);
+    const bool whole = count == kBlock && reinterpret_cast<uintptr_t>(block) % sizeof(Pair) == 0;
+    FUSEDOPT_UNROLL
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const int place = place_of(lane, 2 * pair);
+      if (whole) {
+        store_aligned(to + place, Pair(pairs[pair]));
+      } else {
+        if (place < count) to[place] = get<Element>(2 * pair);
+        if (place + 1 < count) to[place + 1] = get<Element>(2 * pair + 1);
+      }
+    }
+  }
+
+  FUSEDOPT_HD void load(const void* block, int64_t size, int lane, int count) {
+    if (size == 4) load<uint32_t, uint64_t>(block, lane, count);
+    if (size == 2) load<uint16_t, uint32_t>(block, lane, count);
+    if (size == 1) load<uint8_t, uint16_t>(block, lane, count);
+  }
+  FUSEDOPT_HD void store(void* block, int64_t size, int lane, int count) const {
+    if (size == 4) store<uint32_t, uint64_t>(block, lane, count);
+    if (size == 2) store<uint16_t, uint32_t>(block, lane, count);
+    if (size == 1) store<uint8_t, uint16_t>(block, lane, count);
+  }
+};
+
+FUSEDOPT_HD float decode_bfloat16(const LanePairs& from, int i) {
+  return widen(bfloat16{from.get<uint16_t>(i)});
+}
+FUSEDOPT_HD float decode_float16(const LanePairs& from, int i) {
+  return widen(float16{from.get<uint16_t>(i)});
+}
+template <class Storage>
+FUSEDOPT_HD uint16_t narrowed(float value) {
+  Storage stored;
+  narrow(value, stored);
+  return stored.bits;
+}
+
+FUSEDOPT_HD float decode_param(ParamCode code, const LanePairs& param, const LanePairs& master,
+                               int i) {
+  switch (code) {
+    case ParamCode::float32:
+      return bits_to_float(param.get<uint32_t>(i));
+    case ParamCode::float16:
+      return decode_float16(param, i);
+    case ParamCode::bfloat16_and_16:
+      return bits_to_float(join(param.get<uint16_t>(i), int16_t(master.get<uint16_t>(i))));
+    case ParamCode::bfloat16_and_8:
+      return bits_to_float(
+          join(param.get<uint16_t>(i), int16_t(int8_t(master.get<uint8_t>(i)) * 256)));
+    case ParamCode::float16_and_float32: {
+      const float exact = bits_to_float(master.get<uint32_t>(i));
+      return master_of(decode_float16(param, i), widen(float16{narrowed<float16>(exact)}), exact);
+    }
+    default:
+      return decode_bfloat16(param, i);
+  }
+}
+
+FUSEDOPT_HD void encode_param(ParamCode code, float value, const RandomBlock& random, int place,
+                              int i, LanePairs& param, LanePairs& master) {
+  switch (code) {
+    case ParamCode::float32:
+      param.set<uint32_t>(i, float_to_bits(value));
+      break;
+    case ParamCode::bfloat16:
+      param.set<uint16_t>(i, narrowed<bfloat16>(value));
+      break;
+    case ParamCode::float16:
+      param.set<uint16_t>(i, narrowed<float16>(value));
+      break;
+    case ParamCode::bfloat16_and_16: {
+      const Split parts = split(canonical_bits(value));
+      param.set<uint16_t>(i, parts.high);
+      master.set<uint16_t>(i, uint16_t(parts.remainder));
+      break;
+    }
+    case ParamCode::bfloat16_and_8: {
+      const Split parts = split(round_to_24(canonical_bits(value)));
+      param.set<uint16_t>(i, parts.high);
+      master.set<uint8_t>(i, uint8_t(parts.remainder >> 8));
+      break;
+    }
+    case ParamCode::bfloat16_stochastic:
+      param.set<uint16_t>(i, cut_to_bfloat16(value, random.of_place(place)).bits);
+      break;
+    case ParamCode::float16_and_float32:
+      param.set<uint16_t>(i, narrowed<float16>(value));
+      master.set<uint32_t>(i, float_to_bits(value));
+      break;
+  }
+}
+
+FUSEDOPT_HD float decode_grad(DType dtype, const LanePairs& grad, int i) {
+  return dtype == DType::bfloat16  ? decode_bfloat16(grad, i)
+         : dtype == DType::float16 ? decode_float16(grad, i)
+                                   : bits_to_float(grad.get<uint32_t>(i));
+}
+
+#if defined(__CUDA_ARCH__)
+// What the lanes of a warp work on. On the device a lane is a thread.
+template <class Lane>
+struct Warp {
+  Lane lane_of_thread;
+  int number;
+
+  FUSEDOPT_HD explicit Warp(uint32_t thread) : number(int(thread % kWarp)) {}
+  FUSEDOPT_HD static bool runs_in(uint32_t) { return true; }
+  template <class Visit>
+  FUSEDOPT_HD void each(Visit visit) {
+    visit(lane_of_thread, number);
+  }
+  template <class Value>
+  FUSEDOPT_HD uint32_t largest(Value value) {
+    uint32_t result = value(lane_of_thread);
+    FUSEDOPT_UNROLL
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+      const uint32_t other = __shfl_xor_sync(0xffffffffu, result, distance);
+      result = other > result ? other : result;
+    }
+    return result;
+  }
+};
+#else
+// On the host, the thread of lane 0 runs them one after the other.
+template <class Lane>
+struct Warp {
+  Lane lanes[kWarp];
+
+  explicit Warp(uint32_t) {}
+  static bool runs_in(uint32_t thread) { return thread % kWarp == 0; }
+  template <class Visit>
+  void each(Visit visit) {
+    for (int lane = 0; lane < kWarp; ++lane) visit(lanes[lane], lane);
+  }
+  template <class Value>
+  uint32_t largest(Value value) {
+    uint32_t result = 0;
+    for (const Lane& lane : lanes) result = value(lane) > result ? value(lane) : result;
+    return result;
+  }
+};
+#endif
+
+template <class Variant>
+struct Tile<Variant, Coded> {
+  using Row = typename Variant::Rule::template Row<float>;
+  static constexpr int states = Variant::states;
+  static constexpr int kChunk = kThreads * kLaneElements;
+
+  struct TileSpan {
+    void* param;
+    void* grad;
+    void* state[states > 0 ? states : 1];
+    int64_t numel;
+    uint32_t first_chunk;
+    uint32_t row;
+    Coding coding;
+
+    static TileSpan from(const Span& span) {
+      TileSpan to{span.param, const_cast<void*>(span.grad), {}, span.numel, 0, 0, *span.coding};
+      for (int k = 0; k < states; ++k) to.state[k] = span.states[k];
+      return to;
+    }
+    FUSEDOPT_HD uint32_t chunks() const { return uint32_t((numel + kChunk - 1) / kChunk); }
+  };
+
+  // What a lane keeps of its elements until their block's scales are known.
+  struct Lane {
+    float state[states > 0 ? states : 1][kLaneElements];
+
+    FUSEDOPT_HD uint32_t largest(int k, bool finite_only) const {
+      uint32_t result = 0;
+      FUSEDOPT_UNROLL
+      for (int i = 0; i < kLaneElements; ++i) {
+        const uint32_t magnitude = magnitude_bits(state[k][i]);
+        const bool counts = magnitude > result && (!finite_only || is_finite(magnitude));
+        result = counts ? magnitude : result;
+      }
+      return result;
+    }
+  };
+
+  // A block, and how many elements of it there are.
+  struct Place {
+    int64_t block;
+    int count;
+    uint32_t step;
+    RandomBlock random;
+  };
+
+  FUSEDOPT_HD static char* at(void* stream, int64_t size, const Place& place) {
+    return static_cast<char*>(stream) + place.block * kBlock * size;
+  }
+
+  FUSEDOPT_HD static void update(const TileSpan& s, const Row& row, const Place& place, int lane,
+                                 Lane& to) {
+    const Coding& coding = s.coding;
+    const int64_t param_size = size_of(coding.param), master_size = size_of_master(coding.param);
+    const int64_t grad_size = size_of(coding.grad), state_size = size_of(coding.state);
+    const bool codes = coding.state == StateCode::int8;
+    LanePairs param, master, grad, state[states > 0 ? states : 1];
+    uint64_t words[states > 0 ? states : 1];
+    float scales[states > 0 ? states : 1];
+    param.load(at(s.param, param_size, place), param_size, lane, place.count);
+    master.load(at(coding.master, master_size, place), master_size, lane, place.count);
+    grad.load(at(s.grad, grad_size, place), grad_size, lane, place.count);
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < states; ++k) {
+      if (codes) {
+        words[k] = load_aligned<uint64_t>(at(s.state[k], 1, place) + 8 * lane);
+        scales[k] = coding.scales[k][place.block];
+      } else {
+        state[k].load(at(s.state[k], state_size, place), state_size, lane, place.count);
+      }
+    }
+    FUSEDOPT_UNROLL
+    for (int i = 0; i < kLaneElements; ++i) {
+      float p = decode_param(coding.param, param, master, i);
+      float states_of_i[kMaxStates] = {};
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < states; ++k)
+        states_of_i[k] = codes ? decode_code(Variant::never_negative(k), words[k], scales[k], i)
+                         : coding.state == StateCode::bfloat16
+                             ? decode_bfloat16(state[k], i)
+                             : bits_to_float(state[k].template get<uint32_t>(i));
+      Variant::template update<false>(row, p, decode_grad(coding.grad, grad, i), states_of_i);
+      encode_param(coding.param, p, place.random, place_of(lane, i), i, param, master);
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < states; ++k) to.state[k][i] = states_of_i[k];
+    }
+    param.store(at(s.param, param_size, place), param_size, lane, place.count);
+    master.store(at(coding.master, master_size, place), master_size, lane, place.count);
+  }
+
+  FUSEDOPT_HD static float decode_code(bool never_negative, uint64_t words, float scale, int i) {
+    const uint32_t code = uint32_t(words >> (32 * (i % 2) + 8 * (i / 2))) & 0xffu;
+    const bool careful = is_careful(scale);
+    return never_negative ? decode_square(code, absolute(scale), careful)
+                          : decode_signed(code, absolute(scale), careful);
+  }
+
+  FUSEDOPT_HD static void store_codes(const TileSpan& s, const Place& place, int k, int lane,
+                                      const Lane& from, const Scale& scale, bool careful) {
+    const uint32_t dither = dither_of_block(place.block, place.step);
+    uint64_t words = 0;
+    FUSEDOPT_UNROLL
+    for (int i = 0; i < kLaneElements; ++i) {
+      const uint32_t threshold = fusedopt::dither(dither, uint32_t(place_of(lane, i)));
+      const uint32_t code = Variant::never_negative(k)
+                                ? encode_square(from.state[k][i], scale.inverse, threshold, careful)
+                                : encode_signed(from.state[k][i], scale.inverse, careful);
+      words |= uint64_t(code) << (32 * (i % 2) + 8 * (i / 2));
+    }
+    store_aligned(at(s.state[k], 1, place) + 8 * lane, words);
+    if (lane == 0) s.coding.scales[k][place.block] = scale.scale;
+  }
+
+  FUSEDOPT_HD static void store_state(const TileSpan& s, const Place& place, int k, int lane,
+                                      const Lane& from) {
+    const uint32_t dither = dither_of_block(place.block, place.step);
+    const int64_t size = size_of(s.coding.state);
+    LanePairs to;
+    FUSEDOPT_UNROLL
+    for (int i = 0; i < kLaneElements; ++i) {
+      const float value = from.state[k][i];
+      const uint32_t threshold = fusedopt::dither(dither, uint32_t(place_of(lane, i)));
+      if (s.coding.state == StateCode::float32) {
+        to.set<uint32_t>(i, float_to_bits(value));
+      } else if (Variant::never_negative(k)) {
+        to.set<uint16_t>(i, cut_to_bfloat16(value, threshold >> 7).bits);
+      } else {
+        to.set<uint16_t>(i, narrowed<bfloat16>(value));
+      }
+    }
+    to.store(at(s.state[k], size, place), size, lane, place.count);
+  }
+
+  FUSEDOPT_HD static void run_block(const TileSpan& s, const Row& row, int64_t block,
+                                    uint32_t thread) {
+    const int64_t left = s.numel - block * kBlock;
+    const Coding& coding = s.coding;
+    const uint32_t step = coding.count == nullptr ? coding.step : uint32_t(*coding.count);
+    const Place place{block, int(left < kBlock ? left : kBlock), step,
+                      RandomBlock(coding.key, step, block)};
+    Warp<Lane> warp(thread);
+    warp.each([&](Lane& lane, int number) { update(s, row, place, number, lane); });
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < states; ++k) {
+      if (coding.state != StateCode::int8) {
+        warp.each([&](Lane& lane, int number) { store_state(s, place, k, number, lane); });
+        continue;
+      }
+      uint32_t largest = warp.largest([k](const Lane& lane) { return lane.largest(k, false); });
+      const bool careful = !is_finite(largest);
+      if (careful) largest = warp.largest([k](const Lane& lane) { return lane.largest(k, true); });
+      const Scale scale = Variant::never_negative(k) ? scale_of<true>(largest, careful)
+                                                     : scale_of<false>(largest, careful);
+      warp.each(
+          [&](Lane& lane, int number) { store_codes(s, place, k, number, lane, scale, careful); });
+    }
+  }
+
+  FUSEDOPT_HD static void run(const LaunchArgs& args, uint32_t block, uint32_t blocks,
+                              uint32_t thread) {
+    if (args.control != nullptr && args.control->skip != 0) return;
+    if (!Warp<Lane>::runs_in(thread)) return;
+    const auto* spans = reinterpret_cast<const TileSpan*>(args.data);
+    uint32_t known = 0;
+    for (uint32_t chunk = block; chunk < args.chunks; chunk += blocks) {
+      known = span_of_chunk(spans, known, args.spans, chunk);
+      const TileSpan& s = spans[known];
+      const int64_t in_span = int64_t(chunk - s.first_chunk) * (kThreads / kWarp) + thread / kWarp;
+      // All lanes of a warp leave together.
+      if (in_span * kBlock < s.numel) run_block(s, row_of<Row>(args, s.row), in_span, thread);
+    }
+  }
+
+  static size_t pack(const Span* spans, size_t count, size_t next, int kernel, const HyperRow* rows,
+                     LaunchArgs& args) {
+    return pack_spans<TileSpan, Row, kChunk>(spans, count, next, kernel, rows, args);
+  }
+};
+
+}  // namespace fusedopt
