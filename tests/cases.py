@@ -177,7 +177,8 @@ def real_view(values: Tensor) -> Tensor:
 
 def bits(values: Tensor) -> Tensor:
     """As integers; all NaN alike, as which of them a processor makes is its own affair."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    integer = sizes[values.element_size()]
     return values.view(integer).masked_fill(values.isnan(), -1)
 
 
