@@ -303,42 +303,56 @@ class Tapered(Code):
 
     The bits of a float32, divided by 2 or 4, are those of a number that is not far from its square
     or fourth root, and runs along a straight line between two powers of two. Of these roots,
-    distances are equal. With a sign, q / 127 is the root, without one (q + 2) / 256: then powers of
-    two are code points, and between two neighbours a number has its place as its root has.
+    distances are equal: q / 128 with a sign, where 127 / 128 is that of the largest number, and
+    (q + 2) / 256 without. Powers of two are code points, as far as these go, so that between two
+    neighbours a number has its place as its root has.
     """
 
     def __init__(self, signed: bool, shift: int) -> None:
         self.signed, self.shift = signed, shift
         self.top = 127 if signed else 254
-        self.name = f"tapered {2**shift}"
-        root = "q / 127" if signed else "(q + 2) / 256"
-        self.formula = f"({root})^{2**shift}, the power by shifting a float32's bits"
+        self.name = f"tapered {2**shift}" + ("" if signed else ", no zero")
+        root = "q / 128" if signed else "(q + 2) / 256"
+        self.formula = (
+            f"({root})^{2**shift} by shifting a float32's bits, over that of the largest q"
+        )
         self.note = (
             "multiply, shift, add, multiply-add, convert; convert, subtract, shift, multiply"
         )
         self.offset = 0x3F800000 - (0x3F800000 >> shift)
+        self.largest = self.power(torch.tensor([127 / 128])) if signed else torch.ones(1)
         self.table = self.ratio(torch.arange(self.top + 1, dtype=torch.uint8)).double()
 
     def quantize(self, ratio: Tensor) -> Tensor:
-        bits = (ratio.abs().float().view(torch.int32) >> self.shift) + self.offset
-        root = bits.view(torch.float32)
+        root = self.root(ratio)
         if self.signed:
-            return with_sign((root * 127 + 0.5).floor(), ratio)
+            return with_sign((root * 128 + 0.5).floor(), ratio)
         return (root * 256 - 1.5).floor().clamp_(0, self.top).to(torch.uint8)
 
     def ratio(self, codes: Tensor) -> Tensor:
         q = (codes & 0x7F if self.signed else codes).float()
-        root = q / 127 if self.signed else (q + 2) / 256
-        bits = (root.view(torch.int32) - self.offset).clamp_(min=0) << self.shift
-        magnitude = bits.view(torch.float32)
+        magnitude = self.power(q / 128 if self.signed else (q + 2) / 256) / self.largest
         return signed_as(magnitude, codes) if self.signed else magnitude
 
+    def power(self, root: Tensor) -> Tensor:
+        bits = (root.view(torch.int32) - self.offset).clamp_(min=0) << self.shift
+        return bits.view(torch.float32)
+
+    def root(self, ratio: Tensor) -> Tensor:
+        bits = ((ratio.abs().float() * self.largest).view(torch.int32) >> self.shift) + self.offset
+        return bits.view(torch.float32)
+
+    def metric(self, x: Tensor) -> Tensor:
+        root = self.root(x)
+        return torch.where(x < 0, -root, root)
+
     def bound(self, ratio: Tensor) -> Tensor:
+        """Half a gap, or a whole one among the smallest, between which powers of two lie."""
         table = self.table.to(ratio.dtype)
         above = torch.bucketize(ratio.abs(), table).clamp(1, self.top)
-        half = (table[above] - table[above - 1]) / 2
-        # The nearest root is not that of the nearest number where a power of two lies between.
-        return torch.maximum(half * (1.4 if self.signed else 1), table[0] - ratio.abs())
+        gap = table[above] - table[above - 1]
+        share = torch.where(above < 9, 1.0, 0.5 + 1e-6)
+        return torch.maximum(gap * share, table[0] - ratio.abs())
 
 
 class Dynamic(Code):
@@ -473,6 +487,7 @@ UNSIGNED = (
 DYNAMIC = "dynamic map"
 # Trained with, whatever their errors: codes of m and of v.
 ALSO = (
+    ("tapered 4", "tapered 4, no zero, dithered"),
     ("square root", "fourth root, no zero"),
     ("square root", "minifloat 4+4, no zero"),
     ("square root", "minifloat 5+3"),

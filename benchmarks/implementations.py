@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from typing import Any
 
 import torch
@@ -72,8 +73,12 @@ class Implementation:
         most_tensors: how many it can take in reasonable time, where it compiles a step for them
             or is called for each; None where any number will do.
         most_shapes: the same for the number of different shapes.
+        least_elements: how many a tensor must have for it to differ from another.
         compiled: whether the step is compiled by torch.compile.
         ours: whether it clips and unscales within the step, and takes the dtype of its states.
+        setups: the names of the only setups that it is for; None: all without masters.
+        copies_masters: whether it steps float32 copies of the parameters by copies of the
+            gradients, and copies the result back.
         graph: whether a CUDA graph of the step is replayed.
         unavailable: says why it cannot run a given optimizer on a device, or returns None.
     """
@@ -88,8 +93,11 @@ class Implementation:
     exact: bool = True
     most_tensors: int | None = None
     most_shapes: int | None = None
+    least_elements: int = 0
     compiled: bool = False
     ours: bool = False
+    setups: tuple[str, ...] | None = None
+    copies_masters: bool = False
     graph: bool = False
     unavailable: Callable[[OptimizerSetup, torch.device], str | None] = always_available
 
@@ -114,7 +122,12 @@ class Implementation:
     def why_not(
         self, setup: OptimizerSetup, scenario: Scenario, device: torch.device
     ) -> str | None:
-        """Why it is not measured in a case, or None. The module can be imported."""
+        """Why it is not measured in a case, or None; empty where it is not meant for it.
+
+        The module can be imported.
+        """
+        if setup.masters if self.setups is None else setup.name not in self.setups:
+            return ""
         if setup.dtype not in self.dtypes:
             return "its states have another dtype"
         if self.classes is not None and setup.class_name not in self.classes:
@@ -124,6 +137,8 @@ class Implementation:
             return f"{scenario.name} has too many tensors for it"
         if self.most_shapes is not None and len(set(tensors)) > self.most_shapes:
             return f"{scenario.name} has too many shapes for it"
+        if max(map(prod, tensors)) < self.least_elements:
+            return f"{scenario.name} has only tensors that it stores as the others do"
         if self.graph and setup.loss_scale is not None:
             return "a GradScaler cannot be captured in a CUDA graph"
         name, _ = self.class_of(setup)
@@ -148,13 +163,15 @@ class Implementation:
         name, needed = self.class_of(setup)
         options = {"lr": LEARNING_RATE, **setup.options, **self.options, **needed}
         if self.ours:
-            if setup.dtype != torch.float32:
+            if setup.dtype != torch.float32 and not setup.masters:
                 options["state_dtype"] = setup.dtype
             if setup.max_grad_norm is not None:
                 options["max_grad_norm"] = setup.max_grad_norm
             if setup.loss_scale is not None:
                 options["capturable"] = True  # unscale and skip on the device
         optimizer_class = getattr(importlib.import_module(self.module), name)
+        if self.copies_masters:
+            return self._with_copies(params, data, optimizer_class, options)
         optimizer: Optimizer = optimizer_class(grouped(params, scenario.groups), **options)
         for param, (_, grad) in zip(params, data, strict=True):
             if param.grad is None:
@@ -166,6 +183,31 @@ class Implementation:
         if self.compiled:
             optimizer.step = torch.compile(optimizer.step)  # type: ignore[method-assign]
         return Work(self._clipped_step(setup, params, optimizer), params)
+
+    def _with_copies(
+        self,
+        params: list[Parameter],
+        data: Data,
+        optimizer_class: Callable[..., Optimizer],
+        options: dict[str, Any],
+    ) -> Work:
+        """A step of float32 copies, whose gradients are cast into buffers that stay."""
+        masters = [Parameter(param.detach().float()) for param in params]
+        grads = [grad.to(param.dtype) for param, (_, grad) in zip(params, data, strict=True)]
+        for master in masters:
+            master.grad = torch.empty_like(master)
+        optimizer = optimizer_class(masters, **options)
+
+        @torch.no_grad()
+        def call() -> None:
+            for master, grad in zip(masters, grads, strict=True):
+                assert master.grad is not None
+                master.grad.copy_(grad)
+            optimizer.step()
+            for param, master in zip(params, masters, strict=True):
+                param.copy_(master)
+
+        return Work(call, params, alive=(optimizer, grads))
 
     def _clipped_step(
         self, setup: OptimizerSetup, params: list[Parameter], optimizer: Optimizer
@@ -248,6 +290,8 @@ def captured(work: Work) -> Work:
 
 FLOAT32 = (torch.float32,)
 GPU = ("cuda",)
+INT8 = {"state_dtype": "int8"}
+MASTERS = ("AdamW-master",)
 
 IMPLEMENTATIONS = {
     implementation.name: implementation
@@ -283,6 +327,26 @@ IMPLEMENTATIONS = {
             devices=GPU,
             ours=True,
             graph=True,
+        ),
+        Implementation("fusedopt-int8", "fusedopt", INT8, dtypes=FLOAT32, exact=False, ours=True),
+        Implementation(
+            "torch-fused-copies",
+            "torch.optim",
+            {"fused": True},
+            setups=MASTERS,
+            copies_masters=True,
+        ),
+        *(
+            Implementation(
+                f"fusedopt-{name}", "fusedopt", options, exact=False, ours=True, setups=MASTERS
+            )
+            for name, options in {
+                "32": {"master_bits": 32},
+                "24": {"master_bits": 24},
+                "32-int8": {"master_bits": 32, **INT8},
+                "stochastic": {"rounding": "stochastic"},
+                "stochastic-int8": {"rounding": "stochastic", **INT8},
+            }.items()
         ),
         Implementation(
             "apex",
@@ -362,6 +426,56 @@ IMPLEMENTATIONS = {
             exact=False,
             most_tensors=200,
             most_shapes=3,
+        ),
+        Implementation(
+            "torchao-4bit",
+            "torchao.optim",
+            classes={"AdamW": ("AdamW4bit", {})},
+            package="torchao",
+            dtypes=FLOAT32,
+            exact=False,
+            most_tensors=200,
+            most_shapes=3,
+        ),
+        Implementation(
+            "torchao-fp8",
+            "torchao.optim",
+            classes={"AdamW": ("AdamWFp8", {})},
+            package="torchao",
+            dtypes=FLOAT32,
+            exact=False,
+            most_tensors=200,
+            most_shapes=3,
+        ),
+        Implementation(
+            "torchao-8bit-stochastic",
+            "torchao.optim",
+            {"bf16_stochastic_round": True},
+            classes={"AdamW": ("AdamW8bit", {})},
+            package="torchao",
+            exact=False,
+            most_tensors=200,
+            most_shapes=3,
+            setups=MASTERS,
+        ),
+        Implementation(
+            "torch-optimi-kahan",
+            "optimi",
+            {"kahan_sum": True},
+            classes={"AdamW": ("AdamW", {})},
+            package="torch-optimi",
+            exact=False,
+            setups=MASTERS,
+        ),
+        Implementation(
+            "flashoptim-24-int8",
+            "flashoptim",
+            {"quantize": True, "master_weight_bits": 24},
+            classes={"AdamW": ("FlashAdamW", {})},
+            package="flashoptim",
+            devices=GPU,
+            exact=False,
+            setups=MASTERS,
         ),
     )
 }

@@ -270,7 +270,7 @@ class Run:
             reason = implementation.why_not(setup, scenario, self.device)
             if reason is None:
                 able.append(implementation)
-            else:
+            elif reason:
                 skipped[implementation.name] = reason
         scenario = fit_to_memory(scenario, setup, len(able), self.device)
         works, allocated, peak = self._build(setup, scenario, able, skipped)

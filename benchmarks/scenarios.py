@@ -34,6 +34,8 @@ class OptimizerSetup:
         max_grad_norm: where not None, the gradients are clipped by their global norm as well.
         loss_scale: where not None, what a GradScaler multiplied the gradients by: each call
             unscales, clips, steps, updates the scaler and resets the gradients.
+        masters: whether the weights are known better than ``dtype`` tells, in whatever way an
+            implementation has for that; states are then its choice, too.
     """
 
     name: str
@@ -43,13 +45,17 @@ class OptimizerSetup:
     dtype: torch.dtype = torch.float32
     max_grad_norm: float | None = None
     loss_scale: float | None = None
+    masters: bool = False
 
     @property
     def bytes_per_parameter(self) -> int:
         """Bytes a step must move at least: reads p, g and states, writes p and states.
 
-        Before it can clip, it must have read all gradients for their norm.
+        Before it can clip, it must have read all gradients for their norm. With masters: float32
+        states, and the half of a float32 that is not in the parameter, are read and written.
         """
+        if self.masters:
+            return 3 * self.dtype.itemsize + 2 * 2 + 2 * 4 * self.states
         return self.dtype.itemsize * (3 + 2 * self.states + (self.max_grad_norm is not None))
 
 
@@ -120,6 +126,9 @@ OPTIMIZERS = {
         OptimizerSetup("SGD", "SGD", states=1, options={"momentum": 0.9}),
         OptimizerSetup("RMSprop", "RMSprop", states=1, options=RMSPROP),
         OptimizerSetup("AdamW-bf16", "AdamW", states=2, options=ADAMW, dtype=torch.bfloat16),
+        OptimizerSetup(
+            "AdamW-master", "AdamW", states=2, options=ADAMW, dtype=torch.bfloat16, masters=True
+        ),
         OptimizerSetup("AdamW-clip", "AdamW", states=2, options=ADAMW_CLIP, max_grad_norm=1.0),
         OptimizerSetup(
             "AdamW-pipeline",
@@ -139,7 +148,7 @@ HUGE = ("fusedopt-flat", "fusedopt-graph", "torch-fused-graph")
 # Far from the floor with any large tensor; next to a large model they have no room, either.
 FAR_FROM_THE_FLOOR = (
     *("torch-forloop", "torch-foreach", "torch-optimi"),
-    *("bitsandbytes", "bitsandbytes-8bit", "torchao-8bit"),
+    *("bitsandbytes", "bitsandbytes-8bit", "torchao-8bit", "torchao-4bit", "torchao-fp8"),
 )
 
 SCENARIOS = {
@@ -168,7 +177,7 @@ SCENARIOS = {
 # What is measured by default, by the type of device: scenarios, and the optimizers in each.
 SUITES: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
-        "1x64Mi": (*PLAIN, "AdamW-bf16"),
+        "1x64Mi": (*PLAIN, "AdamW-bf16", "AdamW-master"),
         "1000x1Ki": PLAIN,
         "500-groups": ("AdamW",),
         "200x100K": (*PLAIN, "AdamW-clip"),
@@ -179,7 +188,7 @@ SUITES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "cuda": {
         "1x1Gi": PLAIN,
-        "Llama-3-8B": ("AdamW", "AdamW-bf16", "AdamW-pipeline"),
+        "Llama-3-8B": ("AdamW", "AdamW-bf16", "AdamW-master", "AdamW-pipeline"),
         "ResNet-50": (*PLAIN, "AdamW-pipeline"),
         "1000x1Ki": PLAIN,
         "500-groups": ("AdamW",),

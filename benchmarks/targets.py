@@ -98,6 +98,7 @@ class OfFloor(Target):
         return [title, times(measured), f"at most {times(self.at_most)}"], met
 
 
+INT8 = "fusedopt-int8"
 NOT_FUSED = ("torch-foreach", "torch-forloop")
 CPU_TARGETS: tuple[Target, ...] = (
     Faster("AdamW", "1000x1Ki", ("torch-fused",), 18),
@@ -118,6 +119,10 @@ CPU_TARGETS: tuple[Target, ...] = (
     Faster("AdamW", "GPT-2-small", ("torch-fused",), 1),
     Faster("AdamW-bf16", "1x64Mi", ("torch-fused",), 1.8),
     Faster("AdamW-clip", "200x100K", ("torch-fused",), 1.5),
+    Faster("AdamW", "1x64Mi", ("torch-fused",), 1.4, INT8),
+    Faster("AdamW", "1x64Mi", ("bitsandbytes-8bit",), 40, INT8),
+    Faster("AdamW", "1x64Mi", ("torchao-8bit",), 35, INT8),
+    Faster("AdamW-master", "1x64Mi", ("torch-fused-copies",), 1.7, "fusedopt-32"),
     Faster("SGD", "1x1", ("torch-fused", *NOT_FUSED), 1),
 )
 GPU_TARGETS: tuple[Target, ...] = (

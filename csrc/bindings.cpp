@@ -299,11 +299,6 @@ struct Storage {
   }
 };
 
-// The weights as the last step left them.
-struct Weights {
-  const void* address = nullptr;  // null: not known
-  uint32_t version = 0;
-};
 
 // One parameter of an optimizer, with what a step has to find unchanged, or else builds anew.
 // It is held as a Python object: torch.utils.swap_tensors may exchange the tensor behind it.
@@ -333,6 +328,17 @@ uint32_t version_of(PyObject* tensor) {
   c10::TensorImpl* impl = THPVariable_Unpack(tensor).unsafeGetTensorImpl();
   return impl->is_inference() ? 0 : impl->version_counter().current_version();
 }
+
+// A parameter's weights as the last step left them.
+struct Weights {
+  const void* address = nullptr;  // null: not known
+  uint32_t version = 0;
+
+  bool are_those_of(PyObject* param) const {
+    return address == THPVariable_Unpack(param).unsafeGetTensorImpl()->data() &&
+           version == version_of(param);
+  }
+};
 
 // A row of hyper-parameters, to be found again by the group's next parameter.
 struct CachedRow {
@@ -477,6 +483,13 @@ class Workspace {
   bool captured = false;
 
   Weights& weights_of(PyObject* param) { return weights_[param]; }
+  // Whether somebody has changed weights since the last step, which can only be known for some.
+  bool are_outdated(const py::object& param) const {
+    const auto found = weights_.find(param.ptr());
+    return found != weights_.end() && found->second.address != nullptr &&
+           !found->second.are_those_of(param.ptr());
+  }
+  void forget_weights_of(const py::object& param) { weights_[param.ptr()] = Weights{}; }
   // What is stored with them now belongs to the weights that the next step finds.
   void forget_weights() {
     for (auto& [param, weights] : weights_) weights = Weights{};
@@ -815,12 +828,7 @@ class Plan {
            param.data() == e.span.param && param.numel() == e.numel && param.is_contiguous() &&
            param.dtype() == e.type && grad.is_contiguous() && grad.dtype() == e.grad_type &&
            grad.device() == e.device && grad.sizes() == param.sizes() && has_same_state(e) &&
-           (e.weights == nullptr || are_known(e));
-  }
-
-  // Whether the weights are what the last step has left.
-  static bool are_known(const Entry& e) {
-    return e.weights->address == e.span.param && e.weights->version == version_of(e.param);
+           (e.weights == nullptr || e.weights->are_those_of(e.param));
   }
 
   static bool has_same_state(const Entry& e) {
@@ -855,7 +863,8 @@ class Plan {
     e.grad_dtype = *storage_dtype(grad.scalar_type());
     e.grad_size = size_of(e.grad_dtype);
     e.coding.grad = e.grad_dtype;
-    if (e.weights != nullptr && e.weights->address != nullptr && !are_known(e))
+    if (e.weights != nullptr && e.weights->address != nullptr &&
+        !e.weights->are_those_of(e.param))
       outdated_.push_back(position);
     if (e.span.numel == 0) {
       active_.push_back(position);
@@ -1424,6 +1433,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init<>())
       .def_readonly("captured", &Workspace::captured)
       .def("forget_weights", &Workspace::forget_weights)
+      .def("forget_weights_of", &Workspace::forget_weights_of)
+      .def("are_outdated", &Workspace::are_outdated)
       .def_property_readonly("grad_norm", &Workspace::grad_norm);
   py::class_<Storage>(m, "Storage")
       .def(py::init<at::ScalarType, int, bool, bool, uint64_t, uint64_t>());

@@ -5,12 +5,22 @@
 
 from fusedopt._extension import _C
 from fusedopt._flat import FlatParameters
+from fusedopt._report import MemoryReport, memory_report
 from fusedopt.adam import Adam, AdamW
 from fusedopt.rmsprop import RMSprop
 from fusedopt.sgd import SGD
 
 __version__ = _C.version
-__all__ = ["SGD", "Adam", "AdamW", "FlatParameters", "RMSprop", "isa"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "FlatParameters",
+    "MemoryReport",
+    "RMSprop",
+    "isa",
+    "memory_report",
+]
 
 
 def isa() -> str:

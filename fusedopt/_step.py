@@ -4,6 +4,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import prod
 from typing import Any, NoReturn
 
 import torch
@@ -18,8 +19,8 @@ from fusedopt._state import OptimizerState, plain
 from fusedopt._storage import (
     MASTER,
     MASTERS,
-    REMAINDER,
     ORDER,
+    REMAINDER,
     Storage,
     check_part,
     check_scales,
@@ -28,6 +29,7 @@ from fusedopt._storage import (
     lacking_in,
     layout_of,
     master_of,
+    order_of,
     related,
     split,
     storage_of,
@@ -178,13 +180,31 @@ class FusedOptimizer(Optimizer):
         """How a parameter is stored; TypeError or ValueError where its group makes no sense."""
         return storage_of(group, param, f"{type(self).__name__}: {name}", self._unsafe_in_int8)
 
-    def _stored(self) -> Iterator[tuple[dict[str, Any], Tensor, str, Storage, tuple[str, ...]]]:
-        """All parameters with their groups and names, how they are stored, and the keys of that."""
-        for g, group in enumerate(self.param_groups):
+    def _stored(
+        self, choice: Mapping[str, Any] | None = None
+    ) -> Iterator[tuple[dict[str, Any], Tensor, str, Storage, tuple[str, ...]]]:
+        """All parameters with their groups and names, how they are stored, and the keys of that.
+
+        A choice takes the place of what the groups say of storage.
+        """
+        for g, own in enumerate(self.param_groups):
+            group = {**own, **(choice or {})}
             names = _C.state_names(type(self).__name__, self._rule, group, g)
             for param, name in self._named_in(g):
                 storage = self._storage(group, param, name)
                 yield group, param, name, storage, storage.keys(names, param)
+
+    def _specs(
+        self, choice: Mapping[str, Any]
+    ) -> Iterator[tuple[Tensor, list[tuple[int, torch.dtype]]]]:
+        """All parameters, and sizes and dtypes of what a choice of storage keeps beside each."""
+        for _, param, _, storage, keys in self._stored(choice):
+            specs = []
+            for key in keys:
+                spec = storage.spec(key, param)
+                elements = param.numel() if spec.shape is None else prod(spec.shape)
+                specs.append((1, torch.float32) if key == "step" else (elements, spec.dtype))
+            yield param, specs
 
     def _counts_on_device(self, group: Mapping[str, Any], param: Tensor) -> bool:
         """Whether the device counts a parameter's steps, so that the host need not know of them."""
@@ -411,10 +431,10 @@ class FusedOptimizer(Optimizer):
             before = self.state.get(param, {})
             values = {k: before[k] for k in related(keys) if before.get(k) is not None}
             if "step" in keys and values.keys() - {"step", *MASTERS}:
-                values.setdefault("step", None)
+                values.setdefault("step", None if self._rule_info["counts_steps"] else 0.0)
             self._check_state(param, name, values)
             values = convert(values, param, storage, self._never_negative)
-            if values.keys() - before.keys():
+            if any(values.get(k) is not before.get(k) for k in related(keys) - {"step"}):
                 rest = {k: v for k, v in before.items() if k not in related(keys)}
                 self.state[param] = rest | values
             present = {k: values[k] for k in keys if k in values}
@@ -422,6 +442,8 @@ class FusedOptimizer(Optimizer):
             wanted[param] = {k: v for k, v in present.items() if not fits(k, v)}
             if id(param) in new:
                 wanted[param].update({k: None for k in keys if k not in present})
+                if storage.state == torch.uint8 and (order := order_of(param)) is not None:
+                    wanted[param][ORDER] = order
         for param, values in self._allocate(wanted).items():
             if values:
                 self.state[param] = {**self.state.get(param, {}), **values}
@@ -564,6 +586,7 @@ class FusedOptimizer(Optimizer):
         def to_plain_state(_: Optimizer, state_dict: dict[str, Any]) -> None:
             state_dict["state"] = self._without_skipped_first(plain(state_dict["state"]))
 
+        self._forget_outdated_masters()
         handle = self.register_state_dict_post_hook(to_plain_state, prepend=True)
         try:
             return super().state_dict()
@@ -641,14 +664,19 @@ class FusedOptimizer(Optimizer):
         return states
 
     def _state_names(self) -> set[str]:
-        variants = _C.rules()[self._rule]["variants"]
+        variants = self._rule_info["variants"]
         return {"step"} | related(name for names in variants for name in names)
 
     @property
+    def _rule_info(self) -> "_C.RuleInfo":
+        return _C.rules()[self._rule]
+
+    @property
     def _never_negative(self) -> set[str]:
-        return _C.rules()[self._rule]["never_negative"]
+        return self._rule_info["never_negative"]
 
     def __getstate__(self) -> dict[str, Any]:
+        self._forget_outdated_masters()
         state = {**super().__getstate__(), "_max_grad_norm": self._max_grad_norm}
         if self._first_counts:
             state["state"] = self._without_skipped_first(plain(self.state))
@@ -698,11 +726,20 @@ class FusedOptimizer(Optimizer):
 
     # -- master weights -----------------------------------------------------------------------
 
+    def _forget_outdated_masters(self) -> None:
+        """Make weights that somebody has changed their own masters, as the next step would."""
+        for _, param, _ in self._named_params():
+            if self._workspace.are_outdated(param):
+                if (remainder := self.state.get(param, {}).get(REMAINDER)) is not None:
+                    remainder.zero_()
+                self._workspace.forget_weights_of(param)
+
     def master_params(self) -> Iterator[Tensor]:
         """The weights that the optimizer works on, as float32 copies, in the order of the groups.
 
         Where a parameter has no master they are the parameter itself (float64 stays float64).
         """
+        self._forget_outdated_masters()
         for _, param, _ in self._named_params():
             master = master_of(param, self.state.get(param, {}))
             if master is None:

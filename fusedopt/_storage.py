@@ -2,7 +2,7 @@
 
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,16 +114,19 @@ def storage_of(
     seed = group.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ValueError(f"{what}: seed={seed!r}; expected an integer from 0 to 2**64 - 1")
+    smallest = group.get("min_8bit_size", 0)
+    if isinstance(smallest, bool) or not isinstance(smallest, int) or smallest < 0:
+        raise ValueError(f"{what}: min_8bit_size={smallest!r}; expected a number of elements")
     wanted = group.get("state_dtype")
-    if isinstance(wanted, str):
-        state = _code_or_float(wanted, group, param, real, what, unsafe)
+    if isinstance(wanted, str) and wanted == "int8":
+        _check_codes(group, param, real, what, unsafe)
+        state = torch.float32 if param.numel() < smallest else torch.uint8
     else:
         state = _float(wanted, param, real, what)
         if master_bits and state == torch.float16:
             raise ValueError(
                 f"{what}: state_dtype=torch.float16 with master_bits={master_bits}: squares of "
-                "gradients below 2e-4 are zero in float16; use torch.float32, torch.bfloat16 or "
-                '"int8"'
+                'gradients below 2e-4 are zero in float16; use torch.float32 or "int8"'
             )
     return Storage(state, master_bits, stochastic)
 
@@ -131,7 +134,7 @@ def storage_of(
 def _master_bits(wanted: Any, param: Tensor, real: torch.dtype, what: str) -> int:
     if wanted is None:
         return 0
-    if wanted not in (24, 32) or isinstance(wanted, bool):
+    if not isinstance(wanted, int) or wanted not in (24, 32):
         raise ValueError(f"{what}: master_bits={wanted!r}; expected None, 32 or 24")
     if param.is_complex() or real not in (torch.bfloat16, torch.float16):
         raise ValueError(
@@ -147,7 +150,7 @@ def _master_bits(wanted: Any, param: Tensor, real: torch.dtype, what: str) -> in
 
 
 def _stochastic(wanted: Any, master_bits: int, param: Tensor, what: str) -> bool:
-    if wanted not in ("nearest", "stochastic"):
+    if not isinstance(wanted, str) or wanted not in ("nearest", "stochastic"):
         raise ValueError(f'{what}: rounding={wanted!r}; expected "nearest" or "stochastic"')
     if wanted == "nearest":
         return False
@@ -164,16 +167,13 @@ def _stochastic(wanted: Any, master_bits: int, param: Tensor, what: str) -> bool
     return True
 
 
-def _code_or_float(
-    wanted: str,
+def _check_codes(
     group: Mapping[str, Any],
     param: Tensor,
     real: torch.dtype,
     what: str,
     unsafe: Mapping[str, str],
-) -> torch.dtype:
-    if wanted != "int8":
-        raise TypeError(f'{what}: state_dtype={wanted!r}; expected "int8" or a torch.dtype')
+) -> None:
     if param.is_complex() or real == torch.float64:
         raise TypeError(
             f'{what} of dtype {param.dtype} cannot have state_dtype="int8": codes have 5 bits of '
@@ -185,10 +185,6 @@ def _code_or_float(
                 f'{what}: state_dtype="int8" with {option}={group[option]}: {reason}; use '
                 "torch.float32"
             )
-    smallest = group.get("min_8bit_size", 0)
-    if isinstance(smallest, bool) or not isinstance(smallest, int) or smallest < 0:
-        raise ValueError(f"{what}: min_8bit_size={smallest!r}; expected a number of elements")
-    return torch.float32 if param.numel() < smallest else torch.uint8
 
 
 def _float(wanted: Any, param: Tensor, real: torch.dtype, what: str) -> torch.dtype:
@@ -197,13 +193,12 @@ def _float(wanted: Any, param: Tensor, real: torch.dtype, what: str) -> torch.dt
     accepted = dict.fromkeys(s for p, _, s in _COMBINATIONS if p == real)
     if real == torch.float32 and not param.is_complex():
         accepted[torch.bfloat16] = None
-    if dtype not in accepted:
+    if not isinstance(dtype, torch.dtype) or dtype not in accepted:
         also = ' or "int8"' if default == torch.float32 and not param.is_complex() else ""
         raise TypeError(
-            f"{what} of dtype {param.dtype} cannot have state_dtype={wanted}; expected one of "
+            f"{what} of dtype {param.dtype} cannot have state_dtype={wanted!r}; expected one of "
             f"{', '.join(map(str, accepted))}{also}"
         )
-    assert isinstance(dtype, torch.dtype)
     return dtype
 
 
@@ -244,11 +239,11 @@ def check_part(key: str, value: Tensor, param: Tensor, where: str) -> None:
             f"{' or '.join(map(str, dtypes))} and {shape}"
         )
     if key == ORDER:
-        strides = torch.empty(0, device="meta").new_empty(param.shape).stride()
-        if sorted(value.tolist()) != sorted(strides) and param.numel() > 0:
-            reach = sum((n - 1) * s for n, s in zip(param.shape, value.tolist(), strict=True))
-            if reach != param.numel() - 1 or min(value.tolist()) < 0:
-                raise ValueError(f"{where} is {value.tolist()}, which are no strides of {shape}")
+        strides = value.tolist()
+        sizes = tuple(param.shape)
+        reach = sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
+        if param.numel() > 0 and (min(strides, default=0) < 0 or reach != param.numel() - 1):
+            raise ValueError(f"{where} is {strides}, which are no strides of a dense {sizes}")
 
 
 def check_scales(values: Mapping[str, Any], where: str) -> None:
@@ -276,7 +271,8 @@ def lacking_in(values: Mapping[str, Any], needed: Iterable[str]) -> list[str]:
 
 def in_memory_order(tensor: Tensor) -> Tensor:
     """The elements of a dense tensor one behind the other as they lie in memory."""
-    order = sorted(range(tensor.dim()), key=lambda d: (-tensor.stride(d), -tensor.shape[d]))
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda d: -strides[d])
     return tensor.permute(order).reshape(-1)
 
 
@@ -320,7 +316,7 @@ def master_of(param: Tensor, values: Mapping[str, Any]) -> Tensor | None:
     """The master weights in a state, as float32; None where it has none."""
     if values.get(MASTER) is not None:
         exact = values[MASTER].detach().to(param.device, torch.float32)
-        changed = exact.to(param.dtype).float() != param.detach().float()
+        changed = exact.to(torch.float16).view(torch.int16) != param.detach().view(torch.int16)
         return torch.where(changed, param.detach().float(), exact)
     if values.get(REMAINDER) is None:
         return None

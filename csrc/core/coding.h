@@ -128,7 +128,7 @@ FUSEDOPT_HD float decode_square(uint32_t code, float scale, bool careful) {
 }
 
 FUSEDOPT_HD uint32_t magnitude_bits(float value) { return float_to_bits(value) & 0x7fffffffu; }
-FUSEDOPT_HD bool is_finite(uint32_t magnitude) { return magnitude < 0x7f7b0000u; }
+FUSEDOPT_HD bool is_finite(uint32_t magnitude) { return magnitude < 0x7f770000u; }
 
 FUSEDOPT_HD uint32_t encode_signed(float value, float inverse, bool careful) {
   const bool special = careful && !is_finite(magnitude_bits(value));
@@ -160,8 +160,8 @@ FUSEDOPT_HD Scale scale_of(uint32_t largest, bool careful) {
   constexpr float smallest = 0x1p-100f;
   const float magnitude = bits_to_float(largest);
   const float least = largest == 0 ? 0 : magnitude < smallest ? smallest : magnitude;
-  // The largest byte stands for 1, or for 63 / 64.
-  const float scale = never_negative ? least : least * (64.0f / 63);
+  // The largest byte stands for 1, or for 31 / 32.
+  const float scale = never_negative ? least : least * (32.0f / 31);
   return {careful ? -scale : scale, largest == 0 ? 0 : 1 / scale};
 }
 

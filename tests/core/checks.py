@@ -162,7 +162,7 @@ def check_division(core: Core, kernel: Kernel) -> None:
     total = sum(sizes)
     even = [(np.linspace(0, total, n + 1).astype(int), THREADED) for n in (1, 2, 3)]
     borders = np.cumsum([0, *sizes])
-    near = np.concatenate([borders + i for i in (-65, -64, -1, 0, 1, 63, 64)])
+    near = np.concatenate([borders + i for i in (-257, -256, -64, -1, 0, 1, 64, 255, 256)])
     random = np.random.default_rng(0).integers(0, total, 50)
     cuts = np.unique(np.concatenate([near, random, [0, 1, total]]).clip(0, total))
     for isa in core.isas:

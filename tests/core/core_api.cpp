@@ -18,8 +18,8 @@ namespace {
 
 using namespace fusedopt;
 
-static_assert(sizeof(Span) == 64 && sizeof(HyperRow) == 128 && sizeof(GradSpan) == 32 &&
-                  sizeof(RowSource) == 88 && sizeof(CountRange) == 16,
+static_assert(sizeof(Span) == 72 && sizeof(Coding) == 56 && sizeof(HyperRow) == 128 &&
+                  sizeof(GradSpan) == 32 && sizeof(RowSource) == 88 && sizeof(CountRange) == 16,
               "library.py lays them out as well");
 
 // The order in which the pieces of a CPU step run in threads of their own; see host_launcher.h.
@@ -57,9 +57,11 @@ std::string describe_core() {
     return list({quote(rule.name), to_string(rule.first_variant), list(keys)});
   });
   const std::string variants = list(r.variants, [](const VariantInfo& variant) {
-    std::vector<std::string> names;
-    for (int k = 0; k < variant.states; ++k) names.push_back(quote(variant.state_names[k]));
-    return list(names);
+    std::vector<std::string> states;
+    for (int k = 0; k < variant.states; ++k)
+      states.push_back(
+          list({quote(variant.state_names[k]), to_string(int(variant.never_negative(k)))}));
+    return list(states);
   });
   const std::string combinations = list(r.combinations, [](const CombinationInfo& c) {
     const char* const names[] = {"float32", "float64", "bfloat16", "float16"};

@@ -15,7 +15,12 @@ Options = Mapping[str, Any]
 
 SPAN = np.dtype(
     [("param", "u8"), ("grad", "u8"), ("states", "u8", 3), ("numel", "i8")]
-    + [("offset", "i8"), ("kernel", "i4"), ("row", "i4")]
+    + [("offset", "i8"), ("kernel", "i4"), ("row", "i4"), ("coding", "u8")]
+)
+CODING = np.dtype(
+    [("scales", "u8", 3), ("master", "u8"), ("count", "u8"), ("key", "u8"), ("step", "u4")]
+    + [("param", "u1"), ("grad", "u1"), ("state", "u1")],
+    align=True,
 )
 ROW = np.dtype((np.uint8, 128))
 GRADIENT = np.dtype(
@@ -41,8 +46,9 @@ class Kernel:
     rule: str
     variant: int  # among all variants of all rules
     states: tuple[str, ...]
-    dtypes: tuple[str, ...]  # of the parameter, the gradient and each state
+    dtypes: tuple[str, ...]  # of the parameter, the gradient and each state, or all "coded"
     chunk: int  # elements that a block of the CUDA kernel handles at a time
+    never_negative: tuple[bool, ...]  # of each state
 
     def __str__(self) -> str:
         return f"{self.rule}({', '.join(self.states)}) on {', '.join(self.dtypes)}"
@@ -87,19 +93,31 @@ class Core:
         self.rules: list[str] = [name for name, _, _ in self._rules]
 
     @cached_property
-    def kernels(self) -> list[Kernel]:
+    def _all_kernels(self) -> list[Kernel]:
         """All of them, in the order in which the core numbers them."""
         about = self._description
         kernels = []
         for variant, states in enumerate(about["variants"]):
             rule = [name for name, first, _ in self._rules if first <= variant][-1]
-            for param, grad, state in about["combinations"]:
+            names = tuple(name for name, _ in states)
+            never_negative = tuple(bool(flag) for _, flag in states)
+            for param, grad, state in [*about["combinations"], ["coded"] * 3]:
                 index = len(kernels)
                 dtypes = (param, grad, *[state] * len(states))
-                kernels.append(
-                    Kernel(index, rule, variant, tuple(states), dtypes, about["chunks"][index])
-                )
+                chunk = about["chunks"][index]
+                kernels.append(Kernel(index, rule, variant, names, dtypes, chunk, never_negative))
+        assert len(kernels) == len(about["chunks"])
         return kernels
+
+    @cached_property
+    def kernels(self) -> list[Kernel]:
+        """Those of spans without a Coding."""
+        return [kernel for kernel in self._all_kernels if kernel.dtypes[0] != "coded"]
+
+    @cached_property
+    def coded_kernels(self) -> list[Kernel]:
+        """Those of spans with a Coding, one for each variant."""
+        return [kernel for kernel in self._all_kernels if kernel.dtypes[0] == "coded"]
 
     def values(self, rule: str, options: Options) -> np.ndarray:
         """The options as the core numbers them."""

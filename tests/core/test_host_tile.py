@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from . import checks
+from . import checks, coded
 from .library import SPAN, THREADED, Core, Kernel
 from .memory import Streams, extreme
 from .options import RULES
@@ -22,6 +22,12 @@ def test_every_rule_and_variant_has_a_reference(core: Core) -> None:
 @pytest.mark.parametrize("check", checks.CHECKS.values(), ids=checks.CHECKS)
 def test_every_kernel(core: Core, check: Callable[[Core, Kernel], None]) -> None:
     for kernel in core.kernels:
+        check(core, kernel)
+
+
+@pytest.mark.parametrize("check", coded.CODED_CHECKS.values(), ids=coded.CODED_CHECKS)
+def test_every_coded_kernel(core: Core, check: Callable[[Core, Kernel], None]) -> None:
+    for kernel in core.coded_kernels:
         check(core, kernel)
 
 
@@ -117,8 +123,8 @@ def test_loop_over_a_span_beyond_32_bits(core: Core) -> None:
     huge = HugeSpan(core)
     for isa in core.isas:
         for element in (2**31, 2**32, huge.NUMEL):
-            # Cuts are moved down to a multiple of 64, except at the very end.
+            # Cuts are moved down to a multiple of 256, except at the very end.
             cuts = [huge.FIRST + element - 1000, huge.FIRST + element]
-            begin, end = (element - 1000) // 64 * 64, element
+            begin, end = (element - 1000) // 256 * 256, element
             step = partial(core.cpu_step, huge.spans, huge.rows, isa, cuts)
             huge.check(core, begin, end, step)
