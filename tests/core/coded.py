@@ -164,9 +164,11 @@ class CodedStreams:
         assert (part is None) == (blocks is None), name
         if part is not None and blocks is not None:
             assert blocks.dtype.itemsize == part.dtype.itemsize, f"{name}: {blocks.dtype}"
-            memory[part.bytes] = np.ascontiguousarray(blocks).ravel().view(np.uint8)[
-                : part.count * part.dtype.itemsize
-            ]
+            memory[part.bytes] = (
+                np.ascontiguousarray(blocks)
+                .ravel()
+                .view(np.uint8)[: part.count * part.dtype.itemsize]
+            )
 
     def _fill(
         self, span: int, random: np.random.Generator, fill: Fill, changed: bool, any_codes: bool
@@ -250,9 +252,9 @@ class CodedStreams:
         for i, code in enumerate(self.codes):
             blocks, own = range(int(self._blocks[i])), self.codings[i]
             key, step = int(own["key"]), int(own["step"])
-            none = np.zeros((0, BLOCK), np.uint32)
-            random = np.stack([coding.random_bits(key, step, b) for b in blocks]) if blocks else none
-            dither = np.stack([coding.dither(b, step) for b in blocks]) if blocks else none
+            random, dither = np.zeros((2, len(blocks), BLOCK), np.uint32)
+            for b in blocks:
+                random[b], dither[b] = coding.random_bits(key, step, b), coding.dither(b, step)
             new = [array[starts[i] : starts[i + 1]].reshape(-1, BLOCK) for array in streams]
             param, master = coding.encode_param(code.param, new[0], random)
             self._put(memory, i, "param", param)
@@ -289,8 +291,7 @@ class CodedStreams:
             part.start + (element + 1) * part.dtype.itemsize,
         )
         raise AssertionError(
-            f"{self._kernel.rule}({', '.join(self._kernel.states)}): {what}: {len(different)} bytes "
-            f"differ, first in span {part.span} of {self.spans['numel'][part.span]} elements, "
+            f"{self._kernel}: {what}: {len(different)} bytes differ, first in span {part.span} of {self.spans['numel'][part.span]} elements, "
             f"{self.codes[part.span]}, {part.name}, element {element} of {part.count}: "
             f"{got[bytes_of].view(part.dtype)[0]:#x}, not {want[bytes_of].view(part.dtype)[0]:#x}"
         )
@@ -340,8 +341,9 @@ def check_memory(core: Core, kernel: Kernel) -> None:
     memory = CodedStreams(core, kernel, spans * 2, scaled)
     want = memory.expected()
     counts = memory.codings["step"].astype(np.float32)
-    in_memory = np.arange(len(counts)) % 3 > 0
-    memory.codings["count"] = np.where(in_memory, counts.ctypes.data + 4 * np.arange(len(counts)), 0)
+    places = np.arange(len(counts))
+    in_memory = places % 3 > 0
+    memory.codings["count"] = np.where(in_memory, counts.ctypes.data + 4 * places, 0)
     memory.codings["step"][in_memory] = 77  # which is not to be looked at
     ways = [(plain, factor, True), (plain, factor, False), (scaled, None, True)]
     for (rows, own_factor, rows_in_memory), (blocks, order) in product(
@@ -411,7 +413,7 @@ def check_reference(core: Core, kernel: Kernel) -> None:
                     error = np.where(np.arange(expected.size).reshape(expected.shape) < 700, 1, 0)
                     error = error * np.abs(got[k] - expected)
                     assert (error <= bound * (1 + 1e-3)).all(), (
-                        f"{kernel.rule}({', '.join(kernel.states)}), {code} by {way}, {options}: "
+                        f"{kernel}, {code} by {way}, {options}: "
                         f"{name} is off by {(error / bound).max():.3g} bounds"
                     )
 
@@ -456,8 +458,7 @@ def check_isolation(core: Core, kernel: Kernel) -> None:
                         largest = want[k].max(axis=1, keepdims=True)
                         same |= want[k][:, others] >= largest * (1 - 2.0**-6)
                     assert same.all(), (
-                        f"{kernel.rule}({', '.join(kernel.states)}), {code} by {way}: {name} "
-                        f"differs beside a gradient of {value}"
+                        f"{kernel}, {code} by {way}: {name} differs beside a gradient of {value}"
                     )
 
 

@@ -51,7 +51,8 @@ class Kernel:
     never_negative: tuple[bool, ...]  # of each state
 
     def __str__(self) -> str:
-        return f"{self.rule}({', '.join(self.states)}) on {', '.join(self.dtypes)}"
+        dtypes = "codes" if self.dtypes[0] == "coded" else ", ".join(self.dtypes)
+        return f"{self.rule}({', '.join(self.states)}) on {dtypes}"
 
     @property
     def streams(self) -> tuple[str, ...]:
