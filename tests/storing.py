@@ -1,5 +1,6 @@
 """The choices of storage that the tests run through, and how they read masters and states."""
 
+import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from optimizers import Options
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from training import EVERY_CASE, RICHEST, Case, clone_params, make_params, params_of, set_grads
+from training import EVERY_CASE, RICHEST, Case, make_params, params_of, set_grads
 
 from fusedopt._extension import _C
 
@@ -96,9 +97,12 @@ def step(optimizer: Optimizer, steps: Iterable[int], dtype: torch.dtype | None =
         optimizer.step()
 
 
-def copy_of(optimizer: Optimizer, cls: Any, **options: Any) -> Optimizer:
-    """A new optimizer over copies of the parameters, without any state."""
-    return cls(clone_params(params_of(optimizer)), **options)
+def saved(optimizer: Optimizer) -> dict[str, Any]:
+    """The state_dict as it comes back from a file."""
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 def rounded(master: Tensor, dtype: torch.dtype) -> Tensor:
