@@ -9,9 +9,11 @@ from cases import HALF, bits, real_view
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optimizers import ROWS, Options, Row
+from storing import BF16, CHOICES, F32, Choice, masters_of, rounded, saved
 from torch import Tensor
 from torch.optim import Optimizer
 
+import fusedopt
 from fusedopt._extension import _C
 
 DTYPES = [*dict.fromkeys(p for p, _, _ in _C.combinations()), torch.complex64, torch.complex128]
@@ -178,3 +180,122 @@ def test_as_torch(case: Case) -> None:
         for key, value in other.state.get(like, {}).items():
             if value is not None:
                 torch.testing.assert_close(optimizer.state[param][key], value, rtol=1e-7, atol=1e-7)
+
+
+# -- choices of storage -----------------------------------------------------------------------
+
+
+@st.composite
+def stored_cases(draw: st.DrawFn) -> tuple[Case, list[Choice]]:
+    """A case with a choice of storage for each group."""
+    case = draw(cases())
+    choices = draw(
+        st.lists(
+            st.sampled_from([*CHOICES.values()]),
+            min_size=len(case.option_names),
+            max_size=len(case.option_names),
+        )
+    )
+    members = [
+        replace(
+            member,
+            dtype=choices[member.group].param,
+            float32_grad=member.float32_grad and choices[member.group].param != F32,
+        )
+        for member in case.members
+    ]
+    return replace(case, members=members), choices
+
+
+def with_choice(options: Options, choice: Choice) -> Options:
+    plain = {} if choice.suits(options) else {"centered": False}
+    return {**options, **plain, **choice.options}
+
+
+@settings(max_examples=100)
+@given(drawn=stored_cases(), flat=st.booleans())
+def test_stored_as_if_each_parameter_were_alone(
+    drawn: tuple[Case, list[Choice]], flat: bool
+) -> None:
+    """Among others without gradients, that is: what is random goes by the position."""
+    case, choices = drawn
+    options = [with_choice(o, choice) for o, choice in zip(case.options, choices, strict=True)]
+    optimizer, params = train(case.row.ours, options, case.members, flat=flat)
+    masters = masters_of(optimizer)
+    for i, member in enumerate(case.members):
+        nothing = [False] * len(member.present)
+        alone = [m if m is member else replace(m, present=nothing) for m in case.members]
+        other, expected = train(case.row.ours, options, alone)
+        assert_same_bits(params[i], expected[i])
+        mine, theirs = optimizer.state.get(params[i], {}), other.state.get(expected[i], {})
+        assert mine.keys() == theirs.keys()
+        for key in mine:
+            assert_same_bits(mine[key], theirs[key])
+        if choices[member.group].masters:
+            # The members of a group are in a row, as they are in the optimizer.
+            assert_same_bits(params[i].detach(), rounded(masters[i], member.dtype))
+
+
+float32_bits = st.integers(-(2**31), 2**31 - 1)
+
+
+@settings(max_examples=200)
+@given(
+    numbers=st.lists(float32_bits, min_size=1, max_size=600),
+    choice=st.sampled_from([choice for choice in CHOICES.values() if choice.masters]),
+)
+def test_any_master(numbers: list[int], choice: Choice) -> None:
+    """It comes back as it was, or rounded to 24 bits; the parameter is it, rounded."""
+    whole = torch.tensor(numbers)
+    values = whole.int().view(F32)
+    nan = values.isnan()
+    param = torch.zeros(len(numbers), dtype=choice.param, requires_grad=True)
+    optimizer = fusedopt.SGD([param], lr=0.0, **choice.options)
+    optimizer.load_master_params([values])
+    exact = values
+    if choice.options["master_bits"] == 24:
+        shorter = (whole & 0xFFFFFFFF) + 0x80 & 0xFFFFFF00
+        exact = torch.where(shorter >= 2**31, shorter - 2**32, shorter).int().view(F32)
+    for _ in range(2):
+        (master,) = masters_of(optimizer)
+        assert torch.equal(master.isnan(), nan)
+        assert_same_bits(master[~nan], exact[~nan])
+        assert_same_bits(param.detach()[~nan], rounded(exact, choice.param)[~nan])
+        param.grad = torch.zeros_like(param)
+        optimizer.step()
+
+
+CHAIN = [choice for choice in CHOICES.values() if choice.param == BF16] + [Choice(BF16, {})]
+
+
+@settings(max_examples=60)
+@given(
+    row=st.sampled_from(ROWS),
+    member=parameters(1, 2).map(lambda members: members[0]),
+    chain=st.lists(st.sampled_from(CHAIN), min_size=2, max_size=6),
+    data=st.data(),
+)
+def test_any_choice_after_another(
+    row: Row, member: Parameter, chain: list[Choice], data: st.DataObject
+) -> None:
+    """Loading changes no weight, and all goes on from there."""
+    options = data.draw(st.sampled_from([*row.option_sets.values()]))
+    member = replace(member, dtype=BF16, float32_grad=False, present=[True, True])
+    param, grads = member.values()
+    state_dict = None
+    for number, choice in enumerate(chain):
+        param = param.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        before = param.detach().clone()
+        optimizer = row.ours([param], **with_choice(options, choice))
+        if state_dict is not None:
+            optimizer.load_state_dict(state_dict)
+            assert_same_bits(param.detach(), before)
+        for grad in grads:
+            param.grad = grad
+            optimizer.step()
+        if "step" in optimizer.state[param] and row.counts_steps:
+            assert float(optimizer.state[param]["step"]) == 2 * (number + 1)
+        (master,) = masters_of(optimizer)
+        assert_same_bits(param.detach(), rounded(master, BF16))
+        assert bool(master.isfinite().all())
+        state_dict = saved(optimizer)
