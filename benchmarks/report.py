@@ -47,6 +47,7 @@ README = ROOT / "README.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
 MARKER, GPU_MARKER = "benchmark", "gpu-benchmark"
 README_COLUMNS = ("torch-fused", "torch-foreach", "torch-forloop", "deepspeed-cpu", FLAT)
+STORAGE_SCENARIO = "1x64Mi"
 AS_GOOD = 1.02  # times that are no further apart count as the same
 
 NO_GPU = "The CUDA kernels have not been measured on a GPU yet, so there are no figures here.\n"
@@ -206,10 +207,9 @@ def targets(results: Json) -> tuple[str, bool]:
 
 def measured_cases(results: Json) -> tuple[list[Json], list[str]]:
     """The cases that have fusedopt, and who else was measured in any."""
-    others = [
-        name for case in results["cases"] for name in case[WALL] if name not in (OURS, COPY, FLOOR)
-    ]
-    return [case for case in results["cases"] if OURS in case[WALL]], list(dict.fromkeys(others))
+    cases = [case for case in results["cases"] if OURS in case[WALL]]
+    others = [name for case in cases for name in case[WALL] if name not in (OURS, COPY, FLOOR)]
+    return cases, list(dict.fromkeys(others))
 
 
 def block(marker: str, text: str) -> str:
@@ -252,9 +252,40 @@ def as_good_or_better(results: Json) -> str:
         "fusedopt's time.\n"
         for case in cases
         for name in others
-        if name != FLAT and (ratio(case, name, OURS) or AS_GOOD) < AS_GOOD
+        if not name.startswith(OURS) and (ratio(case, name, OURS) or AS_GOOD) < AS_GOOD
     ]
     return "".join(found) or "In no case of this run.\n"
+
+
+def storage_block(results: Json) -> str:
+    """Steps with fewer bytes a parameter, next to those that do the same work in the usual way."""
+    usual = {"AdamW": "torch-fused", "AdamW-master": "torch-fused-copies"}
+    rows = [
+        [
+            case["optimizer"],
+            of_what(case),
+            name,
+            f"{case['peak'][name] / case['parameters']:.1f}",
+            duration(median(case[WALL][name])),
+            times(ratio(case, usual[case["optimizer"]], name)),
+        ]
+        for case in results["cases"]
+        if case["scenario"] == STORAGE_SCENARIO and case["optimizer"] in usual
+        for name in case[WALL]
+        if name not in (COPY, FLOOR)
+    ]
+    head = ["step of", "tensors", "implementation", "peak bytes/parameter", "median"]
+    return table([*head, "times as fast as usual"], rows, left=3)
+
+
+def memory_table(results: Json) -> str:
+    """The peaks of memory of all cases and implementations."""
+    rows = [
+        [case["optimizer"], of_what(case), name, f"{peak:,}", f"{peak / case['parameters']:.2f}"]
+        for case in results["cases"]
+        for name, peak in case["peak"].items()
+    ]
+    return table(["optimizer", "tensors", "implementation", "peak", "per parameter"], rows, left=3)
 
 
 def target_block(results: Json) -> str:
@@ -289,6 +320,7 @@ BLOCKS: dict[str, Callable[[Json], str]] = {
     f"{MARKER}-short": lambda results: summary(results, README_COLUMNS),
     f"{MARKER}-peers": peers,
     f"{MARKER}-better": as_good_or_better,
+    f"{MARKER}-storage": storage_block,
     f"{MARKER}-targets": target_block,
     f"{MARKER}-scaling": scaling_block,
     f"{MARKER}-training": training_block,

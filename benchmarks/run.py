@@ -49,7 +49,7 @@ from benchmarks.implementations import (
     first_line,
 )
 from benchmarks.progress import Progress
-from benchmarks.report import markdown
+from benchmarks.report import markdown, memory_table
 from benchmarks.scenarios import (
     GI,
     KI,
@@ -511,6 +511,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="a JSON file of an earlier run: tell where fusedopt is slower than there, relative to "
         "the machine's own speed; exit status 1 if it is",
     )
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="show peaks of memory, in bytes and per parameter, and time two rounds only",
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N")
     parser.add_argument(
         "--threads",
@@ -562,6 +567,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         arguments.rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
     if arguments.seconds is None:
         arguments.seconds = QUICK_SECONDS if arguments.quick else SECONDS[kind]
+    if arguments.memory:
+        arguments.rounds = 2  # quartiles take two
     if arguments.rounds < 1:
         parser.error(f"--rounds: at least 1, got {arguments.rounds}")
     arguments.into = None
@@ -659,7 +666,7 @@ def main(argv: list[str] | None = None) -> int:
     table = markdown(results)
     write_json(arguments.output, results)
     arguments.output.with_suffix(".md").write_text(table)
-    print(table)
+    print(memory_table(results) if arguments.memory else table)
     print(f"Written to {arguments.output} and {arguments.output.with_suffix('.md')}.")
     if importlib.util.find_spec("matplotlib") is None:
         print("No plots: matplotlib is not installed.")

@@ -395,11 +395,13 @@ def _convert_master(
     value = values.get(key)
     if value is not None and value.dtype == storage.spec(key, param).dtype:
         return {key: value}
-    master = values[MASTER].to(param.device) if key == REMAINDER and MASTER in values else None
-    if master is None:
-        master = master_of(param, values)
-    if master is None:
+    if not values:
         return {}
-    if key == MASTER:
-        return {key: master}
+    if key == MASTER:  # a remainder says nothing of a float16
+        return {key: param.detach().float()}
+    # The parameter is its own master, unless there is another one.
+    master = param.detach().float() if value is None else master_of(param, {REMAINDER: value})
+    if values.get(MASTER) is not None:
+        master = values[MASTER].to(param.device)
+    assert master is not None
     return {key: remainder_of(master, param, storage.master_bits)}

@@ -32,9 +32,15 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         differentiable: must be False.
         capturable: let a step be captured into a CUDA graph. A replay follows lr and weight_decay
             where these are tensors on the parameters' device; any other option stays as it was.
-        state_dtype: dtype of momentum_buffer: by default torch.float32 (float64 for float64
-            parameters); for bfloat16 parameters also torch.bfloat16, for float16 ones
-            torch.float16, which is what torch.optim takes.
+        state_dtype: dtype of momentum_buffer: by default torch.float32
+            (float64 for float64 parameters); torch.bfloat16 for bfloat16 and float32 parameters,
+            torch.float16 for float16 ones, or "int8": a byte each and a scale for every 256.
+        min_8bit_size: parameters with fewer elements keep float32 states where others have "int8".
+        master_bits: 32 keeps exact float32 weights beside bfloat16 parameters, in 2 bytes each
+            (beside float16 ones, in 4), 24 keeps 16 bits of precision in 1 byte; None: none.
+        rounding: of bfloat16 parameters without masters: "nearest", or "stochastic", which is right
+            in the mean.
+        seed: of stochastic rounding, from 0 to 2**64 - 1; saved in the state_dict.
         max_grad_norm: clip the gradients to this norm of all of them together, as
             torch.nn.utils.clip_grad_norm_ does, but only within the step: gradients are read, not
             written. The norm is :attr:`grad_norm`. None: no clipping. With a norm that is not
@@ -46,8 +52,11 @@ class SGD(FusedOptimizer, torch.optim.SGD):
 
     Raises:
         ValueError: as torch.optim.SGD; for differentiable=True, NaN options, a negative
-            max_grad_norm, a group without parameters, and parameters that overlap in memory.
+            max_grad_norm, a group without parameters, parameters that overlap in memory, and choices
+            of storage that make no sense together.
         TypeError: for a parameter or state_dtype that is not supported.
+
+    See docs/precision.md for state_dtype, master_bits and rounding, and the keys that they add.
     """
 
     _rule = "sgd"
