@@ -27,6 +27,12 @@ MODULE = PACKAGE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 REGISTERS = {"baseline": "xmm", "avx2": "ymm", "avx512": "zmm"}
 TYPES = r"<(?:fusedopt::)?(?P<rule>\w+::Variant<[^>]*>), .*Types<(?P<types>[^>]*)>"
 LOOP = re.compile(r"fusedopt::cpu::(?P<isa>\w+)::.*span_loop" + TYPES)
+# What the loops over spans with a Coding call: the same for all rules.
+PIECE = re.compile(
+    r"fusedopt::cpu::(?P<isa>\w+)::\(anonymous namespace\)::(?P<piece>(en|de)code.*)"
+)
+CALL_TO_PIECE = re.compile(r"call\s.*(::(en|de)code\w*[<(]|<mem(cpy|set)@plt>)")
+SCALAR = re.compile(r"v?((?:sqrt|div|mul|add|sub|cvt\w+)(?:ss|sd)|cvtt?ss2\w+|cvtsi2s\w+)\b")
 ARITHMETIC = re.compile(r"v?(sqrt|div|mul|add|sub)([ps])([sd])\b.*")
 BITS = {"double": 64, "float": 32, "bfloat16": 16, "float16": 16}
 
@@ -59,12 +65,18 @@ def check_loops() -> tuple[list[str], int]:
     current = ""
     for line in lines("objdump", "--disassemble", "--demangle", "--no-show-raw-insn", str(MODULE)):
         if header := re.match(r"[0-9a-f]+ <(.*)>:$", line):
-            current = header[1] if LOOP.search(header[1]) else ""
+            named = LOOP.search(header[1]) or PIECE.search(header[1])
+            current = header[1] if named else ""
         elif current and "\t" in line:
             loops[current].append(line.split("\t", 1)[1].strip())
 
-    wrong, count = [], Counter[str]()
+    wrong, count, pieces = [], Counter[str](), Counter[str]()
     for name, instructions in loops.items():
+        if match := PIECE.search(name):
+            pieces[match["isa"]] += 1
+            for problem in piece_problems(match["piece"], instructions, REGISTERS[match["isa"]]):
+                wrong.append(f"{match['isa']} {match['piece']}: {problem}")
+            continue
         match = LOOP.search(name)
         assert match is not None
         count[match["isa"]] += 1
@@ -72,7 +84,9 @@ def check_loops() -> tuple[list[str], int]:
             wrong.append(f"{match['isa']} loop {match['rule']} ({match['types']}): {problem}")
     if len({count[isa] for isa in REGISTERS}) != 1 or not loops:
         wrong.append(f"not the same loops for each instruction set: {dict(count)}")
-    print(f"CPU: {len(loops)} loops, {dict(count)}")
+    if len({pieces[isa] for isa in REGISTERS}) != 1 or not pieces:
+        wrong.append(f"not the same pieces for each instruction set: {dict(pieces)}")
+    print(f"CPU: {count.total()} loops, {dict(count)}; {pieces.total()} pieces of coded ones")
     return wrong, count["baseline"]
 
 
@@ -98,8 +112,43 @@ def loop_problems(instructions: list[str], register: str, types: str) -> Iterato
         re.match(rf"vfn?m(add|sub)\d+p{precision}\b.*{register}", text) for text in instructions
     ):
         yield f"no packed multiply-add on {register}"
-    if calls := [text for text in instructions if text.startswith("call")]:
+    calls = [text for text in instructions if text.startswith("call")]
+    if "coded" in types:
+        calls = [text for text in calls if not CALL_TO_PIECE.match(text)]
+        yield from conversion_problems(instructions, register)
+    if calls:
         yield calls[0]
+
+
+def conversion_problems(instructions: list[str], register: str) -> Iterator[str]:
+    """Codes become floats, and floats codes, by whole registers."""
+    for conversion in ("cvtdq2ps", "cvttps2dq"):
+        found = [text for text in instructions if re.match(f"v?{conversion}\\b", text)]
+        if found and not any(register in text for text in found):
+            yield f"no {conversion} on {register}"
+    if scalar := [text for text in instructions if re.match(r"v?cvt(tss2si|si2ss)\b", text)]:
+        yield f"an element at a time: {scalar[0]}"
+
+
+def piece_problems(piece: str, instructions: list[str], register: str) -> Iterator[str]:
+    # An instruction converts eight float16 to float32, or back.
+    if "float16 const*, float*" in piece.replace("bfloat16", "") or "::float16*" in piece:
+        register = min(register, "ymm")
+    if not any(register in text for text in instructions):
+        yield f"nothing on {register}"
+    scalar = {match[1] for text in instructions if (match := SCALAR.match(text))}
+    if piece.startswith("encode_codes"):
+        scalar -= {"divss", "mulss"}  # the scale of the block
+        converted = "cvttps2dq"
+    else:
+        converted = "cvtdq2ps" if piece.startswith("decode_codes") else ""
+    if scalar:
+        yield f"an element at a time: {', '.join(sorted(scalar))}"
+    if converted and not any(converted in text and register in text for text in instructions):
+        yield f"no {converted} on {register}"
+    calls = [text for text in instructions if text.startswith("call")]
+    if other := [text for text in calls if not CALL_TO_PIECE.match(text)]:
+        yield other[0]
 
 
 def check_kernels(expected: int, chosen: str) -> list[str]:
@@ -189,6 +238,9 @@ def kernel_problems(
 def step_problems(types: str, instructions: Counter[str], accesses: Counter[str]) -> Iterator[str]:
     if "double" not in types and (double := sorted(filter(DOUBLE.match, instructions))):
         yield f"{', '.join(double)}, but none of its dtypes is double"
+    if "coded" in types:
+        yield from coded_step_problems(accesses)
+        return
     # A parameter and its states are loaded and stored, the gradient is loaded only.
     if not accesses["LDG 128"] > accesses["STG 128"] > 0:
         yield f"not all accesses have 128 bits: {dict(accesses)}"
@@ -197,6 +249,13 @@ def step_problems(types: str, instructions: Counter[str], accesses: Counter[str]
     widths = {int(access.split()[1]) for access in accesses}
     if odd := sorted(widths - single - {128}):
         yield f"accesses of {odd} bits: {dict(accesses)}"
+
+
+def coded_step_problems(accesses: Counter[str]) -> Iterator[str]:
+    # A thread has pairs of elements, of four bytes at most, and eight codes at a time.
+    for access in ("LDG", "STG"):
+        if not accesses[f"{access} 64"]:
+            yield f"no {access} of 64 bits: {dict(accesses)}"
 
 
 def count_problems(count: dict[str, Counter[str]], expected: int, chosen: str) -> Iterator[str]:
