@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from storing import CHOICES, Choice, every_pair
+from storing import SHAPES as BLOCKS
 from torch import nn
 from training import RICHEST, Case, assert_equal, make_params, params_of, set_grads, train
 
@@ -57,6 +59,41 @@ def test_a_step_allocates_nothing(case: Case, dtype: torch.dtype, kind: str) -> 
     assert allocated(optimizer.step) == 0
     if kind == "flat":
         assert allocated(optimizer.zero_grad) == 0
+
+
+@every_pair
+def test_a_step_with_any_storage_allocates_nothing(case: Case, choice: Choice) -> None:
+    """Neither for codes and masters, nor where somebody has changed the weights."""
+    optimizer = case.ours(choice.params(BLOCKS), **case.options, **choice.options)
+    train(optimizer, range(2))
+    set_grads(params_of(optimizer), 2)
+    assert allocated(optimizer.step) == 0
+    with torch.no_grad():
+        params_of(optimizer)[0].mul_(2)
+    assert allocated(optimizer.step) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("float32-int8", 2 * (1 + 4 / 256)),
+        ("float32-bfloat16", 2 * 2),
+        ("bfloat16-32", 2 * 4 + 2),
+        ("bfloat16-24", 2 * 4 + 1),
+        ("bfloat16-24-int8", 2 * (1 + 4 / 256) + 1),
+        ("bfloat16-random-int8", 2 * (1 + 4 / 256)),
+        ("float16-32", 3 * 4),
+    ],
+)
+def test_bytes_of_a_state(name: str, size: float) -> None:
+    """As many per element as are promised; and the first step allocates little more."""
+    choice, count = CHOICES[name], 1 << 18
+    optimizer = fusedopt.AdamW(choice.params([(count,)]), **choice.options)
+    set_grads(params_of(optimizer), 0)
+    first = allocated(optimizer.step)
+    values = optimizer.state[params_of(optimizer)[0]].values()
+    assert sum(v.untyped_storage().nbytes() for v in values) - 256 <= size * count <= first
+    assert first <= size * count + 20_000
 
 
 def test_a_skipped_step_allocates_nothing() -> None:
