@@ -158,7 +158,7 @@ def table(results: Json) -> str:
             cells.append(f"{fmean(unseen):.4f} ± {stdev(unseen):.4f}")
             apart = differences(results, row, "unseen")
             error = stdev(apart) / len(apart) ** 0.5
-            cells.append("" if choice == FLOAT32 else f"{fmean(apart):+.4f} ± {error:.4f}")
+            cells.append("" if choice == FLOAT32 else f"{fmean(apart):+.5f} ± {error:.5f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -176,15 +176,17 @@ def draw(results: Json, path: Path) -> None:
     for task, panel in zip(tasks, axes, strict=True):
         rows = {r["choice"]: r for r in results["training"] if r["task"] == task}
         spread = stdev(rows[FLOAT32]["losses"]["unseen"])
-        panel.axvspan(-spread, spread, color=TORCH_COLOUR, alpha=0.35, label="spread of seeds")
+        panel.axvline(0, color=TORCH_COLOUR, linewidth=6)
         for height, name in enumerate(names):
             apart = differences(results, rows[name], "unseen")
             panel.plot(apart, [height] * len(apart), "o", color=OUR_COLOUR, alpha=0.45, ms=5)
             panel.plot([fmean(apart)], [height], "|", color="#000000", ms=16, mew=2)
         panel.set_title(f"{task}: loss on unseen data, less that of float32")
-        panel.set_xlabel("nats; points are seeds, bars their means")
+        panel.set_xlabel(
+            "nats; points are seeds, bars their means\n"
+            f"(seeds by themselves: standard deviation {spread:.4f})"
+        )
         panel.grid(axis="x", alpha=0.3)
-        panel.legend(loc="lower right")
     axes[0].set_yticks(
         range(len(names)),
         [f"{name}\n{results['memory'][name]:.2f} bytes a parameter" for name in names],

@@ -17,6 +17,7 @@ from fusedopt._flat import FlatBuffer, FlatParameters, find_buffer
 from fusedopt._memory import check_overlap
 from fusedopt._state import OptimizerState, plain
 from fusedopt._storage import (
+    CODE,
     MASTER,
     MASTERS,
     ORDER,
@@ -442,7 +443,8 @@ class FusedOptimizer(Optimizer):
             wanted[param] = {k: v for k, v in present.items() if not fits(k, v)}
             if id(param) in new:
                 wanted[param].update({k: None for k in keys if k not in present})
-                if storage.state == torch.uint8 and (order := order_of(param)) is not None:
+                has_codes = any(key.endswith(CODE) for key in keys)
+                if has_codes and (order := order_of(param)) is not None:
                     wanted[param][ORDER] = order
         for param, values in self._allocate(wanted).items():
             if values:
