@@ -52,8 +52,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
 
     Raises:
         ValueError: as torch.optim.SGD; for differentiable=True, NaN options, a negative
-            max_grad_norm, a group without parameters, parameters that overlap in memory, and choices
-            of storage that make no sense together.
+            max_grad_norm, a group without parameters, parameters that overlap in memory, and
+            choices of storage that make no sense together.
         TypeError: for a parameter or state_dtype that is not supported.
 
     See docs/precision.md for state_dtype, master_bits and rounding, and the keys that they add.
