@@ -345,6 +345,36 @@ def test_damaged(case: Case, end: str, damage: ANY, steps: int) -> None:
     step(optimizer, [7])
 
 
+@pytest.mark.parametrize("seed", [-1, 2**64, 0.5, "1", None])
+@every_class
+def test_a_seed_that_is_none(case: Case, seed: Any) -> None:
+    optimizer = case.ours(make_params(BF16), **case.options, rounding="stochastic", seed=3)
+    step(optimizer, range(2))
+    state_dict = saved(optimizer)
+    state_dict["param_groups"][0]["seed"] = seed
+    before = snapshot(optimizer)
+    match = f"{case.ours.__name__}: parameter 0 of group 0.*seed={seed!r}"
+    with pytest.raises((TypeError, ValueError), match=match):
+        optimizer.load_state_dict(state_dict)
+    assert_unchanged(optimizer, before)
+    step(optimizer, [2])
+
+
+def test_options_that_do_not_go_with_the_storage() -> None:
+    """The storage is the instance's, the options are the checkpoint's: refused as in a
+    constructor."""
+    centered = fusedopt.RMSprop(make_params(), centered=True)
+    optimizer = fusedopt.RMSprop(make_params(), **INT8)
+    for each in (centered, optimizer):
+        step(each, range(2))
+    before = snapshot(optimizer)
+    match = r'RMSprop: parameter 0 of group 0.*"int8" with centered=True'
+    with pytest.raises(ValueError, match=match):
+        optimizer.load_state_dict(saved(centered))
+    assert_unchanged(optimizer, before)
+    step(optimizer, [2])
+
+
 @with_codes
 def test_torch_does_not_take_codes(case: Case, choice: Choice) -> None:
     """It looks for states by their names, and does not find them."""
