@@ -212,7 +212,7 @@ SQUARE_POINTS = fourth_power(np.arange(256) + 2, 8)
 
 def decode_codes(codes: np.ndarray, scales: np.ndarray, never_negative: bool) -> np.ndarray:
     careful, scale = np.signbit(scales)[:, None], np.abs(scales)[:, None]
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         if never_negative:
             values = SQUARE_POINTS[codes] * scale
             return np.where(careful & (codes == INF_CODE), np.float32(np.inf), values)

@@ -208,3 +208,57 @@ API uint32_t tile_chunks(const Span* spans, size_t count, const HyperRow* rows,
       kernel.run(args, chunks[i], args.chunks, thread);
   return args.chunks;
 }
+
+// -- codes and random bits by themselves ---------------------------------------------------------
+
+API void split_floats(const uint32_t* bits, size_t count, int to_24, uint16_t* high,
+                      int16_t* remainder) {
+  for (size_t i = 0; i < count; ++i) {
+    const Split parts = split(to_24 ? round_to_24(bits[i]) : bits[i]);
+    high[i] = parts.high;
+    remainder[i] = parts.remainder;
+  }
+}
+API void join_floats(const uint16_t* high, const int16_t* remainder, size_t count, uint32_t* bits) {
+  for (size_t i = 0; i < count; ++i) bits[i] = join(high[i], remainder[i]);
+}
+API void cut_floats(const float* values, const uint32_t* addends, size_t count, uint16_t* to) {
+  for (size_t i = 0; i < count; ++i) to[i] = cut_to_bfloat16(values[i], addends[i]).bits;
+}
+
+API uint64_t make_random_key(uint64_t seed, uint64_t ordinal) { return random_key(seed, ordinal); }
+// The bits of all elements of so many steps' same block.
+API void random_bits(uint64_t key, uint32_t step, int64_t block, size_t steps, uint32_t* to) {
+  for (size_t i = 0; i < steps; ++i) {
+    const RandomBlock random(key, step + uint32_t(i), block);
+    for (int place = 0; place < kBlock; ++place) *to++ = random.of_place(place);
+  }
+}
+API void dithers(int64_t block, uint32_t step, size_t steps, uint32_t* to) {
+  for (size_t i = 0; i < steps; ++i) {
+    const uint32_t of_block = dither_of_block(block, step + uint32_t(i));
+    for (uint32_t place = 0; place < uint32_t(kBlock); ++place) *to++ = dither(of_block, place);
+  }
+}
+
+API void encode_blocks(const float* values, int64_t count, int never_negative, uint8_t* codes,
+                       float* scales) {
+  for (int64_t i = 0; i < count; i += kBlock)
+    encode_block(values + i, std::min<int64_t>(kBlock, count - i), never_negative, codes + i,
+                 scales + i / kBlock);
+}
+API void decode_blocks(const uint8_t* codes, const float* scales, int64_t count, int never_negative,
+                       float* values) {
+  for (int64_t i = 0; i < count; ++i)
+    values[i] = decode_element(codes + i / kBlock * kBlock, int(i % kBlock), scales[i / kBlock],
+                               never_negative);
+}
+// With dithers of their own, from the scales of their blocks.
+API void encode_squares(const float* values, const float* scales, const uint32_t* dithers,
+                        int64_t count, uint8_t* codes) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float scale = scales[i / kBlock];
+    codes[i / kBlock * kBlock + byte_of(int(i % kBlock))] = uint8_t(encode_square(
+        values[i], scale == 0 ? 0 : 1 / absolute(scale), dithers[i], is_careful(scale)));
+  }
+}

@@ -1,7 +1,7 @@
 """Faults to plant in the core, for the checks to catch.
 
 The text that a fault replaces has to stand in the sources exactly once, so none of these can rot
-silently. A build with a fault has the baseline loops and two combinations of dtypes only.
+silently. A build with a fault has the baseline loops and few combinations of dtypes only.
 """
 
 from concurrent.futures import Future
@@ -22,12 +22,16 @@ TILE, NORM, NORM_TILE, CONTROL, PREPARE, DEVICE_STEP, DTYPE = (
     for name in ("tile", "norm", "norm_tile", "control", "prepare", "device_step", "dtype")
 )
 LOOP, DISPATCH = "cpu/loop.h", "cpu/dispatch.cpp"
+CODING, RANDOM, CODED_TILE, CODED = (
+    *("core/coding.h", "core/random.h", "core/coded_tile.h"),
+    "cpu/coded.h",
+)
 
 BIAS = "correction1 = one_minus_power(o.beta1, (long long)(step"
 DECAY = "row.coupled_decay = o.decoupled_weight_decay != 0 ? 0 : o.weight_decay;"
 COUPLED = "row.coupled_decay = o.weight_decay; if (true) row.decoupled_decay = 0; else"
 ROW = "to.row = args.rows == nullptr ? packed_rows - 1 : uint32_t(from.row);"
-FACTOR = "if (args.control != nullptr) {\n      T factor;"
+FACTOR = "if (args.control != nullptr) {\n    decltype(row.grad_factor) factor;"
 GUARD = "work = *static_cast<const Work*>(context);"
 NORM_GUARD = "work = *static_cast<const NormWork*>(context);"
 GUARDED = "\n  const DefaultFloatingPoint guard;"
@@ -72,7 +76,11 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
     "memory": {
         "factor ignored": (TILE, "row.grad_factor *= factor;", ""),
         "sign of the row dropped": (TILE, "grad_factor *= factor;", "grad_factor = factor;"),
-        "factor only with rows": (TILE, FACTOR, FACTOR.replace(")", " && args.rows != nullptr)")),
+        "factor only with rows": (
+            TILE,
+            FACTOR,
+            FACTOR.replace(") {", " && args.rows != nullptr) {"),
+        ),
         "no factor in float": (
             CONTROL,
             "narrow_grad_factor = float(control.grad_factor)",
@@ -95,7 +103,7 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "chunk of a launch": (DEVICE_STEP, NEXT, NEXT.replace("next]", "next - 1]")),
         "empty gradient of the loop": (DISPATCH, "while (gradient + 1", "if (gradient + 1"),
         "empty gradient of the tile": (
-            NORM_TILE,
+            TILE,
             "].first_chunk <= chunk",
             "].first_chunk < chunk",
         ),
@@ -125,6 +133,169 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "pairs round ties up": (LOOP, "(0x7fffu + ((bits >> 16) & 1u))", "0x8000u"),
         "bfloat16 cut off": (DTYPE, "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16", "bits >> 16"),
         "bfloat16 ties away": (DTYPE, "0x7fffu + ((bits >> 16) & 1u)", "0x8000u"),
+    },
+    "coded bits": {
+        "pair overwritten": (
+            CODED_TILE,
+            "return Element(pairs[i / 2] >> (8 * sizeof(Element) * (i % 2)));",
+            "return Element(pairs[i / 2]);",
+        ),
+        "last pair of a span": (
+            CODED_TILE,
+            "if (place + 1 < count) to",
+            "if (place + 2 < count) to",
+        ),
+        "last block of the tile": (CODED_TILE, "left < kBlock ? left : kBlock", "kBlock"),
+        "scale of the tile not stored": (
+            CODED_TILE,
+            "if (lane == 0) s.coding",
+            "if (lane < 0) s.coding",
+        ),
+        "a launch's spans share a coding": (
+            CODED_TILE,
+            "const TileSpan& s = spans[known];",
+            "TileSpan s = spans[known]; s.coding.key = spans[0].coding.key;",
+        ),
+        "codes of the tile in order": (
+            CODED_TILE,
+            "words |= uint64_t(code) << (32 * (i % 2) + 8 * (i / 2));",
+            "words |= uint64_t(code) << (8 * i);",
+        ),
+        "squares of the tile to nearest": (
+            CODED_TILE,
+            "cut_to_bfloat16(value, threshold >> 7).bits",
+            "narrowed<bfloat16>(value)",
+        ),
+        "largest of all, not of the finite": (CODED_TILE, "!finite_only || is_", "true || is_"),
+        "careless tile": (
+            CODED_TILE,
+            "const bool careful = !is_finite(largest);",
+            "const bool careful = false;",
+        ),
+        "master of the tile not stored": (
+            CODED_TILE,
+            "master_size, place), master_size, lane, place.count);\n  }",
+            "master_size, place), 0, lane, place.count);\n  }",
+        ),
+        "scale of one block for all": (CODED, "coding.scales[k] + i / kBlock", "coding.scales[k]"),
+        "careless blocks": (CODED, "plain = !is_careful(*block.scales[k])", "plain = true"),
+        "infinite as the largest": (CODED, "if (careful) largest = largest_finite(from);", ""),
+        "largest of positive ones": (
+            CODED,
+            "int32_t(magnitude_bits(value))",
+            "int32_t(float_to_bits(value))",
+        ),
+        "dither of the first block": (
+            CODED,
+            "dither_of_block(block.position / kBlock, coding.step)",
+            "dither_of_block(0, coding.step)",
+        ),
+        "random bits of the first block": (
+            CODED,
+            "coding.step, block.position / kBlock)",
+            "coding.step, 0)",
+        ),
+        "the same bits for both halves": (
+            CODED,
+            "random.bits(uint32_t(i)) >> 16",
+            "random.bits(uint32_t(i)) & 0xffffu",
+        ),
+        "master of the last block": (
+            CODED,
+            "memcpy(block.master, last.master, count * size_t(master_size));",
+            "",
+        ),
+        "master not kept": (CODED, "memcpy(block.master, from, kBlock * sizeof(float));", ""),
+        "changed weights unnoticed": (
+            CODING,
+            "float_to_bits(param) == float_to_bits(rounded_master) ?",
+            "true ?",
+        ),
+        "negative zero in a careful block": (
+            CODING,
+            "special ? kNaN : q == 0 ? 0 : code",
+            "special ? kNaN : code",
+        ),
+        "NaN as it is": (
+            CODING,
+            "value != value ? 0x7fc00000u : float_to_bits(value)",
+            "float_to_bits(value)",
+        ),
+        "scale of denormals": (CODING, "magnitude < smallest ? smallest : magnitude", "magnitude"),
+        "words not mixed": (RANDOM, "x ^ second ^ (x >> 15)", "x ^ (x >> 15)"),
+        "steps in order": (RANDOM, "(reversed(step) ^", "(step ^"),
+    },
+    "coded memory": {
+        "count in memory": (
+            CODED_TILE,
+            "coding.count == nullptr ? coding.step",
+            "true ? coding.step",
+        ),
+        "skip of codes": (CODED_TILE, "&& args.control->skip != 0", "&& false"),
+    },
+    "coded division": {
+        "cut within a block": (DISPATCH, "int64_t kCut = kBlock", "int64_t kCut = 64"),
+    },
+    "coded reference": {
+        "no-op of the last block": (
+            CODED,
+            "memcpy(block.param, last.param, count * size_t(param_size));",
+            "",
+        ),
+        "code of half the root": (
+            CODING,
+            "root_of<7>(magnitude * inverse) + 0.5f",
+            "root_of<7>(magnitude * inverse)",
+        ),
+    },
+    "isolation": {
+        "NaN in the scale": (CODING, "{ return magnitude < 0x7f770000u; }", "{ return true; }"),
+        "careful block is zero": (
+            CODING,
+            "largest == 0 ? 0 : 1 / scale",
+            "careful ? 0 : 1 / scale",
+        ),
+    },
+    "masters": {
+        "ties to even": (
+            CODING,
+            "(bits + 0x8000u) >> 16",
+            "(bits + 0x7fffu + (bits >> 16 & 1)) >> 16",
+        ),
+        "remainder without a sign": (
+            CODING,
+            "uint32_t(int32_t(remainder))",
+            "uint32_t(uint16_t(remainder))",
+        ),
+        "24 bits cut off": (CODING, "(bits + 0x80u) & ~0xffu", "bits & ~0xffu"),
+    },
+    "random bits": {
+        "step without weight": (RANDOM, "mix(key + step * kGolden)", "mix(key + step)"),
+        "seed and ordinal mixed up": (
+            RANDOM,
+            "mix(mix(seed + kGolden) + ordinal * kGolden)",
+            "mix(seed + ordinal * kGolden)",
+        ),
+        "both halves of a word": (RANDOM, "both & 0xffffu : both >> 16", "both >> 16 : both >> 16"),
+    },
+    "dither": {
+        "places in order": (RANDOM, "of_block ^ (reversed(place) >> 9)", "of_block ^ place"),
+    },
+    "dithering": {
+        "squares to nearest": (CODING, "bits_to_float(0x3f800000u ^ dither)", "1.5f"),
+        "infinite code in a careful block": (
+            CODING,
+            "special ? kInf : code > 254 ? 254 : code",
+            "special ? kInf : code",
+        ),
+        "half a code off": (CODING, "float(int32_t(code) + 2)", "(float(int32_t(code)) + 2.5f)"),
+    },
+    "codes": {
+        "scale of 64 by 63": (CODING, "least * (32.0f / 31)", "least * (64.0f / 63)"),
+        "no fourth root": (CODING, "(float_to_bits(ratio) >> 2)", "(float_to_bits(ratio) >> 3)"),
+        "sign lost": (CODING, "| (code & 0x80u) << 24;", ";"),
+        "bytes in order": (CODING, "return place % kWords * 4 + place / kWords;", "return place;"),
+        "overflowing scale": (CODING, "magnitude < 0x7f770000u", "magnitude < 0x7f7f0000u"),
     },
     "multiply-add": {
         "rounded twice": (AVERAGE, "halfway & to_other ? other : nearest", "nearest"),

@@ -3,7 +3,7 @@
 import ctypes
 import json
 from collections.abc import Mapping, Sequence
-from ctypes import c_double, c_int, c_size_t, c_uint32, c_void_p
+from ctypes import c_double, c_int, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -87,6 +87,16 @@ class Core:
         self._library.tile_sum_of_squares.restype = c_double
         self._library.tile_chunks.argtypes = [c_void_p, c_size_t, c_void_p, c_void_p, c_size_t]
         self._library.tile_chunks.restype = c_uint32
+        self._library.split_floats.argtypes = [c_void_p, c_size_t, c_int, c_void_p, c_void_p]
+        self._library.join_floats.argtypes = [c_void_p, c_void_p, c_size_t, c_void_p]
+        self._library.cut_floats.argtypes = [c_void_p, c_void_p, c_size_t, c_void_p]
+        self._library.make_random_key.argtypes = [c_uint64, c_uint64]
+        self._library.make_random_key.restype = c_uint64
+        self._library.random_bits.argtypes = [c_uint64, c_uint32, c_int64, c_size_t, c_void_p]
+        self._library.dithers.argtypes = [c_int64, c_uint32, c_size_t, c_void_p]
+        self._library.encode_blocks.argtypes = [c_void_p, c_int64, c_int, c_void_p, c_void_p]
+        self._library.decode_blocks.argtypes = [c_void_p, c_void_p, c_int64, c_int, c_void_p]
+        self._library.encode_squares.argtypes = [*[c_void_p] * 3, c_int64, c_void_p]
         self._description = json.loads(self._library.describe())
         self.norm_chunk: int = self._description["norm_chunk"]
         self.isas: dict[str, int] = dict(self._description["isas"])
@@ -252,3 +262,71 @@ class Core:
                 spans.ctypes.data, len(spans), rows.ctypes.data, places.ctypes.data, len(places)
             )
         )
+
+    # -- codes and random bits by themselves, see coding.h and random.h ---------------------------
+
+    def split(self, bits: np.ndarray, to_24: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        high, remainder = np.empty(len(bits), np.uint16), np.empty(len(bits), np.int16)
+        self._library.split_floats(
+            *(bits.ctypes.data, len(bits), to_24, high.ctypes.data, remainder.ctypes.data)
+        )
+        return high, remainder
+
+    def join(self, high: np.ndarray, remainder: np.ndarray) -> np.ndarray:
+        bits = np.empty(len(high), np.uint32)
+        self._library.join_floats(
+            high.ctypes.data, remainder.ctypes.data, len(high), bits.ctypes.data
+        )
+        return bits
+
+    def cut(self, values: np.ndarray, addends: np.ndarray) -> np.ndarray:
+        """To bfloat16."""
+        bits = np.empty(values.shape, np.uint16)
+        self._library.cut_floats(
+            values.ctypes.data, addends.ctypes.data, values.size, bits.ctypes.data
+        )
+        return bits
+
+    def random_key(self, seed: int, ordinal: int) -> int:
+        return int(self._library.make_random_key(seed, ordinal))
+
+    def random_bits(self, key: int, step: int, block: int, steps: int = 1) -> np.ndarray:
+        """Those of all elements of a block, in this step and the ones after it."""
+        bits = np.empty((steps, 256), np.uint32)
+        self._library.random_bits(key, step, block, steps, bits.ctypes.data)
+        return bits
+
+    def dithers(self, block: int, step: int, steps: int = 1) -> np.ndarray:
+        """Likewise."""
+        bits = np.empty((steps, 256), np.uint32)
+        self._library.dithers(block, step, steps, bits.ctypes.data)
+        return bits
+
+    def encode_blocks(
+        self, values: np.ndarray, never_negative: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Codes as they are stored, and scales, of blocks; each value rounded to nearest."""
+        codes, scales = np.zeros(values.shape, np.uint8), np.zeros(len(values), np.float32)
+        self._library.encode_blocks(
+            values.ctypes.data, values.size, never_negative, codes.ctypes.data, scales.ctypes.data
+        )
+        return codes, scales
+
+    def encode_squares(
+        self, values: np.ndarray, scales: np.ndarray, dithers: np.ndarray
+    ) -> np.ndarray:
+        codes = np.zeros(values.shape, np.uint8)
+        self._library.encode_squares(
+            *(values.ctypes.data, scales.ctypes.data, dithers.ctypes.data),
+            *(values.size, codes.ctypes.data),
+        )
+        return codes
+
+    def decode_blocks(
+        self, codes: np.ndarray, scales: np.ndarray, never_negative: bool
+    ) -> np.ndarray:
+        values = np.empty(codes.shape, np.float32)
+        self._library.decode_blocks(
+            codes.ctypes.data, scales.ctypes.data, codes.size, never_negative, values.ctypes.data
+        )
+        return values

@@ -17,11 +17,11 @@ namespace {
 // of the allocation; in front of them is poison as far as its granularity of 8 bytes goes.
 class Buffer {
  public:
-  Buffer(DType dtype, int64_t numel, int shift) : front_(size_of(dtype) * shift) {
-    const size_t size = front_ + size_of(dtype) * numel;
+  Buffer(int64_t element, int64_t numel, int shift) : front_(element * shift) {
+    const size_t size = front_ + element * numel;
     memory_ = static_cast<unsigned char*>(malloc(size));
     // Small positive numbers in every dtype.
-    for (size_t i = 0; i < size; ++i) memory_[i] = i % size_of(dtype) % 2 == 1 ? 0x3c : i % 128;
+    for (size_t i = 0; i < size; ++i) memory_[i] = i % element % 2 == 1 ? 0x3c : i % 128;
     ASAN_POISON_MEMORY_REGION(memory_, front_);
   }
   Buffer(const Buffer&) = delete;
@@ -39,6 +39,15 @@ class Buffer {
 struct Work {
   std::vector<std::unique_ptr<Buffer>> buffers;
   std::vector<Span> spans;
+  std::vector<std::unique_ptr<Coding>> codings;
+
+  void add(Span span, int64_t numel, int kernel, int row) {
+    span.numel = numel;
+    span.offset = spans.empty() ? 0 : spans.back().offset + spans.back().numel;
+    span.kernel = kernel;
+    span.row = row;
+    spans.push_back(span);
+  }
 
   void add(int variant, int combination, int64_t numel, int shift, bool equally, int row) {
     const auto& types = registry().combinations[combination];
@@ -46,7 +55,7 @@ struct Work {
     const auto make = [&](DType dtype) {
       const int own = equally ? shift : (shift + 3 * stream) % 16;
       ++stream;
-      buffers.push_back(std::make_unique<Buffer>(dtype, numel, own));
+      buffers.push_back(std::make_unique<Buffer>(size_of(dtype), numel, own));
       return buffers.back()->data();
     };
     Span span = {};
@@ -54,11 +63,34 @@ struct Work {
     span.grad = make(types.grad);
     for (int k = 0; k < registry().variants[variant].states; ++k)
       span.states[k] = make(types.state);
-    span.numel = numel;
-    span.offset = spans.empty() ? 0 : spans.back().offset + spans.back().numel;
-    span.kernel = registry().kernel(variant, combination);
-    span.row = row;
-    spans.push_back(span);
+    add(span, numel, registry().kernel(variant, combination), row);
+  }
+
+  // A span with a Coding. States of one byte are whole blocks, and begin at a multiple of 8 bytes.
+  void add_coded(int variant, const Coding& like, int64_t numel, int shift, int row) {
+    const auto make = [&](int64_t element, int64_t count) {
+      buffers.push_back(std::make_unique<Buffer>(element, count, shift));
+      return buffers.back()->data();
+    };
+    const int64_t blocks = (numel + kBlock - 1) / kBlock;
+    auto coding = std::make_unique<Coding>(like);
+    Span span = {};
+    span.param = make(size_of(coding->param), numel);
+    if (size_of_master(coding->param) > 0)
+      coding->master = make(size_of_master(coding->param), numel);
+    span.grad = make(size_of(coding->grad), numel);
+    for (int k = 0; k < registry().variants[variant].states; ++k) {
+      if (coding->state == StateCode::int8) {
+        span.states[k] = make(8, blocks * kBlock / 8);
+        coding->scales[k] = static_cast<float*>(make(4, blocks));
+      } else {
+        span.states[k] = make(size_of(coding->state), numel);
+      }
+    }
+    if (shift % 2 == 1) coding->count = static_cast<const float*>(make(4, 1));
+    span.coding = coding.get();
+    codings.push_back(std::move(coding));
+    add(span, numel, registry().coded_kernel(variant), row);
   }
 
   void run(const std::vector<HyperRow>& rows) const {
@@ -106,12 +138,34 @@ void run_kernel(int rule, int variant, int combination) {
   }
 }
 
+void run_coded(int rule, int variant) {
+  const std::vector<double> options(registry().rules[rule].option_count, 0.25);
+  std::vector<HyperRow> rows(5);
+  for (size_t i = 0; i < rows.size(); ++i)
+    make_row(rule, options.data(), double(i + 1), i == 0, 1, false, &rows[i]);
+  Work all;
+  int shift = 0;
+  for (int param = 0; param <= int(ParamCode::float16_and_float32); ++param)
+    for (DType grad : {DType::float32, DType::bfloat16, DType::float16})
+      for (StateCode state : {StateCode::float32, StateCode::bfloat16, StateCode::int8})
+        for (int64_t numel : {0, 1, 3, 255, 256, 257, 2047, 2048, 2049, 5000}) {
+          Coding coding = {};
+          coding.key = 1;
+          coding.step = 7;
+          coding.param = ParamCode(param);
+          coding.grad = grad;
+          coding.state = state;
+          all.add_coded(variant, coding, numel, ++shift % 8, shift % 5);
+        }
+  all.run(rows);
+}
+
 struct Gradients {
   std::vector<std::unique_ptr<Buffer>> buffers;
   std::vector<GradSpan> spans;
 
   void add(DType dtype, int64_t numel, int shift) {
-    buffers.push_back(std::make_unique<Buffer>(dtype, numel, shift));
+    buffers.push_back(std::make_unique<Buffer>(size_of(dtype), numel, shift));
     spans.push_back({buffers.back()->data(), numel, chunks(), dtype});
   }
   int64_t chunks() const {
@@ -199,9 +253,12 @@ int main() {
       for (size_t ranges : {0, 1, 2, 3000}) run_prepare(rule, sources, ranges);
     const int end =
         rule + 1 < int(r.rules.size()) ? r.rules[rule + 1].first_variant : int(r.variants.size());
-    for (int variant = r.rules[rule].first_variant; variant < end; ++variant)
+    for (int variant = r.rules[rule].first_variant; variant < end; ++variant) {
       for (int combination = 0; combination < int(r.combinations.size()); ++combination, ++kernels)
         run_kernel(rule, variant, combination);
+      run_coded(rule, variant);
+      ++kernels;
+    }
   }
   printf("%d kernels: %s\n", kernels, describe());
 }

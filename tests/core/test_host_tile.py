@@ -1,14 +1,15 @@
 """The core by itself: every kernel on every instruction set and as CUDA would run it."""
 
 import mmap
+import os
 from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import pytest
 
-from . import checks, coded
-from .library import SPAN, THREADED, Core, Kernel
+from . import checks, coded, codes, coding
+from .library import CODING, DTYPES, SPAN, THREADED, Core, Kernel
 from .memory import Streams, extreme
 from .options import RULES
 
@@ -34,6 +35,20 @@ def test_every_coded_kernel(core: Core, check: Callable[[Core, Kernel], None]) -
 @pytest.mark.parametrize("check", checks.CORE_CHECKS.values(), ids=checks.CORE_CHECKS)
 def test_core(core: Core, check: Callable[[Core], None]) -> None:
     check(core)
+
+
+@pytest.mark.parametrize("check", codes.CODE_CHECKS.values(), ids=codes.CODE_CHECKS)
+def test_codes(core: Core, check: Callable[[Core], None]) -> None:
+    check(core)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    os.environ.get("FUSEDOPT_SLOW") != "1", reason="takes minutes; FUSEDOPT_SLOW=1 runs it"
+)
+def test_every_float32_is_split_and_joined(core: Core) -> None:
+    for begin in range(0, 1 << 32, 1 << 24):
+        codes.check_split(core, np.arange(begin, begin + (1 << 24), dtype=np.uint32))
 
 
 def test_step_over_mixed_kernels(core: Core) -> None:
@@ -62,6 +77,40 @@ def test_step_over_mixed_kernels(core: Core) -> None:
         step(spans)
         for memory, expected in zip(memories, want, strict=True):
             memory.assert_same(memory.result(), expected, str(step))
+
+
+def test_step_over_mixed_coded_kernels(core: Core) -> None:
+    """Likewise with codings, and some spans without."""
+    random = np.random.default_rng(0)
+    rows = np.concatenate([checks.make_rows(core, kernel, 3) for kernel in core.coded_kernels])
+    memories = []
+    for i, kernel in enumerate(core.coded_kernels):
+        codes_of = [coded.CODINGS[int(k)] for k in random.integers(0, len(coded.CODINGS), 40)]
+        spans = [(code, int(random.integers(1, 700))) for code in codes_of]
+        memory = coded.CodedStreams(core, kernel, spans, rows, seed=i)
+        memory.spans["row"] = 3 * i + random.integers(0, 3, len(spans))
+        memories.append(memory)
+    want = [memory.expected() for memory in memories]
+    kernel = core.kernels[0]
+    plain = Streams(kernel, random.integers(1, 300, 60), rows=random.integers(0, 3, 60))
+    want_plain = plain.after(partial(core.cpu_step, rows=rows, isa="baseline"))
+
+    spans = np.concatenate([plain.spans, *(memory.spans for memory in memories)])
+    spans = random.permutation(spans)
+    spans["offset"] = np.cumsum(spans["numel"]) - spans["numel"]
+    cuts = np.linspace(0, spans["numel"].sum(), 4).astype(int)
+    ways = [partial(core.tile_step, rows=rows, order=2)]
+    ways += [
+        partial(core.cpu_step, rows=rows, isa=isa, cuts=cuts, order=THREADED) for isa in core.isas
+    ]
+    for step in ways:
+        plain.reset()
+        for memory in memories:
+            memory.memory[:] = memory.before
+        step(spans)
+        plain.assert_same(plain.result(), want_plain, str(step))
+        for memory, expected in zip(memories, want, strict=True):
+            memory.assert_same(memory.memory, expected, str(step))
 
 
 class HugeSpan:
@@ -128,3 +177,39 @@ def test_loop_over_a_span_beyond_32_bits(core: Core) -> None:
             begin, end = (element - 1000) // 256 * 256, element
             step = partial(core.cpu_step, huge.spans, huge.rows, isa, cuts)
             huge.check(core, begin, end, step)
+
+
+def test_coded_span_beyond_32_bits(core: Core) -> None:
+    """Far from its beginning, a span's blocks have random numbers of their own all the same."""
+    huge = HugeSpan(core)
+    kernel = next(k for k in core.coded_kernels if k.variant == huge.kernel.variant)
+    own = np.zeros(1, CODING)
+    own["key"], own["step"] = core.random_key(5, 6), 7
+    own["param"] = list(coding.PARAM_CODES).index("bfloat16_stochastic")
+    own["grad"] = DTYPES.index("bfloat16")
+    huge.spans["coding"], huge.spans["kernel"] = own.ctypes.data, kernel.index
+    plain = checks.find(core, "sgd", (), "float32", "float32")[0]
+    random = np.random.default_rng(0)
+    for element in (0, 2**31, 2**32 - kernel.chunk, 2**32, huge.NUMEL - 1):
+        # The blocks of one chunk of the tile.
+        begin = element // kernel.chunk * kernel.chunk
+        end = min(begin + kernel.chunk, huge.NUMEL)
+        window = slice(huge.BEGIN + begin, huge.BEGIN + end)
+        before = coding.to_bfloat16(random.standard_normal((2, end - begin)).astype(np.float32))
+        memory = Streams(plain, [end - begin])
+        for k in range(2):
+            memory.before[k][memory.live[k]] = coding.from_bfloat16(before[k]).view(np.uint32)
+        new = memory.after(partial(core.cpu_step, rows=huge.rows, isa="baseline"))[0]
+        blocks = range(begin // coding.BLOCK, -(-end // coding.BLOCK))
+        key, step = int(own["key"][0]), int(own["step"][0])
+        bits = np.concatenate([coding.random_bits(key, step, block) for block in blocks])
+        want = coding.cut_to_bfloat16(new.view(np.float32), bits[: end - begin])
+
+        place = 1 + begin // kernel.chunk  # behind the chunk of the first span
+        cuts = [huge.FIRST + begin, huge.FIRST + end]
+        ways = [partial(core.tile_chunks, huge.spans, huge.rows, [place])]
+        ways += [partial(core.cpu_step, huge.spans, huge.rows, isa, cuts) for isa in core.isas]
+        for run in ways:
+            huge.param[window], huge.grad[window] = before
+            run()
+            assert np.array_equal(huge.param[window], want), f"[{begin}, {end}) by {run}"

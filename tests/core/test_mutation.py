@@ -2,7 +2,7 @@
 
 import pytest
 
-from . import checks, coded
+from . import checks, coded, codes
 from .faults import FAULTS, Builds
 from .library import Core
 
@@ -10,6 +10,8 @@ from .library import Core
 def run(check: str, core: Core) -> None:
     if check in checks.CORE_CHECKS:
         checks.CORE_CHECKS[check](core)
+    elif check in codes.CODE_CHECKS:
+        codes.CODE_CHECKS[check](core)
     elif check in coded.CODED_CHECKS:
         for kernel in core.coded_kernels:
             coded.CODED_CHECKS[check](core, kernel)

@@ -46,12 +46,14 @@ def test_core_is_clean(core: Core) -> None:
         Fault("cpu/loop.h", "i < end; ++i", "i <= end; ++i"),
         Fault("core/tile.h", "if (i >= 0 && i < s.numel) update", "if (i >= 0) update"),
         Fault("core/norm_tile.h", "if (at + j < count) add_square", "add_square"),
+        Fault("core/coded_tile.h", "left < kBlock ? left : kBlock", "kBlock"),
+        Fault("cpu/coded.h", "if (end - i >= kBlock) {", "if (end > i) {"),
     ],
-    ids=["loop", "tile", "norm"],
+    ids=["loop", "tile", "norm", "coded tile", "coded loop"],
 )
 def test_an_overrun_is_found(fault: Fault) -> None:
     """The control: a sanitizer that finds nothing might just not have been there."""
-    name = f"sanitized-{Path(fault.file).stem}"
+    name = f"sanitized-{fault.file.replace('/', '-').removesuffix('.h')}"
     result = run(build(name, "sanitize", FLAGS_OF_A_FAULT, [fault], small=True))
     assert result.returncode != 0
     assert "heap-buffer-overflow" in result.stderr
