@@ -1,7 +1,7 @@
 """The choices of storage that the tests run through, and how they read masters and states."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,14 @@ every_pair = pytest.mark.parametrize(("case", "choice"), PAIRS)
 
 # Some blocks and a rest, one block, less than one, a scalar, nothing, and what conv layers have.
 SHAPES = ((5, 307), (256,), (33,), (), (0, 3), (4, 3, 5, 6))
+
+
+LAID: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda p: p.contiguous(),
+    "channels_last": lambda p: p.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda p: p.mT.contiguous().mT,
+    "gaps": lambda p: torch.stack([p, p], -1)[..., 0],
+}
 
 
 def masters_of(optimizer: Optimizer) -> list[Tensor]:

@@ -11,6 +11,7 @@ from storing import (
     CHOICES,
     F16,
     F32,
+    LAID,
     SHAPES,
     Choice,
     every_pair,
@@ -223,6 +224,36 @@ def test_master_params_there_and_back(case: Case, choice: Choice, steps: int) ->
     for each in (start, other):
         step(each, range(3, 5))
     assert_equal(other, start)
+
+
+@pytest.mark.parametrize("how", LAID)
+@with_masters
+def test_masters_of_parameters_in_any_layout(choice: Choice, how: str) -> None:
+    def build(seed: int) -> Optimizer:
+        values = choice.params(((4, 3, 5, 6),), seed)
+        params = [nn.Parameter(LAID[how](p.detach())) for p in values]
+        return fusedopt.SGD(params, lr=0.1, **choice.options)
+
+    start, other = build(0), build(1)
+    for optimizer in (start, other):
+        step(optimizer, range(3))
+    other.load_master_params(masters_of(start))
+    for _ in range(2):
+        assert_same_bits(params_of(other), params_of(start))
+        assert_same_bits(masters_of(other), masters_of(start))
+        for optimizer in (start, other):
+            step(optimizer, [3])
+
+
+@with_masters
+def test_weights_changed_after_masters_were_loaded(choice: Choice) -> None:
+    """They win, as at any other time."""
+    optimizer = fusedopt.AdamW(choice.params(SHAPES), **choice.options)
+    step(optimizer, range(2))
+    optimizer.load_master_params(masters_of(optimizer))
+    with torch.no_grad():
+        params_of(optimizer)[0].fill_(3)
+    assert bool((masters_of(optimizer)[0] == 3).all())
 
 
 @with_masters

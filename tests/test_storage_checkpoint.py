@@ -13,6 +13,7 @@ from storing import (
     CHOICES,
     F32,
     INT8,
+    LAID,
     PAIRS,
     SHAPES,
     Choice,
@@ -227,14 +228,6 @@ def test_states_are_converted(case: Case, of: str, to: str) -> None:
             assert (key.endswith(("_code", "_scale")) or key == "step") == (
                 to == "int8" or key == "step"
             )
-
-
-LAID: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda p: p.contiguous(),
-    "channels_last": lambda p: p.contiguous(memory_format=torch.channels_last),
-    "transposed": lambda p: p.mT.contiguous().mT,
-    "gaps": lambda p: torch.stack([p, p], -1)[..., 0],
-}
 
 
 @pytest.mark.parametrize("to", LAID)
