@@ -299,7 +299,6 @@ struct Storage {
   }
 };
 
-
 // One parameter of an optimizer, with what a step has to find unchanged, or else builds anew.
 // It is held as a Python object: torch.utils.swap_tensors may exchange the tensor behind it.
 struct Record {
@@ -334,6 +333,9 @@ struct Weights {
   const void* address = nullptr;  // null: not known
   uint32_t version = 0;
 
+  static Weights of(PyObject* param) {
+    return {THPVariable_Unpack(param).unsafeGetTensorImpl()->data(), version_of(param)};
+  }
   bool are_those_of(PyObject* param) const {
     return address == THPVariable_Unpack(param).unsafeGetTensorImpl()->data() &&
            version == version_of(param);
@@ -490,6 +492,9 @@ class Workspace {
            !found->second.are_those_of(param.ptr());
   }
   void forget_weights_of(const py::object& param) { weights_[param.ptr()] = Weights{}; }
+  void note_weights_of(const py::object& param) {
+    weights_[param.ptr()] = Weights::of(param.ptr());
+  }
   // What is stored with them now belongs to the weights that the next step finds.
   void forget_weights() {
     for (auto& [param, weights] : weights_) weights = Weights{};
@@ -863,8 +868,7 @@ class Plan {
     e.grad_dtype = *storage_dtype(grad.scalar_type());
     e.grad_size = size_of(e.grad_dtype);
     e.coding.grad = e.grad_dtype;
-    if (e.weights != nullptr && e.weights->address != nullptr &&
-        !e.weights->are_those_of(e.param))
+    if (e.weights != nullptr && e.weights->address != nullptr && !e.weights->are_those_of(e.param))
       outdated_.push_back(position);
     if (e.span.numel == 0) {
       active_.push_back(position);
@@ -1199,7 +1203,7 @@ class Plan {
       e.first = false;
       c10::TensorImpl* impl = THPVariable_Unpack(e.param).unsafeGetTensorImpl();
       if (!impl->is_inference()) impl->bump_version();
-      if (e.weights != nullptr) *e.weights = {e.span.param, version_of(e.param)};
+      if (e.weights != nullptr) *e.weights = Weights::of(e.param);
     }
   }
 
@@ -1434,6 +1438,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readonly("captured", &Workspace::captured)
       .def("forget_weights", &Workspace::forget_weights)
       .def("forget_weights_of", &Workspace::forget_weights_of)
+      .def("note_weights_of", &Workspace::note_weights_of)
       .def("are_outdated", &Workspace::are_outdated)
       .def_property_readonly("grad_norm", &Workspace::grad_norm);
   py::class_<Storage>(m, "Storage")

@@ -641,7 +641,10 @@ class FusedOptimizer(Optimizer):
         names = self._state_names()
         params: dict[Any, tuple[Tensor, str, set[str]]] = {}
         for g, (named, ids) in enumerate(zip(ours, theirs, strict=True)):
-            options = {**self.defaults, **loaded["param_groups"][g]}
+            own = {k: self.param_groups[g][k] for k in self._storage_options}
+            options = {**self.defaults, **loaded["param_groups"][g], **own}
+            for param, name in named:
+                self._storage(options, param, name)  # refuses what does not go together
             keys = _C.state_names(type(self).__name__, self._rule, options, g)
             # Without a momentum buffer, SGD's first step is still to come.
             needed = set(keys) if "step" in keys else set()
@@ -782,7 +785,7 @@ class FusedOptimizer(Optimizer):
                 param.copy_(master)
                 if storage.master_bits:
                     self.state[param][MASTER] = master.to(param.device, torch.float32, copy=True)
-        self._workspace.forget_weights()
+            self._workspace.note_weights_of(param)
         self._plan = None
 
     # -- gradients ----------------------------------------------------------------------------
