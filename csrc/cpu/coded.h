@@ -165,14 +165,22 @@ FUSEDOPT_INLINE float decode_code(bool never_negative, uint32_t word, int byte, 
   return never_negative ? decode_square(code, scale, careful) : decode_signed(code, scale, careful);
 }
 
-// Codes with any scale.
-template <bool never_negative>
-FUSEDOPT_SHARED void decode_codes(const uint32_t* FUSEDOPT_RESTRICT from, float scale,
-                                  float* FUSEDOPT_RESTRICT to) {
-  scale = absolute(scale);
+template <bool never_negative, bool careful>
+FUSEDOPT_INLINE void decode_codes_by(const uint32_t* FUSEDOPT_RESTRICT from, float scale,
+                                     float* FUSEDOPT_RESTRICT to) {
+#pragma GCC unroll 4
   for (int byte = 0; byte < 4; ++byte)
     for (int i = 0; i < kWords; ++i)
-      to[byte * kWords + i] = decode_code(never_negative, from[i], byte, scale, true);
+      to[byte * kWords + i] = decode_code(never_negative, from[i], byte, scale, careful);
+}
+
+template <bool never_negative>
+FUSEDOPT_SHARED void decode_codes(const uint32_t* from, float scale, float* to) {
+  if (is_careful(scale)) {
+    decode_codes_by<never_negative, true>(from, absolute(scale), to);
+  } else {
+    decode_codes_by<never_negative, false>(from, scale, to);
+  }
 }
 
 struct DitherOfPlaces {
@@ -199,25 +207,25 @@ FUSEDOPT_INLINE void encode_codes(const float* FUSEDOPT_RESTRICT from, float inv
   }
 }
 
-FUSEDOPT_INLINE void raise(int32_t& largest, float value) {
-  const int32_t magnitude = int32_t(magnitude_bits(value));
-  largest = magnitude > largest ? magnitude : largest;
-}
-
-// The largest magnitude of those that are finite.
-FUSEDOPT_INLINE int32_t largest_finite(const float* values) {
+// The largest magnitude, or that of those that are finite.
+template <bool finite_only>
+FUSEDOPT_INLINE int32_t largest_of(const float* values) {
   int32_t largest = 0;
-  for (int i = 0; i < kBlock; ++i)
-    raise(largest, is_finite(magnitude_bits(values[i])) ? values[i] : 0);
+  for (int i = 0; i < kBlock; ++i) {
+    const uint32_t bits = magnitude_bits(values[i]);
+    const int32_t magnitude = int32_t(finite_only && !is_finite(bits) ? 0u : bits);
+    largest = magnitude > largest ? magnitude : largest;
+  }
   return largest;
 }
 
 template <bool never_negative>
-FUSEDOPT_SHARED void encode_codes(const float* from, int32_t largest, uint32_t dither, uint32_t* to,
+FUSEDOPT_SHARED void encode_codes(const float* from, uint32_t dither, uint32_t* to,
                                   float* scale_to) {
+  const int32_t largest = largest_of<false>(from);
   const bool careful = !is_finite(uint32_t(largest));
-  if (careful) largest = largest_finite(from);
-  const Scale scale = scale_of<never_negative>(uint32_t(largest), careful);
+  const Scale scale =
+      scale_of<never_negative>(uint32_t(careful ? largest_of<true>(from) : largest), careful);
   *scale_to = scale.scale;
   if (careful) {
     encode_codes<never_negative, true>(from, scale.inverse, dither, to);
@@ -246,11 +254,11 @@ FUSEDOPT_INLINE float* decode_state(const Block& block, int k, StateCode code, f
 
 template <bool never_negative>
 FUSEDOPT_INLINE void encode_state(const Block& block, int k, const Coding& coding,
-                                  const float* from, int32_t largest) {
+                                  const float* from) {
   if (coding.state == StateCode::float32) return;
   const uint32_t dither = dither_of_block(block.position / kBlock, coding.step);
   if (coding.state == StateCode::int8) {
-    encode_codes<never_negative>(from, largest, dither, static_cast<uint32_t*>(block.states[k]),
+    encode_codes<never_negative>(from, dither, static_cast<uint32_t*>(block.states[k]),
                                  block.scales[k]);
   } else if (never_negative) {
     encode_dithered(from, dither, static_cast<bfloat16*>(block.states[k]));
@@ -282,42 +290,6 @@ FUSEDOPT_INLINE void prefetch_quarter(const Block& block, const Coding& coding, 
     prefetch_quarter(block.states[k], size_of(coding.state), quarter);
 }
 
-// Updates a block whose states are codes, which it decodes on the way.
-template <bool usual, class Variant, class Row>
-FUSEDOPT_INLINE void run_codes(const Block& block, const Row& row, float* FUSEDOPT_RESTRICT param,
-                               const float* FUSEDOPT_RESTRICT grad, float (*states_to)[kBlock],
-                               int32_t* largest_to) {
-  constexpr int states = Variant::states;
-  float* FUSEDOPT_RESTRICT state0 = states_to[0];
-  float* FUSEDOPT_RESTRICT state1 = states_to[1];
-  float* FUSEDOPT_RESTRICT state2 = states_to[2];
-  const auto* FUSEDOPT_RESTRICT codes0 = static_cast<const uint32_t*>(block.states[0]);
-  const auto* FUSEDOPT_RESTRICT codes1 = static_cast<const uint32_t*>(block.states[1]);
-  const auto* FUSEDOPT_RESTRICT codes2 = static_cast<const uint32_t*>(block.states[2]);
-  const float scale0 = states > 0 ? *block.scales[0] : 0;
-  const float scale1 = states > 1 ? *block.scales[1] : 0;
-  const float scale2 = states > 2 ? *block.scales[2] : 0;
-  static_assert(kMaxStates == 3, "one pointer per state: an array of them would not vectorise");
-  int32_t largest0 = 0, largest1 = 0, largest2 = 0;
-  for (int byte = 0; byte < 4; ++byte) {
-#pragma GCC ivdep
-    for (int i = 0; i < kWords; ++i) {
-      const int place = byte * kWords + i;
-      float p = param[place];
-      float state[kMaxStates] = {};
-      if (states > 0) state[0] = decode_code(Variant::never_negative(0), codes0[i], byte, scale0);
-      if (states > 1) state[1] = decode_code(Variant::never_negative(1), codes1[i], byte, scale1);
-      if (states > 2) state[2] = decode_code(Variant::never_negative(2), codes2[i], byte, scale2);
-      Variant::template update<usual>(row, p, grad[place], state);
-      param[place] = p;
-      if (states > 0) raise(largest0, state0[place] = state[0]);
-      if (states > 1) raise(largest1, state1[place] = state[1]);
-      if (states > 2) raise(largest2, state2[place] = state[2]);
-    }
-  }
-  largest_to[0] = largest0, largest_to[1] = largest1, largest_to[2] = largest2;
-}
-
 // Calls visit(k, never_negative) for each state, both known to the compiler.
 template <class Variant, int k = 0, class Visit>
 FUSEDOPT_INLINE void for_each_state(Visit visit) {
@@ -334,25 +306,16 @@ FUSEDOPT_INLINE void run_block(const Block& block, const Coding& coding, const R
   float* const param = decode_param(block, coding.param, params);
   const float* const grad = decode_grad(block, coding.grad, grads);
   prefetch_quarter<Variant::states>(block, coding, 1);
-  int32_t largest[kMaxStates] = {};
-  bool plain = Variant::states > 0 && coding.state == StateCode::int8;
-  for (int k = 0; k < Variant::states && plain; ++k) plain = !is_careful(*block.scales[k]);
-  if (plain) {
-    run_codes<usual, Variant>(block, row, param, grad, states, largest);
-  } else {
-    Span decoded{param, grad, {}, kBlock, 0, 0, 0, nullptr};
-    for_each_state<Variant>([&](int k, auto never_negative) {
-      decoded.states[k] = decode_state<never_negative.value>(block, k, coding.state, states[k]);
-    });
-    run<usual, Variant, Types<float, float, float>>(decoded, row, 0, kBlock);
-    for (int k = 0; k < Variant::states && coding.state == StateCode::int8; ++k)
-      for (int i = 0; i < kBlock; ++i) raise(largest[k], states[k][i]);
-  }
+  Span decoded{param, grad, {}, kBlock, 0, 0, 0, nullptr};
+  for_each_state<Variant>([&](int k, auto never_negative) {
+    decoded.states[k] = decode_state<never_negative.value>(block, k, coding.state, states[k]);
+  });
+  run<usual, Variant, Types<float, float, float>>(decoded, row, 0, kBlock);
   prefetch_quarter<Variant::states>(block, coding, 2);
   encode_param(block, coding, param);
   prefetch_quarter<Variant::states>(block, coding, 3);
   for_each_state<Variant>([&](int k, auto never_negative) {
-    encode_state<never_negative.value>(block, k, coding, states[k], largest[k]);
+    encode_state<never_negative.value>(block, k, coding, states[k]);
   });
 }
 
