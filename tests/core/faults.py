@@ -178,12 +178,12 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
             "master_size, place), 0, lane, place.count);\n  }",
         ),
         "scale of one block for all": (CODED, "coding.scales[k] + i / kBlock", "coding.scales[k]"),
-        "careless blocks": (CODED, "plain = !is_careful(*block.scales[k])", "plain = true"),
-        "infinite as the largest": (CODED, "if (careful) largest = largest_finite(from);", ""),
+        "careless blocks": (CODED, "if (is_careful(scale)) {", "if (false) {"),
+        "infinite as the largest": (CODED, "careful ? largest_of<true>(from) : largest", "largest"),
         "largest of positive ones": (
             CODED,
-            "int32_t(magnitude_bits(value))",
-            "int32_t(float_to_bits(value))",
+            "= magnitude_bits(values[i])",
+            "= float_to_bits(values[i])",
         ),
         "dither of the first block": (
             CODED,
