@@ -141,9 +141,8 @@ FUSEDOPT_HD uint32_t encode_signed(float value, float inverse, bool careful) {
 
 FUSEDOPT_HD uint32_t encode_square(float value, float inverse, uint32_t dither, bool careful) {
   const bool special = careful && !is_finite(magnitude_bits(value));
-  const float magnitude = bits_to_float(special ? 0 : magnitude_bits(value));
   const float threshold = bits_to_float(0x3f800000u ^ dither);  // from 1 to 2
-  const int32_t q = int32_t(root_of<8>(magnitude * inverse) + threshold);
+  const int32_t q = int32_t(root_of<8>((special ? 0 : value) * inverse) + threshold);
   const uint32_t code = uint32_t((q < 3 ? 3 : q) - 3);
   if (!careful) return code;
   return special ? kInf : code > 254 ? 254 : code;
@@ -194,7 +193,8 @@ inline void encode_block(const float* from, int64_t count, bool never_negative, 
   constexpr uint32_t half = 0x400000;  // of the dither's range
   for (int64_t i = 0; i < count; ++i)
     codes[byte_of(int(i))] =
-        uint8_t(never_negative ? encode_square(from[i], scale.inverse, half, careful)
+        uint8_t(never_negative ? encode_square(bits_to_float(magnitude_bits(from[i])),
+                                               scale.inverse, half, careful)
                                : encode_signed(from[i], scale.inverse, careful));
   *scale_to = scale.scale;
 }

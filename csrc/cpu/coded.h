@@ -207,25 +207,19 @@ FUSEDOPT_INLINE void encode_codes(const float* FUSEDOPT_RESTRICT from, float inv
   }
 }
 
-// The largest magnitude, or that of those that are finite.
-template <bool finite_only>
-FUSEDOPT_INLINE int32_t largest_of(const float* values) {
+FUSEDOPT_INLINE int32_t largest_finite(const float* values) {
   int32_t largest = 0;
-  for (int i = 0; i < kBlock; ++i) {
-    const uint32_t bits = magnitude_bits(values[i]);
-    const int32_t magnitude = int32_t(finite_only && !is_finite(bits) ? 0u : bits);
-    largest = magnitude > largest ? magnitude : largest;
-  }
+  for (int i = 0; i < kBlock; ++i)
+    raise(largest, is_finite(magnitude_bits(values[i])) ? values[i] : 0);
   return largest;
 }
 
 template <bool never_negative>
-FUSEDOPT_SHARED void encode_codes(const float* from, uint32_t dither, uint32_t* to,
+FUSEDOPT_SHARED void encode_codes(const float* from, int32_t largest, uint32_t dither, uint32_t* to,
                                   float* scale_to) {
-  const int32_t largest = largest_of<false>(from);
   const bool careful = !is_finite(uint32_t(largest));
-  const Scale scale =
-      scale_of<never_negative>(uint32_t(careful ? largest_of<true>(from) : largest), careful);
+  if (careful) largest = largest_finite(from);
+  const Scale scale = scale_of<never_negative>(uint32_t(largest), careful);
   *scale_to = scale.scale;
   if (careful) {
     encode_codes<never_negative, true>(from, scale.inverse, dither, to);
@@ -254,11 +248,11 @@ FUSEDOPT_INLINE float* decode_state(const Block& block, int k, StateCode code, f
 
 template <bool never_negative>
 FUSEDOPT_INLINE void encode_state(const Block& block, int k, const Coding& coding,
-                                  const float* from) {
+                                  const float* from, int32_t largest) {
   if (coding.state == StateCode::float32) return;
   const uint32_t dither = dither_of_block(block.position / kBlock, coding.step);
   if (coding.state == StateCode::int8) {
-    encode_codes<never_negative>(from, dither, static_cast<uint32_t*>(block.states[k]),
+    encode_codes<never_negative>(from, largest, dither, static_cast<uint32_t*>(block.states[k]),
                                  block.scales[k]);
   } else if (never_negative) {
     encode_dithered(from, dither, static_cast<bfloat16*>(block.states[k]));
@@ -299,23 +293,35 @@ FUSEDOPT_INLINE void for_each_state(Visit visit) {
   }
 }
 
+// A block in float32, between its update and its encoding.
+struct Updated {
+  alignas(64) float params[kBlock], states[kMaxStates][kBlock];
+  int32_t largest[kMaxStates];
+  Block block;
+};
+
 template <bool usual, class Variant, class Row>
-FUSEDOPT_INLINE void run_block(const Block& block, const Coding& coding, const Row& row) {
-  alignas(64) float params[kBlock], grads[kBlock], states[kMaxStates][kBlock];
+FUSEDOPT_INLINE void update_block(const Block& block, const Coding& coding, const Row& row,
+                                  Updated& to) {
+  alignas(64) float grads[kBlock];
+  to.block = block;
   prefetch_quarter<Variant::states>(block, coding, 0);
-  float* const param = decode_param(block, coding.param, params);
+  float* const param = decode_param(block, coding.param, to.params);
   const float* const grad = decode_grad(block, coding.grad, grads);
   prefetch_quarter<Variant::states>(block, coding, 1);
   Span decoded{param, grad, {}, kBlock, 0, 0, 0, nullptr};
   for_each_state<Variant>([&](int k, auto never_negative) {
-    decoded.states[k] = decode_state<never_negative.value>(block, k, coding.state, states[k]);
+    decoded.states[k] = decode_state<never_negative.value>(block, k, coding.state, to.states[k]);
   });
-  run<usual, Variant, Types<float, float, float>>(decoded, row, 0, kBlock);
+  run<usual, Variant, Types<float, float, float>, true>(decoded, row, 0, kBlock, to.largest);
   prefetch_quarter<Variant::states>(block, coding, 2);
-  encode_param(block, coding, param);
-  prefetch_quarter<Variant::states>(block, coding, 3);
+}
+
+template <class Variant>
+FUSEDOPT_INLINE void encode_block(const Updated& from, const Coding& coding) {
+  encode_param(from.block, coding, from.params);
   for_each_state<Variant>([&](int k, auto never_negative) {
-    encode_state<never_negative.value>(block, k, coding, states[k]);
+    encode_state<never_negative.value>(from.block, k, coding, from.states[k], from.largest[k]);
   });
 }
 
@@ -331,7 +337,11 @@ FUSEDOPT_INLINE void run_blocks(const Span& span, const Row& row, int64_t begin,
   const Coding& coding = *span.coding;
   const int64_t param_size = size_of(coding.param), master_size = size_of_master(coding.param);
   const int64_t grad_size = size_of(coding.grad), state_size = size_of(coding.state);
-  for (int64_t i = begin; i < end; i += kBlock) {
+  // A block is encoded after the next one was updated: nothing waits for the last of its roots and
+  // quotients, then.
+  Updated updated[2];
+  int now = 0;
+  for (int64_t i = begin; i < end; i += kBlock, now = 1 - now) {
     Block block{static_cast<char*>(span.param) + i * param_size,
                 static_cast<char*>(coding.master) + i * master_size,
                 static_cast<const char*>(span.grad) + i * grad_size,
@@ -343,9 +353,12 @@ FUSEDOPT_INLINE void run_blocks(const Span& span, const Row& row, int64_t begin,
       if (coding.state == StateCode::int8) block.scales[k] = coding.scales[k] + i / kBlock;
     }
     if (end - i >= kBlock) {
-      run_block<usual, Variant>(block, coding, row);
+      update_block<usual, Variant>(block, coding, row, updated[now]);
+      prefetch_quarter<Variant::states>(block, coding, 3);
+      if (i > begin) encode_block<Variant>(updated[1 - now], coding);
       continue;
     }
+    if (i > begin) encode_block<Variant>(updated[1 - now], coding);
     const size_t count = size_t(end - i);
     LastBlock last = {};
     Block whole = block;
@@ -357,12 +370,15 @@ FUSEDOPT_INLINE void run_blocks(const Span& span, const Row& row, int64_t begin,
     const bool codes = coding.state == StateCode::int8;
     for (int k = 0; k < Variant::states && !codes; ++k)
       whole.states[k] = memcpy(last.states[k], block.states[k], count * size_t(state_size));
-    run_block<usual, Variant>(whole, coding, row);
+    update_block<usual, Variant>(whole, coding, row, updated[now]);
+    encode_block<Variant>(updated[now], coding);
     memcpy(block.param, last.param, count * size_t(param_size));
     if (master_size > 0) memcpy(block.master, last.master, count * size_t(master_size));
     for (int k = 0; k < Variant::states && !codes; ++k)
       memcpy(block.states[k], last.states[k], count * size_t(state_size));
+    return;
   }
+  if (begin < end) encode_block<Variant>(updated[1 - now], coding);
 }
 
 #undef FUSEDOPT_SHARED

@@ -64,9 +64,17 @@ inline __attribute__((always_inline)) int64_t run_pairs(const Span& span, const 
   return begin + 2 * pairs;
 }
 
-template <bool usual, class Variant, class Types, class Row>
+// The largest bits of a float32 without its sign.
+inline __attribute__((always_inline)) void raise(int32_t& largest, float value) {
+  const int32_t magnitude = int32_t(magnitude_bits(value));
+  largest = magnitude > largest ? magnitude : largest;
+}
+inline __attribute__((always_inline)) void raise(int32_t&, double) {}
+
+// Updates the elements [begin, end). With largest it tells, of each state, the largest magnitude.
+template <bool usual, class Variant, class Types, bool tells_largest = false, class Row>
 inline __attribute__((always_inline)) void run(const Span& span, const Row& row, int64_t begin,
-                                               int64_t end) {
+                                               int64_t end, int32_t* largest = nullptr) {
   using T = typename Types::Compute;
   using State = typename Types::State;
   constexpr int states = Variant::states;
@@ -77,6 +85,7 @@ inline __attribute__((always_inline)) void run(const Span& span, const Row& row,
   State* FUSEDOPT_RESTRICT state2 = static_cast<State*>(span.states[2]);
   static_assert(kMaxStates == 3, "one pointer per state: an array of them would not vectorise");
 
+  int32_t largest0 = 0, largest1 = 0, largest2 = 0;
 #pragma GCC ivdep
   for (int64_t i = begin; i < end; ++i) {
     T p = widen(param[i]);
@@ -89,7 +98,11 @@ inline __attribute__((always_inline)) void run(const Span& span, const Row& row,
     if (states > 0) narrow(state[0], state0[i]);
     if (states > 1) narrow(state[1], state1[i]);
     if (states > 2) narrow(state[2], state2[i]);
+    if (tells_largest && states > 0) raise(largest0, state[0]);
+    if (tells_largest && states > 1) raise(largest1, state[1]);
+    if (tells_largest && states > 2) raise(largest2, state[2]);
   }
+  if (tells_largest) largest[0] = largest0, largest[1] = largest1, largest[2] = largest2;
 }
 
 #if defined(FUSEDOPT_F16C)
