@@ -179,12 +179,8 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         ),
         "scale of one block for all": (CODED, "coding.scales[k] + i / kBlock", "coding.scales[k]"),
         "careless blocks": (CODED, "if (is_careful(scale)) {", "if (false) {"),
-        "infinite as the largest": (CODED, "careful ? largest_of<true>(from) : largest", "largest"),
-        "largest of positive ones": (
-            CODED,
-            "= magnitude_bits(values[i])",
-            "= float_to_bits(values[i])",
-        ),
+        "infinite as the largest": (CODED, "if (careful) largest = largest_finite(from);", ""),
+        "largest of positive ones": (LOOP, "magnitude_bits(value)", "float_to_bits(value)"),
         "dither of the first block": (
             CODED,
             "dither_of_block(block.position / kBlock, coding.step)",
