@@ -39,7 +39,7 @@ FUSEDOPT_HD void store_aligned(void* to, Word word) {
 // A lane's elements of one stream as they are stored, a pair in the lower bits of a word. They are
 // loaded before any is decoded, so that all streams are on their way at a time.
 struct LanePairs {
-  uint64_t pairs[kPairs];
+  uint64_t pairs[kPairs] = {};
 
   template <class Element>
   FUSEDOPT_HD Element get(int i) const {
@@ -47,8 +47,11 @@ struct LanePairs {
   }
   template <class Element>
   FUSEDOPT_HD void set(int i, Element value) {
-    const uint64_t placed = uint64_t(value) << (8 * sizeof(Element) * (i % 2));
-    pairs[i / 2] = i % 2 == 0 ? placed : pairs[i / 2] | placed;
+    constexpr int bits = 8 * sizeof(Element);
+    const uint64_t mask = (uint64_t(1) << bits) - 1;
+    // The other one may still have to be decoded.
+    pairs[i / 2] &= ~(mask << (bits * (i % 2)));
+    pairs[i / 2] |= uint64_t(value) << (bits * (i % 2));
   }
 
   // Block: where it begins; count: the elements it has.
@@ -219,6 +222,8 @@ struct Tile<Variant, Coded> {
   using Row = typename Variant::Rule::template Row<float>;
   static constexpr int states = Variant::states;
   static constexpr int kChunk = kThreads * kLaneElements;
+  // With three states, half a multiprocessor has too few registers for a block.
+  static constexpr int kMinBlocks = states < 3 ? 2 : 1;
 
   struct TileSpan {
     void* param;

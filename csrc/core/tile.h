@@ -147,6 +147,8 @@ struct Tile {
       kPack * int(sizeof(Param) + sizeof(Grad) + states * sizeof(State));
   static constexpr int kUnroll = kPackBytes >= 64 ? 1 : 2;
   static constexpr int kChunk = kThreads * kPack * kUnroll;
+  // Blocks that a multiprocessor must hold at least. Without it, ptxas aims at four and spills.
+  static constexpr int kMinBlocks = 2;
 
   struct TileSpan {
     Param* param;

@@ -128,7 +128,7 @@ inline __attribute__((always_inline)) void put_back(const float*, float*, int64_
 inline __attribute__((always_inline)) void put_back(const float* piece, float16* to, int count) {
   int i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    const __m256 values = _mm256_load_ps(piece + i);
+    const __m256 values = _mm256_loadu_ps(piece + i);
     const __m256 is_nan = _mm256_cmp_ps(values, values, _CMP_UNORD_Q);
     const __m256 canonical = _mm256_blendv_ps(values, _mm256_set1_ps(__builtin_nanf("")), is_nan);
     _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(canonical, _MM_FROUND_TO_NEAREST_INT));

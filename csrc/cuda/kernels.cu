@@ -12,11 +12,8 @@ namespace cuda {
 
 namespace {
 
-// Blocks that a multiprocessor must hold at least. Without it, ptxas aims at four and spills.
-constexpr int kMinBlocks = 2;
-
 template <class Variant, class Types>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
+__global__ void __launch_bounds__(kThreads, Tile<Variant, Types>::kMinBlocks)
     step_kernel(const __grid_constant__ LaunchArgs args) {
   Tile<Variant, Types>::run(args, blockIdx.x, gridDim.x, threadIdx.x);
 }
