@@ -60,8 +60,8 @@ FUSEDOPT_HD constexpr uint32_t reversed(uint32_t x) {
 
 // Fractions in [0, 2^23) to round by: up where the fraction that is cut off and this one make a
 // whole. Those of 2^n steps of an element lie one in each of 2^n equal parts, and so do those of a
-// block's elements in one step. Thus the mean of steps is right, with far less noise than chance
-// has.
+// block's elements in one step. Thus a value that stays is right in the mean of steps, with far
+// less noise than chance has.
 FUSEDOPT_HD uint32_t dither_of_block(int64_t block, uint32_t step) {
   return (reversed(step) ^ uint32_t(mix(uint64_t(block) * kGolden))) >> 9;
 }
