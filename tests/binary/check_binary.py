@@ -47,8 +47,8 @@ MOST = {"STACK": 0, "LOCAL": 0}
 # With 128 registers a multiprocessor, which has 65536, holds two blocks of 256 threads. Where ptxas
 # takes that many, it has as many bytes in flight.
 MOST_IN_STEP = {**MOST, "SHARED": 0, "REG": 128}
-# Three states of eight elements, decoded: with 128 registers these kernels spill. Theirs are one
-# block's (Tile::kMinBlocks), but for a few more than 128 would do.
+# With 128 registers these kernels, of three states with a Coding, spill, so that they ask for one
+# block only (Tile::kMinBlocks).
 THREE_CODED = re.compile(
     r"(Adam::Variant<true>|RmsProp::Variant<true, true>), (fusedopt::)?Types<(fusedopt::)?coded,"
 )
