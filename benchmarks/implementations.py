@@ -417,35 +417,22 @@ IMPLEMENTATIONS = {
             dtypes=FLOAT32,
             exact=False,
         ),
-        Implementation(
-            "torchao-8bit",
-            "torchao.optim",
-            classes={"AdamW": ("AdamW8bit", {})},
-            package="torchao",
-            dtypes=FLOAT32,
-            exact=False,
-            most_tensors=200,
-            most_shapes=3,
-        ),
-        Implementation(
-            "torchao-4bit",
-            "torchao.optim",
-            classes={"AdamW": ("AdamW4bit", {})},
-            package="torchao",
-            dtypes=FLOAT32,
-            exact=False,
-            most_tensors=200,
-            most_shapes=3,
-        ),
-        Implementation(
-            "torchao-fp8",
-            "torchao.optim",
-            classes={"AdamW": ("AdamWFp8", {})},
-            package="torchao",
-            dtypes=FLOAT32,
-            exact=False,
-            most_tensors=200,
-            most_shapes=3,
+        *(
+            Implementation(
+                f"torchao-{name}",
+                "torchao.optim",
+                classes={"AdamW": (class_name, {})},
+                package="torchao",
+                dtypes=FLOAT32,
+                exact=False,
+                most_tensors=200,
+                most_shapes=3,
+            )
+            for name, class_name in {
+                "8bit": "AdamW8bit",
+                "4bit": "AdamW4bit",
+                "fp8": "AdamWFp8",
+            }.items()
         ),
         Implementation(
             "torchao-8bit-stochastic",

@@ -77,9 +77,9 @@ class Storage:
     def spec(self, key: str, param: Tensor) -> Spec:
         """What the tensor of a key has to be."""
         if key.endswith(CODE):
-            return Spec(torch.uint8, (blocks_of(param), BLOCK))
+            return Spec(torch.uint8, shape_of(key, param))
         if key.endswith(SCALE):
-            return Spec(torch.float32, (blocks_of(param),))
+            return Spec(torch.float32, shape_of(key, param))
         if key == REMAINDER:
             return Spec(REMAINDERS.get(self.master_bits, torch.int16))
         if key == MASTER:
@@ -87,8 +87,14 @@ class Storage:
         return Spec(self.state.to_complex() if param.is_complex() else self.state)
 
 
-def blocks_of(param: Tensor) -> int:
-    return -(-param.numel() // BLOCK)
+def shape_of(key: str, param: Tensor) -> tuple[int, ...]:
+    """The shape of the tensor of a key, which for most is the parameter's."""
+    blocks = -(-param.numel() // BLOCK)
+    if key.endswith(CODE):
+        return blocks, BLOCK
+    if key.endswith(SCALE):
+        return (blocks,)
+    return (param.dim(),) if key == ORDER else tuple(param.shape)
 
 
 def layout_of(param: Tensor) -> Tensor:
@@ -224,15 +230,13 @@ def related(keys: Iterable[str]) -> set[str]:
 def check_part(key: str, value: Tensor, param: Tensor, where: str) -> None:
     """Raise ValueError where a tensor cannot be that of the parameter."""
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
-    shape = tuple(param.shape)
+    shape = shape_of(key, param)
     if key == ORDER:
-        dtypes, shape = (torch.int64,), (param.dim(),)
+        dtypes = (torch.int64,)
     elif key == REMAINDER:
         dtypes = (torch.int16, torch.int8)
     elif key.endswith(CODE):
-        dtypes, shape = (torch.uint8,), (blocks_of(param), BLOCK)
-    elif key.endswith(SCALE):
-        shape = (blocks_of(param),)
+        dtypes = (torch.uint8,)
     if value.dtype not in dtypes or tuple(value.shape) != shape:
         raise ValueError(
             f"{where} is of dtype {value.dtype} and shape {tuple(value.shape)}; expected "
