@@ -1306,10 +1306,12 @@ std::pair<at::Tensor, at::Tensor> encode(const at::Tensor& values, bool never_ne
 at::Tensor decode(const at::Tensor& codes, const at::Tensor& scales, int64_t numel,
                   bool never_negative) {
   at::Tensor values = at::empty({numel}, at::kFloat);
+  float* const to = values.mutable_data_ptr<float>();
+  const uint8_t* const from = codes.const_data_ptr<uint8_t>();
+  const float* const scale = scales.const_data_ptr<float>();
   for (int64_t i = 0; i < numel; ++i)
-    values.mutable_data_ptr<float>()[i] =
-        decode_element(codes.const_data_ptr<uint8_t>() + i / kBlock * kBlock, int(i % kBlock),
-                       scales.const_data_ptr<float>()[i / kBlock], never_negative);
+    to[i] = decode_element(from + i / kBlock * kBlock, int(i % kBlock), scale[i / kBlock],
+                           never_negative);
   return values;
 }
 

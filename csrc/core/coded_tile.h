@@ -297,7 +297,7 @@ struct Tile<Variant, Coded> {
       float states_of_i[kMaxStates] = {};
       FUSEDOPT_UNROLL
       for (int k = 0; k < states; ++k)
-        states_of_i[k] = codes ? decode_code(Variant::never_negative(k), words[k], scales[k], i)
+        states_of_i[k] = codes ? decode(Variant::never_negative(k), words[k], scales[k], i)
                          : coding.state == StateCode::bfloat16
                              ? decode_bfloat16(state[k], i)
                              : bits_to_float(state[k].template get<uint32_t>(i));
@@ -310,11 +310,12 @@ struct Tile<Variant, Coded> {
     master.store(at(coding.master, master_size, place), master_size, lane, place.count);
   }
 
-  FUSEDOPT_HD static float decode_code(bool never_negative, uint64_t words, float scale, int i) {
-    const uint32_t code = uint32_t(words >> (32 * (i % 2) + 8 * (i / 2))) & 0xffu;
-    const bool careful = is_careful(scale);
-    return never_negative ? decode_square(code, absolute(scale), careful)
-                          : decode_signed(code, absolute(scale), careful);
+  // The code of element i is in the byte of its quarter, of the word of its place in the pair.
+  FUSEDOPT_HD static int shift_of(int i) { return 32 * (i % 2) + 8 * (i / 2); }
+
+  FUSEDOPT_HD static float decode(bool never_negative, uint64_t words, float scale, int i) {
+    const uint32_t code = uint32_t(words >> shift_of(i)) & 0xffu;
+    return decode_code(never_negative, code, absolute(scale), is_careful(scale));
   }
 
   FUSEDOPT_HD static void store_codes(const TileSpan& s, const Place& place, int k, int lane,
@@ -324,10 +325,9 @@ struct Tile<Variant, Coded> {
     FUSEDOPT_UNROLL
     for (int i = 0; i < kLaneElements; ++i) {
       const uint32_t threshold = fusedopt::dither(dither, uint32_t(place_of(lane, i)));
-      const uint32_t code = Variant::never_negative(k)
-                                ? encode_square(from.state[k][i], scale.inverse, threshold, careful)
-                                : encode_signed(from.state[k][i], scale.inverse, careful);
-      words |= uint64_t(code) << (32 * (i % 2) + 8 * (i / 2));
+      const uint32_t code = encode_code(Variant::never_negative(k), from.state[k][i], scale.inverse,
+                                        threshold, careful);
+      words |= uint64_t(code) << shift_of(i);
     }
     store_aligned(at(s.state[k], 1, place) + 8 * lane, words);
     if (lane == 0) s.coding.scales[k][place.block] = scale.scale;

@@ -82,7 +82,7 @@ FUSEDOPT_HD uint32_t canonical_bits(float value) {
 // bits make a whole: at random for weights, dithered for averages of squares, which move by less
 // than half a distance in a step and would stay where they are.
 FUSEDOPT_HD bfloat16 cut_to_bfloat16(float value, uint32_t addend) {
-  return {uint16_t((canonical_bits(value) + (value != value ? 0u : addend)) >> 16)};
+  return {uint16_t((canonical_bits(value) + addend) >> 16)};  // nothing is carried out of a NaN
 }
 
 // A float16 parameter is its master rounded; where it is not, somebody has changed it.
@@ -148,6 +148,15 @@ FUSEDOPT_HD uint32_t encode_square(float value, float inverse, uint32_t dither, 
   return special ? kInf : code > 254 ? 254 : code;
 }
 
+FUSEDOPT_HD float decode_code(bool never_negative, uint32_t code, float scale, bool careful) {
+  return never_negative ? decode_square(code, scale, careful) : decode_signed(code, scale, careful);
+}
+FUSEDOPT_HD uint32_t encode_code(bool never_negative, float value, float inverse, uint32_t dither,
+                                 bool careful) {
+  return never_negative ? encode_square(value, inverse, dither, careful)
+                        : encode_signed(value, inverse, careful);
+}
+
 // What to encode a block with, from its largest magnitude.
 struct Scale {
   float scale, inverse;
@@ -168,14 +177,12 @@ FUSEDOPT_HD Scale scale_of(uint32_t largest, bool careful) {
 FUSEDOPT_HD int byte_of(int place) { return place % kWords * 4 + place / kWords; }
 
 FUSEDOPT_HD bool is_careful(float scale) { return (float_to_bits(scale) >> 31) != 0; }
-FUSEDOPT_HD float absolute(float scale) { return bits_to_float(magnitude_bits(scale)); }
+FUSEDOPT_HD float absolute(float value) { return bits_to_float(magnitude_bits(value)); }
 
 // One element of a block of codes.
 FUSEDOPT_HD float decode_element(const uint8_t* codes, int place, float scale,
                                  bool never_negative) {
-  const uint32_t code = codes[byte_of(place)];
-  return never_negative ? decode_square(code, absolute(scale), is_careful(scale))
-                        : decode_signed(code, absolute(scale), is_careful(scale));
+  return decode_code(never_negative, codes[byte_of(place)], absolute(scale), is_careful(scale));
 }
 
 // A block of at most kBlock elements, each rounded to nearest: for states that come from elsewhere.
@@ -191,11 +198,11 @@ inline void encode_block(const float* from, int64_t count, bool never_negative, 
   const Scale scale =
       never_negative ? scale_of<true>(largest, careful) : scale_of<false>(largest, careful);
   constexpr uint32_t half = 0x400000;  // of the dither's range
-  for (int64_t i = 0; i < count; ++i)
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = never_negative ? absolute(from[i]) : from[i];
     codes[byte_of(int(i))] =
-        uint8_t(never_negative ? encode_square(bits_to_float(magnitude_bits(from[i])),
-                                               scale.inverse, half, careful)
-                               : encode_signed(from[i], scale.inverse, careful));
+        uint8_t(encode_code(never_negative, value, scale.inverse, half, careful));
+  }
   *scale_to = scale.scale;
 }
 

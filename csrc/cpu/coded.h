@@ -159,19 +159,14 @@ FUSEDOPT_INLINE const float* decode_grad(const Block& block, DType dtype, float*
 
 // -- states --------------------------------------------------------------------------------------
 
-FUSEDOPT_INLINE float decode_code(bool never_negative, uint32_t word, int byte, float scale,
-                                  bool careful = false) {
-  const uint32_t code = word >> (8 * byte) & 0xffu;
-  return never_negative ? decode_square(code, scale, careful) : decode_signed(code, scale, careful);
-}
-
 template <bool never_negative, bool careful>
 FUSEDOPT_INLINE void decode_codes_by(const uint32_t* FUSEDOPT_RESTRICT from, float scale,
                                      float* FUSEDOPT_RESTRICT to) {
 #pragma GCC unroll 4
   for (int byte = 0; byte < 4; ++byte)
     for (int i = 0; i < kWords; ++i)
-      to[byte * kWords + i] = decode_code(never_negative, from[i], byte, scale, careful);
+      to[byte * kWords + i] =
+          decode_code(never_negative, from[i] >> (8 * byte) & 0xffu, scale, careful);
 }
 
 template <bool never_negative>
@@ -198,9 +193,8 @@ FUSEDOPT_INLINE void encode_codes(const float* FUSEDOPT_RESTRICT from, float inv
     uint32_t word = 0;
     for (int byte = 0; byte < 4; ++byte) {
       const uint32_t place = uint32_t(byte * kWords + i);
-      const uint32_t code = never_negative ? encode_square(from[place], inverse,
-                                                           dither ^ kDither.values[place], careful)
-                                           : encode_signed(from[place], inverse, careful);
+      const uint32_t code = encode_code(never_negative, from[place], inverse,
+                                        dither ^ kDither.values[place], careful);
       word |= code << (8 * byte);
     }
     to[i] = word;

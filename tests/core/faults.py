@@ -158,7 +158,7 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         ),
         "codes of the tile in order": (
             CODED_TILE,
-            "words |= uint64_t(code) << (32 * (i % 2) + 8 * (i / 2));",
+            "words |= uint64_t(code) << shift_of(i);",
             "words |= uint64_t(code) << (8 * i);",
         ),
         "squares of the tile to nearest": (
