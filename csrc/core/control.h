@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "rules/average.h"
+#include "arithmetic.h"
 
 // What a step multiplies its gradients by, and whether it takes place at all: where a gradient
 // scaler or clipping has a say, the host need not know either.

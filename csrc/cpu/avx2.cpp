@@ -13,7 +13,8 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 #define FUSEDOPT_ISA avx2
-#include "loop.h"
+#include "norm.h"
+#include "update.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

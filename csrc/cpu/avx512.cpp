@@ -14,7 +14,8 @@
 #pragma GCC target("fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #endif
 #define FUSEDOPT_ISA avx512
-#include "loop.h"
+#include "norm.h"
+#include "update.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

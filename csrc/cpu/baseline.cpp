@@ -6,7 +6,8 @@
 #include "cpu.h"
 
 #define FUSEDOPT_ISA baseline
-#include "loop.h"
+#include "norm.h"
+#include "update.h"
 
 namespace fusedopt {
 namespace cpu {

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../core/coding.h"
+#include "../core/codes.h"
 #include "../core/norm.h"
 #include "../core/registry.h"
 

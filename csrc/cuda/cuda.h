@@ -2,7 +2,7 @@
 // Copyright the fusedopt authors
 #pragma once
 
-#include "../core/device_step.h"
+#include "../device/step.h"
 
 namespace fusedopt {
 namespace cuda {

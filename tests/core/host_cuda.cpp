@@ -2,7 +2,7 @@
 // Copyright the fusedopt authors
 //
 // csrc/cuda/cuda.h for a machine without a GPU: what kernels.cu launches, run on the host. With it
-// and with the CPU as its accelerator, bindings.cpp takes all of the ways of a CUDA device.
+// and with the CPU as its accelerator, the bindings take all of the ways of a CUDA device.
 #include <functional>
 
 #include "cuda/cuda.h"

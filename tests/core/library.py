@@ -263,7 +263,7 @@ class Core:
             )
         )
 
-    # -- codes and random bits by themselves, see coding.h and random.h ---------------------------
+    # -- codes and random bits by themselves, see codes.h and random.h ---------------------------
 
     def split(self, bits: np.ndarray, to_24: bool = False) -> tuple[np.ndarray, np.ndarray]:
         high, remainder = np.empty(len(bits), np.uint16), np.empty(len(bits), np.int16)

@@ -2,8 +2,8 @@
 // Copyright the fusedopt authors
 #pragma once
 
-#include "norm.h"
-#include "tile.h"
+#include "../core/norm.h"
+#include "update.h"
 
 // The bodies of the CUDA kernel that sums up the squares of all gradients, for the host as well.
 namespace fusedopt {

@@ -156,7 +156,7 @@ inline __attribute__((always_inline)) void run_pieces(const Span& span, const Ro
 }
 #endif
 
-#include "coded.h"
+#include "update_coded.h"
 
 // Updates the elements [begin, end) in the way that suits their types best.
 template <bool usual, class Variant, class Types, class Row>
@@ -194,28 +194,6 @@ __attribute__((noinline)) void span_loop(const Span& span, const HyperRow& packe
 template <class Variant, class Types>
 struct Loop {
   static constexpr SpanLoop value = span_loop<Variant, Types>;
-};
-
-// The sum of the squares of a chunk of a gradient, see norm.h.
-template <class Grad>
-__attribute__((noinline)) double square_sum(const void* grad, int64_t count) {
-  constexpr int slots = kSlots<Grad>;
-  constexpr int64_t width = kWarp * slots;
-  const auto* FUSEDOPT_RESTRICT elements = static_cast<const Grad*>(grad);
-  double lanes[width] = {};
-  int64_t i = 0;
-  for (; i + width <= count; i += width)
-    for (int64_t lane = 0; lane < width; ++lane) add_square(lanes[lane], elements[i + lane]);
-  for (int64_t lane = 0; i + lane < count; ++lane) add_square(lanes[lane], elements[i + lane]);
-  for (int warp_lane = 0; warp_lane < kWarp; ++warp_lane)
-    tree_sum<slots>(lanes + warp_lane * slots);
-  tree_sum<kWarp>(lanes, slots);
-  return lanes[0];
-}
-
-template <class Grad>
-struct Sum {
-  static constexpr SquareSum value = square_sum<Grad>;
 };
 
 }  // namespace

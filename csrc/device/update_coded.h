@@ -2,9 +2,9 @@
 // Copyright the fusedopt authors
 #pragma once
 
-#include "coding.h"
-#include "norm.h"
-#include "tile.h"
+#include "../core/codes.h"
+#include "../core/norm.h"
+#include "update.h"
 
 // The body of the CUDA kernel that updates spans with a Coding. A block is the work of a warp: a
 // lane has a pair of neighbours in each of its quarters, so that the codes of these are two words.

@@ -2,8 +2,8 @@
 // Copyright the fusedopt authors
 #pragma once
 
-#include "control.h"
-#include "registry.h"
+#include "../core/control.h"
+#include "../core/registry.h"
 
 // What a step works out on the device where the host does not know its step counts or its options:
 // rows of hyper-parameters. The step itself then only reads them.

@@ -2,8 +2,8 @@
 // Copyright the fusedopt authors
 #pragma once
 
-#include "control.h"
-#include "registry.h"
+#include "../core/control.h"
+#include "../core/registry.h"
 
 // The body of the CUDA kernel as a function of (block, blocks, thread): no CUDA header, no shared
 // memory, no barrier, so that the host can run it too.

@@ -4,9 +4,9 @@
 
 #include <algorithm>
 
-#include "coded_tile.h"
-#include "norm_tile.h"
+#include "norm.h"
 #include "prepare.h"
+#include "update_coded.h"
 
 // A step on a device as a sequence of launches, for whoever launches them.
 namespace fusedopt {

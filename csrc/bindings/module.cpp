@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+//
+// The Python module fusedopt._C: the one translation unit of this folder, which is the only one
+// that knows torch. It turns parameters and gradients into spans, and hands them to the core with a
+// stream or a parallel loop.
+#include "codes.h"
+#include "flat.h"
+#include "plan.h"
+#include "rules.h"
+
+using namespace fusedopt;
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  if (const char* name = std::getenv("FUSEDOPT_ISA"); name != nullptr && *name != 0) set_isa(name);
+
+  m.attr("slot") = kSlot;
+#if defined(FUSEDOPT_WITH_CUDA)
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
+  m.attr("accelerator") = c10::DeviceTypeName(kAccelerator, /*lower_case=*/true);
+  m.attr("version") = FUSEDOPT_VERSION;
+  m.attr("cuda_version") = FUSEDOPT_CUDA_VERSION;
+  m.attr("torch_version") = FUSEDOPT_TORCH_VERSION;
+  m.def("isa", get_isa);
+  m.def("set_isa", set_isa);
+  m.def("state_names", state_names);
+  m.def("rules", rules);
+  m.def("combinations", combinations);
+  m.attr("block") = kBlock;
+  m.def("encode", encode);
+  m.def("decode", decode);
+  m.def("flat_tensors", flat_tensors);
+  m.def("flat_steps", flat_steps);
+  m.def("is_capturing", is_capturing);
+  m.def("is_recorded", at::hasCallbacks);
+  m.def("attach_gradients", attach_gradients);
+  py::class_<Workspace, std::shared_ptr<Workspace>>(m, "Workspace")
+      .def(py::init<>())
+      .def_readonly("captured", &Workspace::captured)
+      .def("forget_weights", &Workspace::forget_weights)
+      .def("forget_weights_of", &Workspace::forget_weights_of)
+      .def("note_weights_of", &Workspace::note_weights_of)
+      .def("are_outdated", &Workspace::are_outdated)
+      .def_property_readonly("grad_norm", &Workspace::grad_norm);
+  py::class_<Storage>(m, "Storage")
+      .def(py::init<at::ScalarType, int, bool, bool, uint64_t, uint64_t>());
+  py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_plans))
+      .def(py::init<std::string, const std::string&, std::shared_ptr<Workspace>>())
+      .def("add_group", &Plan::add_group)
+      .def("add", &Plan::add)
+      .def("step", &Plan::step)
+      .def_property_readonly("span_count", &Plan::span_count);
+}
