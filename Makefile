@@ -92,11 +92,11 @@ dist: env  ## build sdist and wheel, and try each in a clean environment
 	$(PY) -m venv $(CLEAN)
 	$(CLEAN)/bin/pip install $$(grep '^torch==' $(VENV)/installed.txt)
 	$(CLEAN)/bin/pip install dist/*.whl
-	$(CLEAN)/bin/python tests/smoke.py
+	$(CLEAN)/bin/python tests/project/smoke.py
 	$(CLEAN)/bin/pip uninstall --yes fusedopt
 	$(CLEAN)/bin/pip install $$(grep -E '^(setuptools|wheel|ninja)==' $(VENV)/installed.txt)
 	$(CLEAN)/bin/pip install --no-build-isolation --no-cache-dir dist/*.tar.gz
-	$(CLEAN)/bin/python tests/smoke.py
+	$(CLEAN)/bin/python tests/project/smoke.py
 	rm -rf $(CLEAN)
 
 clean:  ## remove everything built, but not .venv

@@ -236,7 +236,8 @@ def make_steps(results: Path, pytest_arguments: Sequence[str]) -> list[Step]:
     every = sorted({results, *others})
     build = (python, "setup.py", "--quiet", "build_ext", "--inplace")
     tests = (python, "-m", "pytest", "-m", "cuda", *pytest_arguments)
-    examples = (python, "-m", "pytest", "tests/test_docs.py")  # one of them captures a graph
+    # One of the documentation's examples captures a graph.
+    examples = (python, "-m", "pytest", "tests/project/test_docs.py")
     benchmark = (python, "-m", "benchmarks.run", "--device", "cuda", "--output", str(results))
     table = (python, "-m", "benchmarks.report", "--gpu", *map(str, every), "--readme")
     return [

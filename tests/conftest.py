@@ -3,9 +3,9 @@
 import os
 from collections.abc import Iterator
 
-import accelerator
 import pytest
 import torch
+from support import accelerator
 
 if accelerator.HOST_RUN:
     accelerator.load_host_run()
@@ -14,7 +14,7 @@ from fusedopt._extension import _C
 try:
     import hypothesis
 except ImportError:  # tests on a GPU do without
-    collect_ignore = ["test_properties.py"]
+    collect_ignore = ["steps/test_properties.py"]
 else:
     # Examples take as long as the machine is busy. In CI the same ones each time.
     hypothesis.settings.register_profile("default", deadline=None)

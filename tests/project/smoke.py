@@ -1,6 +1,6 @@
 """Smoke test of an installed fusedopt: three optimizers, 20 steps each, against torch.optim.
 
-Run by its path (`python tests/smoke.py`), so that the checkout is not on the import path.
+Run by its path (`python tests/project/smoke.py`), so that the checkout is not on the import path.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ def train(optimizer: type[torch.optim.Optimizer], options: dict[str, float]) -> 
 
 
 def main() -> None:
-    home, checkout = Path(fusedopt.__file__).parent, Path(__file__).parents[1]
+    home, checkout = Path(fusedopt.__file__).parent, Path(__file__).parents[2]
     assert home != checkout / "fusedopt", f"{home} is the checkout, not an installation"
     for name, options in OPTIMIZERS:
         ours = train(getattr(fusedopt, name), options)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import (
+from support.cases import (
     HALF,
     LARGE,
     LAYOUTS,
@@ -30,8 +30,8 @@ from cases import (
     realistic,
     train,
 )
-from optimizers import ROWS, Options, Row
-from reference import Array
+from support.optimizers import ROWS, Options, Row
+from support.reference import Array
 
 import fusedopt
 

@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from training import (
+from support.training import (
     EVERY_CASE,
     RICHEST,
     Case,
@@ -23,6 +21,8 @@ from training import (
     params_of,
     train,
 )
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import fusedopt
 from fusedopt import FlatParameters

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from cases import HALF, bits, real_view
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optimizers import ROWS, Options, Row
-from storing import BF16, CHOICES, F32, Choice, masters_of, rounded, saved
+from support.cases import HALF, bits, real_view
+from support.optimizers import ROWS, Options, Row
+from support.storing import BF16, CHOICES, F32, Choice, masters_of, rounded, saved
 from torch import Tensor
 from torch.optim import Optimizer
 

@@ -10,11 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from accelerator import HOST_RUN, capture, launches
-from optimizers import ROWS
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from training import (
+from support.accelerator import HOST_RUN, capture, launches
+from support.optimizers import ROWS
+from support.training import (
     EVERY_CASE,
     RICHEST,
     Case,
@@ -29,6 +27,8 @@ from training import (
     states_of,
     train,
 )
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import fusedopt
 

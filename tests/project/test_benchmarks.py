@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerator import HOST_RUN
+from support.accelerator import HOST_RUN
 
 from benchmarks import compare, gpu_check, report, run, sanitize, scenarios, shapes, timing
 from benchmarks.case import COPY, DEVICE, FLOOR, HOST, OURS, WALL

@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerator import HOST_RUN
-from cases import STORAGES, storage_id
-from torch import Tensor, nn
-from training import (
+from support.accelerator import HOST_RUN
+from support.cases import STORAGES, storage_id
+from support.training import (
     EVERY_CASE,
     RICHEST,
     Case,
@@ -23,6 +22,7 @@ from training import (
     snapshot,
     train,
 )
+from torch import Tensor, nn
 
 import fusedopt
 from fusedopt._extension import _C

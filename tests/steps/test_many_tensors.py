@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from support.training import RICHEST, Case, assert_close, assert_equal, params_of
 from torch import Tensor
 from torch.optim import Optimizer
-from training import RICHEST, Case, assert_close, assert_equal, params_of
 
 import fusedopt
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from storing import (
+from support.storing import (
     BF16,
     CHOICES,
     F16,
@@ -20,9 +20,7 @@ from storing import (
     saved,
     step,
 )
-from torch import nn
-from torch.optim import Optimizer
-from training import (
+from support.training import (
     RICHEST,
     Case,
     assert_equal,
@@ -34,6 +32,8 @@ from training import (
     snapshot,
     states_of,
 )
+from torch import nn
+from torch.optim import Optimizer
 
 import fusedopt
 

@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from training import (
+from support.training import (
     EVERY_CASE,
     RICHEST,
     Case,
@@ -30,6 +28,8 @@ from training import (
     states_of,
     train,
 )
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import fusedopt
 

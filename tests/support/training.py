@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from optimizers import ROWS, Options
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from .optimizers import ROWS, Options
 
 
 @dataclass(frozen=True)

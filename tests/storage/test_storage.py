@@ -4,9 +4,19 @@ from typing import Any
 
 import pytest
 import torch
-from cases import SMALL_LAYOUTS, Data, Groups, bits, expected, harsh, realistic, reals, train
-from optimizers import ROWS, Options, Row
-from storing import (
+from support.cases import (
+    SMALL_LAYOUTS,
+    Data,
+    Groups,
+    bits,
+    expected,
+    harsh,
+    realistic,
+    reals,
+    train,
+)
+from support.optimizers import ROWS, Options, Row
+from support.storing import (
     BF16,
     CHOICES,
     F16,
@@ -21,9 +31,7 @@ from storing import (
     rounded,
     step,
 )
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from training import (
+from support.training import (
     EVERY_CASE,
     RICHEST,
     Case,
@@ -36,9 +44,11 @@ from training import (
     snapshot,
     states_of,
 )
-from training import (
+from support.training import (
     train as train_on,
 )
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import fusedopt
 

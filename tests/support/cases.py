@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from optimizers import Options, Row
-from reference import Array, Store, unrounded
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fusedopt._extension import _C
+
+from .optimizers import Options, Row
+from .reference import Array, Store, unrounded
 
 
 @dataclass(frozen=True)

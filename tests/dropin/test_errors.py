@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from training import (
+from support.training import (
     RICHEST,
     Case,
     assert_unchanged,
@@ -21,6 +19,8 @@ from training import (
     snapshot,
     train,
 )
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import fusedopt
 

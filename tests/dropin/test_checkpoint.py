@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.optim import Optimizer
-from training import (
+from support.training import (
     CASES,
     EVERY_CASE,
     RICHEST,
@@ -27,6 +25,8 @@ from training import (
     states_of,
     train,
 )
+from torch import nn
+from torch.optim import Optimizer
 
 import fusedopt
 from fusedopt._extension import _C

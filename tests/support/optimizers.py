@@ -10,10 +10,11 @@ from functools import partial
 
 import numpy as np
 import torch
-from reference import Array, Options, State, Step, train
 from torch.optim import Optimizer
 
 import fusedopt
+
+from .reference import Array, Options, State, Step, train
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import Options
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from training import EVERY_CASE, RICHEST, Case, make_params, params_of, set_grads
 
 from fusedopt._extension import _C
+
+from .optimizers import Options
+from .training import EVERY_CASE, RICHEST, Case, make_params, params_of, set_grads
 
 BLOCK: int = _C.block
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import (
+from support.cases import (
     STORAGES,
     Data,
     Groups,
@@ -22,7 +22,7 @@ from cases import (
     storage_id,
     train,
 )
-from optimizers import ROWS, Row
+from support.optimizers import ROWS, Row
 
 import fusedopt
 from fusedopt._extension import _C

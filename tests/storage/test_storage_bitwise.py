@@ -6,13 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from accelerator import capture
-from cases import Data, Groups, Layout, Result, bits, harsh, realistic, reals, train
-from optimizers import ROWS, Options, Row
-from storing import BF16, CHOICES, PAIRS, SHAPES, Choice, every_pair, masters_of, step
-from torch import Tensor
-from torch.optim import Optimizer
-from training import (
+from support.accelerator import capture
+from support.cases import Data, Groups, Layout, Result, bits, harsh, realistic, reals, train
+from support.optimizers import ROWS, Options, Row
+from support.storing import BF16, CHOICES, PAIRS, SHAPES, Choice, every_pair, masters_of, step
+from support.training import (
     Case,
     assert_equal,
     assert_same_bits,
@@ -25,6 +23,8 @@ from training import (
     snapshot,
     states_of,
 )
+from torch import Tensor
+from torch.optim import Optimizer
 
 import fusedopt
 from fusedopt._extension import _C

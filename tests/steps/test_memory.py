@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from storing import CHOICES, Choice, every_pair
-from storing import SHAPES as BLOCKS
+from support.storing import CHOICES, Choice, every_pair
+from support.storing import SHAPES as BLOCKS
+from support.training import RICHEST, Case, assert_equal, make_params, params_of, set_grads, train
 from torch import nn
-from training import RICHEST, Case, assert_equal, make_params, params_of, set_grads, train
 
 import fusedopt
 

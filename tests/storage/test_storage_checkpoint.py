@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from storing import (
+from support.storing import (
     BF16,
     CHOICES,
     F32,
@@ -22,9 +22,7 @@ from storing import (
     saved,
     step,
 )
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from training import (
+from support.training import (
     RICHEST,
     Case,
     assert_equal,
@@ -36,6 +34,8 @@ from training import (
     snapshot,
     states_of,
 )
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import fusedopt
 
