@@ -69,20 +69,20 @@ check-tables: env  ## check that the tables in the documentation are those of th
 	$(PY) -m benchmarks.report $(RESULTS) --check
 	$(PY) -m benchmarks.report $(RESULTS) --check --readme-file docs/performance.md
 	$(PY) -m benchmarks.report --gpu $(GPU_RESULTS) --check
-	$(PY) -m benchmarks.precision --check
+	$(PY) -m benchmarks.studies.precision --check
 
 tables: env  ## write the tables of the results into the documentation
 	$(PY) -m benchmarks.report $(RESULTS) --readme
 	$(PY) -m benchmarks.report $(RESULTS) --readme --readme-file docs/performance.md
 	$(PY) -m benchmarks.report --gpu $(GPU_RESULTS) --readme
 	$(PY) -m benchmarks.report $(RESULTS) --plots docs/images
-	$(PY) -m benchmarks.precision --tables
+	$(PY) -m benchmarks.studies.precision --tables
 
 check-binary: build  ## check in the disassembly that the loops are packed
 	$(PY) tests/binary/check_binary.py
 
 gpu-check: env  ## build, test, sanitize and measure on this machine's GPU; OUT=folder also keeps the results there
-	$(PY) -m benchmarks.gpu_check $(ARGS)
+	$(PY) -m benchmarks.gpu.check $(ARGS)
 
 # The wheel is built from the sdist; both are then tried where nothing else of fusedopt is.
 CLEAN = build/clean-env

@@ -17,11 +17,12 @@ import pytest
 import torch
 from support.accelerator import HOST_RUN
 
-from benchmarks import compare, gpu_check, report, run, sanitize, scenarios, shapes, timing
-from benchmarks.case import COPY, DEVICE, FLOOR, HOST, OURS, WALL
-from benchmarks.compare import comparison
-from benchmarks.implementations import IMPLEMENTATIONS, Work, captured
-from benchmarks.scenarios import (
+from benchmarks import run
+from benchmarks.gpu import check as gpu_check
+from benchmarks.gpu import sanitize
+from benchmarks.measure import scenarios, timing
+from benchmarks.measure.implementations import IMPLEMENTATIONS, Work, captured
+from benchmarks.measure.scenarios import (
     OPTIMIZERS,
     SCENARIOS,
     SUITES,
@@ -29,7 +30,12 @@ from benchmarks.scenarios import (
     choose_cases,
     find_scenario,
 )
-from benchmarks.targets import CPU_TARGETS, GPU_TARGETS, target_rows
+from benchmarks.models import shapes
+from benchmarks.report import __main__ as report
+from benchmarks.report import compare
+from benchmarks.report.case import COPY, DEVICE, FLOOR, HOST, OURS, WALL
+from benchmarks.report.compare import comparison
+from benchmarks.report.targets import CPU_TARGETS, GPU_TARGETS, target_rows
 
 
 def count(of: shapes.Shapes) -> int:

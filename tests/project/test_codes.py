@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import codes
-from benchmarks.codes import (
+from benchmarks.studies import codes
+from benchmarks.studies.codes import (
     RESULTS,
     SIGNED,
     UNSIGNED,

@@ -10,10 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import end_to_end
-from benchmarks.case import FLAT, OURS
-from benchmarks.end_to_end import DEFAULT, FUSED, IMPLEMENTATIONS, WORKLOADS, Iteration, Workload
-from benchmarks.progress import Progress
+from benchmarks.measure import end_to_end
+from benchmarks.measure.end_to_end import (
+    DEFAULT,
+    FUSED,
+    IMPLEMENTATIONS,
+    WORKLOADS,
+    Iteration,
+    Workload,
+)
+from benchmarks.measure.progress import Progress
+from benchmarks.report.case import FLAT, OURS
 
 TINY = Workload(
     model=lambda: nn.Linear(4, 3),
@@ -182,7 +189,7 @@ def test_the_plot_shows_every_workload(tmp_path: Path) -> None:
     pytest.importorskip("tqdm")
     from matplotlib.figure import Figure
 
-    from benchmarks.training_figure import draw_training, draw_workload
+    from benchmarks.report.training_figure import draw_training, draw_workload
 
     axes = Figure().subplots()
     draw_workload(MEASURED, axes)

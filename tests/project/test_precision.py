@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import fusedopt
-from benchmarks import codes, precision
-from benchmarks.precision import CHOICES, FLOAT32, RESULTS
+from benchmarks.studies import codes, precision
+from benchmarks.studies.precision import CHOICES, FLOAT32, RESULTS
 
 TASKS = ("GPT", "digits")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.training import OURS, OURS_FLAT, Result
+from benchmarks.demo.training import OURS, OURS_FLAT, Result
 
 TORCH_COLOUR, OUR_COLOUR = "#b8b8b8", "#c2410c"
 

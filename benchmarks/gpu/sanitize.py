@@ -1,4 +1,4 @@
-"""Small steps of everything, for a memory checker to watch: ``python -m benchmarks.sanitize``.
+"""Small steps of everything, for a memory checker to watch: ``python -m benchmarks.gpu.sanitize``.
 
 Every optimizer takes a few steps with empty, tiny, odd-sized and misaligned tensors, in every kind
 of storage, eagerly and, unless memory is not cached (see below), as a CUDA graph. Whether results
@@ -138,7 +138,7 @@ def replayed_steps(device: torch.device) -> Iterator[str]:
 def main(argv: list[str] | None = None) -> int:
     """Take all steps; the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.sanitize",
+        prog="python -m benchmarks.gpu.sanitize",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         done += replayed_steps(device)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    print(f"benchmarks.sanitize: {len(done)} optimizers took their steps")
+    print(f"benchmarks.gpu.sanitize: {len(done)} optimizers took their steps")
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.shapes import (
+from benchmarks.models.shapes import (
     GPT_2_MEDIUM,
     GPT_2_SMALL,
     LLAMA_3_8B_ENDS,

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.data import Batch, image_batches, load_digits, load_text, text_batches
-from benchmarks.models import GPT, digits_classifier
+from benchmarks.models.data import Batch, image_batches, load_digits, load_text, text_batches
+from benchmarks.models.networks import GPT, digits_classifier
 
 CONTEXT = 64
 TEXT_BATCH = 8

@@ -26,12 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.case import FLAT, OURS, Json, percent, ratio, samples, times
-from benchmarks.models import GPT
-from benchmarks.progress import Progress
+from benchmarks.measure.progress import Progress
+from benchmarks.models.networks import GPT
+from benchmarks.report.case import FLAT, OURS, Json, percent, ratio, samples, times
 
 # What benchmarks.report imports from here must not need scikit-learn or a compiled fusedopt, so
-# benchmarks.data and the optimizers are imported where they are used.
+# benchmarks.models.data and the optimizers are imported where they are used.
 
 Batch = tuple[Tensor, Tensor]  # inputs and what the model should make of them
 
@@ -75,12 +75,12 @@ def gpt(width: int, heads: int, blocks: int, batch: int = 8, context: int = 64) 
     """The demo's character-level GPT on the demo's text."""
 
     def model() -> nn.Module:
-        from benchmarks.data import load_text
+        from benchmarks.models.data import load_text
 
         return GPT(len(load_text().vocabulary), context, width, heads, blocks)
 
     def batches() -> Iterator[Batch]:
-        from benchmarks.data import load_text, text_batches
+        from benchmarks.models.data import load_text, text_batches
 
         return text_batches(load_text().train, batch, context, SEED)
 
@@ -97,7 +97,7 @@ def mlp(width: int, hidden: int, batch: int) -> Workload:
         return nn.Sequential(*layers, nn.Linear(width, 10))
 
     def batches() -> Iterator[Batch]:
-        from benchmarks.data import image_batches, load_digits
+        from benchmarks.models.data import image_batches, load_digits
 
         train, _ = load_digits(SEED)
         return image_batches(train, batch, SEED)

@@ -1,4 +1,4 @@
-"""Which 8-bit codes suit the states of Adam? ``python -m benchmarks.codes``.
+"""Which 8-bit codes suit the states of Adam? ``python -m benchmarks.studies.codes``.
 
 A code stores a block of consecutive elements of a parameter's state as one byte each and one
 float32, the block's largest magnitude. Candidates are compared by four questions:
@@ -30,13 +30,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.case import Json
-from benchmarks.models import GPT, digits_classifier
+from benchmarks.models.networks import GPT, digits_classifier
+from benchmarks.report.case import Json
 
 # What writes the tables, and what the tests need of the codes, does without scikit-learn; so
-# benchmarks.data and benchmarks.run are imported where they are used.
+# benchmarks.models.data and benchmarks.run are imported where they are used.
 
-RESULTS = Path(__file__).parent / "results" / "codes.json"
+RESULTS = Path(__file__).parents[1] / "results" / "codes.json"
 BLOCKS = (128, 256)
 FLOAT32 = "float32"
 NUDGED = "float32, weights moved by one rounding"
@@ -616,7 +616,7 @@ class Work:
 
 def work(task: str, seed: int) -> Work:
     """A new one, the same for the same seed."""
-    from benchmarks.data import image_batches, load_digits, load_text, text_batches
+    from benchmarks.models.data import image_batches, load_digits, load_text, text_batches
 
     if task == "digits":
         train, test = load_digits(seed)
@@ -643,8 +643,8 @@ def train(
     nudge: bool,
 ) -> Json:
     """Losses of one training: the mean of the last ones, and that of data it has not seen."""
-    from benchmarks.tasks import cross_entropy
-    from benchmarks.training import nudge as move
+    from benchmarks.demo.tasks import cross_entropy
+    from benchmarks.demo.training import nudge as move
 
     one = work(task, seed)
     if nudge:
@@ -730,7 +730,7 @@ def observe(task: str, snapshots: tuple[int, ...], rows: list[Json]) -> None:
 
     Beside the training, every code stores its own moving average of the same gradients.
     """
-    from benchmarks.tasks import cross_entropy
+    from benchmarks.demo.tasks import cross_entropy
 
     start = time.perf_counter()
     one, steps = work(task, 0), max(snapshots)
@@ -860,7 +860,7 @@ def choose(results: Json, block: int = 256) -> list[tuple[str, str, int]]:
 
 def markdown(results: Json) -> str:
     """All tables, and the best code by every criterion."""
-    from benchmarks.report import table
+    from benchmarks.report.__main__ import table
 
     source, settings = results["provenance"], results["settings"]
     commit = f"commit {source['commit'][:10]}" if source["commit"] else "no commit"
@@ -868,7 +868,7 @@ def markdown(results: Json) -> str:
     parts = [
         "# 8-bit codes for Adam's states\n\n"
         f"{source['processor']}, torch {source['torch']}, Python {source['python']}, "
-        f"{source['date'][:10]}, {commit}{dirty}. By `python -m benchmarks.codes`.\n\n"
+        f"{source['date'][:10]}, {commit}{dirty}. By `python -m benchmarks.studies.codes`.\n\n"
         "A code stores a block of a state as one byte per element and the block's largest "
         "magnitude; `q` is a\nbyte without its sign, and what it means is a multiple of that "
         "magnitude. `exp_avg` is m, `exp_avg_sq` is v.\n\n",
@@ -989,7 +989,7 @@ def names_of(results: Json, signed: bool) -> list[str]:
 
 def update_table(results: Json, block: int) -> str:
     """Rows are codes of v, columns codes of m."""
-    from benchmarks.report import table
+    from benchmarks.report.__main__ import table
 
     of_m = names_of(results, True)
     return table(
@@ -1159,7 +1159,8 @@ def study(options: argparse.Namespace) -> Json:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.codes", description="Compare 8-bit codes of Adam's states."
+        prog="python -m benchmarks.studies.codes",
+        description="Compare 8-bit codes of Adam's states.",
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON file")
     parser.add_argument("--tables", action="store_true", help="only write the tables again")

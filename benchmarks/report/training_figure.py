@@ -8,9 +8,9 @@ from statistics import median
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.case import Json
-from benchmarks.end_to_end import ITERATION, OPTIMIZER
-from benchmarks.figure import OUR_COLOUR, TORCH_COLOUR
+from benchmarks.demo.figure import OUR_COLOUR, TORCH_COLOUR
+from benchmarks.measure.end_to_end import ITERATION, OPTIMIZER
+from benchmarks.report.case import Json
 
 WIDTH, HEIGHT_OF_TITLE, HEIGHT_OF_BAR = 10, 0.8, 0.32  # in inches
 

@@ -9,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from benchmarks.case import COPY, FLOOR, OURS, WALL, Json, duration, of_what, ratio
-from benchmarks.figure import OUR_COLOUR, TORCH_COLOUR
-from benchmarks.report import where
-from benchmarks.training_figure import draw_training
+from benchmarks.demo.figure import OUR_COLOUR, TORCH_COLOUR
+from benchmarks.report.__main__ import where
+from benchmarks.report.case import COPY, FLOOR, OURS, WALL, Json, duration, of_what, ratio
+from benchmarks.report.training_figure import draw_training
 
 COLOURS = {
     OURS: OUR_COLOUR,

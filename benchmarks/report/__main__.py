@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median, quantiles
 
-from benchmarks.case import (
+from benchmarks.measure.end_to_end import training_rows
+from benchmarks.report.case import (
     COPY,
     DEVICE,
     FLAT,
@@ -38,11 +39,10 @@ from benchmarks.case import (
     share_of_copy,
     times,
 )
-from benchmarks.compare import comparison
-from benchmarks.end_to_end import training_rows
-from benchmarks.targets import target_rows
+from benchmarks.report.compare import comparison
+from benchmarks.report.targets import target_rows
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
 MARKER, GPU_MARKER = "benchmark", "gpu-benchmark"
@@ -420,7 +420,9 @@ def main(argv: list[str] | None = None) -> int:
         print(text)
         return 1 if slower else 0
     if arguments.plots:
-        from benchmarks.plots import draw_all  # needs matplotlib, which nothing else here does
+        from benchmarks.report.plots import (
+            draw_all,  # needs matplotlib, which nothing else here does
+        )
 
         draw_all(runs[0], arguments.plots)
         return 0

@@ -1,7 +1,7 @@
 """What storage choices cost in quality and save in memory.
 
-    python -m benchmarks.precision              trains, measures memory, writes results and plot
-    python -m benchmarks.precision --tables     only writes tables and plot again
+    python -m benchmarks.studies.precision            trains, measures memory, writes all
+    python -m benchmarks.studies.precision --tables   only writes tables and plot again
 
 Trains the demo's models, a small GPT on text and a classifier of digits, with AdamW and each choice
 of storage, several seeds each, and compares the final losses. Memory is that of a process which
@@ -26,13 +26,13 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 import fusedopt
-from benchmarks.case import Json
-from benchmarks.codes import BETAS, DECAYS, EPS, LAST, RATES, SEEDS, STEPS, work
-from benchmarks.report import block, with_block
-from benchmarks.tasks import parameter_groups
+from benchmarks.demo.tasks import parameter_groups
+from benchmarks.report.__main__ import block, with_block
+from benchmarks.report.case import Json
+from benchmarks.studies.codes import BETAS, DECAYS, EPS, LAST, RATES, SEEDS, STEPS, work
 
-ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results" / "precision.json"
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parents[1] / "results" / "precision.json"
 PAGE, PLOT = ROOT / "docs" / "precision.md", ROOT / "docs" / "images" / "precision.png"
 FLOAT32 = "float32"
 # By name: the dtype of the model, and the optimizer's options.
@@ -126,7 +126,7 @@ def memory_of_all() -> dict[str, float]:
     """Each measured in a process of its own."""
     measured = {}
     for choice in tqdm(CHOICES, "memory"):
-        command = [sys.executable, "-m", "benchmarks.precision", "--memory-of", choice]
+        command = [sys.executable, "-m", "benchmarks.studies.precision", "--memory-of", choice]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         measured[choice] = float(result.stdout)
     return measured
@@ -167,7 +167,7 @@ def draw(results: Json, path: Path) -> None:
     """Bytes against the difference from float32, one panel a task."""
     from matplotlib.figure import Figure
 
-    from benchmarks.figure import OUR_COLOUR, TORCH_COLOUR
+    from benchmarks.demo.figure import OUR_COLOUR, TORCH_COLOUR
 
     tasks = list(results["settings"]["steps"])
     figure = Figure(figsize=(11, 4.6), layout="constrained")
@@ -225,7 +225,7 @@ def study(options: argparse.Namespace) -> Json:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.precision",
+        prog="python -m benchmarks.studies.precision",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median
 
-from benchmarks.case import (
+from benchmarks.report.case import (
     FLAT,
     FLOOR,
     GRAPH,

@@ -20,13 +20,13 @@ import fusedopt
 from fusedopt._extension import _C
 
 try:
-    from benchmarks.figure import draw
-    from benchmarks.tasks import digits_task, gpt_task
-    from benchmarks.training import OURS, OURS_FLAT, UNFUSED, Result, train
+    from benchmarks.demo.figure import draw
+    from benchmarks.demo.tasks import digits_task, gpt_task
+    from benchmarks.demo.training import OURS, OURS_FLAT, UNFUSED, Result, train
 except ModuleNotFoundError as error:
     sys.exit(f"{error}; the demo needs: pip install matplotlib scikit-learn tqdm")
 
-RESULTS = Path(__file__).parent / "results" / "demo"
+RESULTS = Path(__file__).parents[1] / "results" / "demo"
 STEPS, QUICK_STEPS, FEWEST_STEPS = 240, 40, 20
 LOSS_ROWS = 6
 

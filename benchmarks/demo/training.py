@@ -20,8 +20,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 import fusedopt
-from benchmarks.data import Batch
-from benchmarks.tasks import Task, cross_entropy, parameter_groups
+from benchmarks.demo.tasks import Task, cross_entropy, parameter_groups
+from benchmarks.models.data import Batch
 
 UNFUSED, FOREACH, FUSED = "torch for-loop", "torch foreach", "torch fused"
 OURS, OURS_FLAT = "fusedopt", "fusedopt flat=True"

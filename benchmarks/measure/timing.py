@@ -21,9 +21,9 @@ from collections.abc import Callable
 import torch
 from torch.utils.benchmark import Timer
 
-from benchmarks.case import DEVICE, HOST, WALL
-from benchmarks.implementations import Work
-from benchmarks.progress import Progress
+from benchmarks.measure.implementations import Work
+from benchmarks.measure.progress import Progress
+from benchmarks.report.case import DEVICE, HOST, WALL
 
 # However long they take: medians of fewer rounds say little on a machine that others use, too.
 MIN_ROUNDS = {"cpu": 11, "cuda": 3}

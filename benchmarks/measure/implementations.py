@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from benchmarks.scenarios import OptimizerSetup, Scenario
+from benchmarks.measure.scenarios import OptimizerSetup, Scenario
 
 LEARNING_RATE = 1e-3
 STEPS_WITHOUT_GROWTH = 10**9  # a GradScaler's scale then stays as it is

@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from statistics import median, quantiles
 
-from benchmarks.case import DEVICE, FLAT, FLOOR, GRAPH, OURS, WALL, Json, of_what, samples, times
+from benchmarks.report.case import (
+    DEVICE,
+    FLAT,
+    FLOOR,
+    GRAPH,
+    OURS,
+    WALL,
+    Json,
+    of_what,
+    samples,
+    times,
+)
 
 SLOWER = 1.05  # what the medians have to differ by
 LEAST_ROUNDS = 11  # with fewer, the middle halves of two runs are apart by chance too often

@@ -1,4 +1,4 @@
-"""All that needs an NVIDIA GPU, in one go: ``make gpu-check`` (``python -m benchmarks.gpu_check``).
+"""All that needs an NVIDIA GPU, in one go: ``make gpu-check`` (``python -m benchmarks.gpu.check``).
 
 Builds for the GPU that is there, runs the tests that need one (they compare it with the CPU bit by
 bit), watches small steps with compute-sanitizer where that is installed, runs the benchmark into
@@ -30,7 +30,7 @@ from typing import TextIO
 
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = Path("benchmarks") / "results"
 PERFORMANCE = Path("docs") / "performance.md"
 LOG = Path("build") / "gpu-check.log"
@@ -209,7 +209,7 @@ def sanitizer_step(
 ) -> Step:
     """Small steps of everything under one tool of compute-sanitizer."""
     sanitizer = find_sanitizer()
-    checked = (sys.executable, "-m", "benchmarks.sanitize")
+    checked = (sys.executable, "-m", "benchmarks.gpu.sanitize")
     # torch probes for features, and expects errors of it: they are no findings.
     watch = (sanitizer or "", "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "1")
     return Step(
@@ -262,7 +262,7 @@ def summary(outcomes: Sequence[Outcome], seconds: float) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the check; the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_check",
+        prog="python -m benchmarks.gpu.check",
         allow_abbrev=False,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
