@@ -40,6 +40,12 @@ def cuda(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture
+def one_thread() -> None:
+    """For parameters this small, threads only wait for each other, and have tests of their own."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def settings_as_before() -> Iterator[None]:
     """Seeds the random generators; undoes what a test did to settings of the process."""

@@ -37,6 +37,8 @@ import fusedopt
 
 STEPS = 100
 DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128, *HALF]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LOOP = {"foreach": False}  # torch's for-loop, the implementation that all others are tested against
 BY_ID = {
     f"{row.name}-{name}": (row, options)
@@ -44,12 +46,6 @@ BY_ID = {
     for name, options in row.option_sets.items()
 }
 IN_TORCH = {key: row for key, (row, options) in BY_ID.items() if row.has_equal_in_torch(options)}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Threads have tests of their own; for parameters this small they only wait for each other."""
-    torch.set_num_threads(1)
 
 
 def short(dtype: torch.dtype) -> str:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.cases import HALF, bits, real_view
 from support.optimizers import ROWS, Options, Row
-from support.storing import BF16, CHOICES, F32, Choice, masters_of, rounded, saved
+from support.storing import BF16, CHOICES, F32, Choice, masters_of, rounded
+from support.training import saved
 from torch import Tensor
 from torch.optim import Optimizer
 

@@ -17,7 +17,6 @@ from support.storing import (
     every_pair,
     masters_of,
     rounded,
-    saved,
     step,
 )
 from support.training import (
@@ -29,6 +28,7 @@ from support.training import (
     clone_params,
     make_params,
     params_of,
+    saved,
     snapshot,
     states_of,
 )

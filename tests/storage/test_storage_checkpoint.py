@@ -19,7 +19,6 @@ from support.storing import (
     Choice,
     every_pair,
     masters_of,
-    saved,
     step,
 )
 from support.training import (
@@ -31,6 +30,7 @@ from support.training import (
     clone_params,
     make_params,
     params_of,
+    saved,
     snapshot,
     states_of,
 )

@@ -1,6 +1,5 @@
 """The choices of storage that the tests run through, and how they read masters and states."""
 
-import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -104,14 +103,6 @@ def step(optimizer: Optimizer, steps: Iterable[int], dtype: torch.dtype | None =
     for number in steps:
         set_grads(params_of(optimizer), number, dtype)
         optimizer.step()
-
-
-def saved(optimizer: Optimizer) -> dict[str, Any]:
-    """The state_dict as it comes back from a file."""
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def rounded(master: Tensor, dtype: torch.dtype) -> Tensor:

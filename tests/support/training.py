@@ -1,6 +1,7 @@
 """What the tests share that train something: models, gradients, and comparisons of all there is."""
 
 import copy
+import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,14 @@ def train(optimizer: Optimizer, steps: Iterable[int]) -> None:
     for step in steps:
         set_grads(params, step)
         optimizer.step()
+
+
+def saved(optimizer: Optimizer) -> dict[str, Any]:
+    """The state_dict as it comes back from a file."""
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 def params_of(optimizer: Optimizer) -> list[Tensor]:
