@@ -69,20 +69,20 @@ check-tables: env  ## check that the tables in the documentation are those of th
 	$(PY) -m benchmarks.report $(RESULTS) --check
 	$(PY) -m benchmarks.report $(RESULTS) --check --readme-file docs/performance.md
 	$(PY) -m benchmarks.report --gpu $(GPU_RESULTS) --check
-	$(PY) -m benchmarks.precision --check
+	$(PY) -m benchmarks.studies.precision --check
 
 tables: env  ## write the tables of the results into the documentation
 	$(PY) -m benchmarks.report $(RESULTS) --readme
 	$(PY) -m benchmarks.report $(RESULTS) --readme --readme-file docs/performance.md
 	$(PY) -m benchmarks.report --gpu $(GPU_RESULTS) --readme
 	$(PY) -m benchmarks.report $(RESULTS) --plots docs/images
-	$(PY) -m benchmarks.precision --tables
+	$(PY) -m benchmarks.studies.precision --tables
 
 check-binary: build  ## check in the disassembly that the loops are packed
 	$(PY) tests/binary/check_binary.py
 
 gpu-check: env  ## build, test, sanitize and measure on this machine's GPU; OUT=folder also keeps the results there
-	$(PY) -m benchmarks.gpu_check $(ARGS)
+	$(PY) -m benchmarks.gpu.check $(ARGS)
 
 # The wheel is built from the sdist; both are then tried where nothing else of fusedopt is.
 CLEAN = build/clean-env
@@ -92,11 +92,11 @@ dist: env  ## build sdist and wheel, and try each in a clean environment
 	$(PY) -m venv $(CLEAN)
 	$(CLEAN)/bin/pip install $$(grep '^torch==' $(VENV)/installed.txt)
 	$(CLEAN)/bin/pip install dist/*.whl
-	$(CLEAN)/bin/python tests/smoke.py
+	$(CLEAN)/bin/python tests/project/smoke.py
 	$(CLEAN)/bin/pip uninstall --yes fusedopt
 	$(CLEAN)/bin/pip install $$(grep -E '^(setuptools|wheel|ninja)==' $(VENV)/installed.txt)
 	$(CLEAN)/bin/pip install --no-build-isolation --no-cache-dir dist/*.tar.gz
-	$(CLEAN)/bin/python tests/smoke.py
+	$(CLEAN)/bin/python tests/project/smoke.py
 	rm -rf $(CLEAN)
 
 clean:  ## remove everything built, but not .venv

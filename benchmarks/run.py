@@ -36,10 +36,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.case import COPY, DEVICE, FLOOR
-from benchmarks.compare import comparison
-from benchmarks.end_to_end import measure_training
-from benchmarks.implementations import (
+from benchmarks.measure.end_to_end import measure_training
+from benchmarks.measure.implementations import (
     IMPLEMENTATIONS,
     LEARNING_RATE,
     Data,
@@ -48,9 +46,8 @@ from benchmarks.implementations import (
     captured,
     first_line,
 )
-from benchmarks.progress import Progress
-from benchmarks.report import markdown, memory_table
-from benchmarks.scenarios import (
+from benchmarks.measure.progress import Progress
+from benchmarks.measure.scenarios import (
     GI,
     KI,
     OPTIMIZERS,
@@ -63,7 +60,10 @@ from benchmarks.scenarios import (
     choose_cases,
     find_scenario,
 )
-from benchmarks.timing import measure, time_on_cuda
+from benchmarks.measure.timing import measure, time_on_cuda
+from benchmarks.report.__main__ import markdown, memory_table
+from benchmarks.report.case import COPY, DEVICE, FLOOR
+from benchmarks.report.compare import comparison
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS, QUICK_ROUNDS = 41, 5
@@ -671,7 +671,7 @@ def main(argv: list[str] | None = None) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         print("No plots: matplotlib is not installed.")
     elif device.type == "cpu" and results["cases"]:
-        plots = importlib.import_module("benchmarks.plots")
+        plots = importlib.import_module("benchmarks.report.plots")
         plots.draw_all(results, arguments.output.with_suffix(""))
         print(f"Plots are in {arguments.output.with_suffix('')}.")
     for failure in run.failures:

@@ -3,9 +3,9 @@
 import os
 from collections.abc import Iterator
 
-import accelerator
 import pytest
 import torch
+from support import accelerator
 
 if accelerator.HOST_RUN:
     accelerator.load_host_run()
@@ -14,7 +14,7 @@ from fusedopt._extension import _C
 try:
     import hypothesis
 except ImportError:  # tests on a GPU do without
-    collect_ignore = ["test_properties.py"]
+    collect_ignore = ["steps/test_properties.py"]
 else:
     # Examples take as long as the machine is busy. In CI the same ones each time.
     hypothesis.settings.register_profile("default", deadline=None)
@@ -38,6 +38,12 @@ def device(request: pytest.FixtureRequest) -> str:
 def cuda(request: pytest.FixtureRequest) -> str:
     """The GPU, for tests that make no sense without."""
     return str(request.param)
+
+
+@pytest.fixture
+def one_thread() -> None:
+    """For parameters this small, threads only wait for each other, and have tests of their own."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

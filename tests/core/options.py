@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from optimizers import ROWS
-from reference import Options, Step
+from support.optimizers import ROWS
+from support.reference import Options, Step
 
 
 @dataclass

@@ -24,7 +24,7 @@ DEFINES = [
     "-DTORCH_EXTENSION_NAME=_C",
 ]
 ISA_FILES = ["baseline", "avx2", "avx512", "dispatch"]
-TESTS = ["test_device.py", "test_clipping.py", "test_storage_bitwise.py"]
+TESTS = ["device", "steps/test_clipping.py", "storage/test_storage_bitwise.py"]
 
 
 def build_host_run() -> Path:

@@ -1,0 +1,112 @@
+"""What the demo trains: a model, its data, its optimizer, and how to judge the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.models.data import Batch, image_batches, load_digits, load_text, text_batches
+from benchmarks.models.networks import GPT, digits_classifier
+
+CONTEXT = 64
+TEXT_BATCH = 8
+IMAGE_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained on what.
+
+    Attributes:
+        name: for people, short.
+        title: for people.
+        optimizer: the class's name, the same in ``torch.optim`` and in ``fusedopt``.
+        options: its arguments.
+        weight_decay: of matrices and kernels; biases and norms have none.
+        torch_fused: whether torch has a fused step for it.
+        model: the model before training.
+        batches: endless training batches.
+        score_name: what ``score`` returns, for people.
+        score: judges a trained model on data it has not seen.
+    """
+
+    name: str
+    title: str
+    optimizer: str
+    options: dict[str, Any]
+    weight_decay: float
+    torch_fused: bool
+    model: nn.Module
+    batches: Iterator[Batch]
+    score_name: str
+    score: Callable[[nn.Module], float]
+
+
+def gpt_task(seed: int, device: torch.device) -> Task:
+    """A character-level GPT on the Python language reference, by AdamW."""
+    text = load_text()
+    validation = next(text_batches(text.validation, 128, CONTEXT, seed))
+    torch.manual_seed(seed)
+    return Task(
+        name="GPT",
+        title="GPT: a character-level language model of Python's language reference",
+        optimizer="AdamW",
+        options={"lr": 1e-3, "betas": (0.9, 0.99)},
+        weight_decay=0.1,
+        torch_fused=True,
+        model=GPT(len(text.vocabulary), CONTEXT).to(device),
+        batches=text_batches(text.train, TEXT_BATCH, CONTEXT, seed),
+        score_name="validation loss",
+        score=lambda model: cross_entropy(model, validation).item(),
+    )
+
+
+def digits_task(seed: int, device: torch.device) -> Task:
+    """A convolutional network on scikit-learn's digits, by RMSprop, which torch has not fused."""
+    train, test = load_digits(seed)
+    torch.manual_seed(seed)
+    return Task(
+        name="digits",
+        title="digits: a classifier of scikit-learn's handwritten digits",
+        optimizer="RMSprop",
+        options={"lr": 2e-3},
+        weight_decay=1e-3,
+        torch_fused=False,
+        model=digits_classifier().to(device),
+        batches=image_batches(train, IMAGE_BATCH, seed),
+        score_name="test accuracy",
+        score=lambda model: accuracy(model, test),
+    )
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices and kernels, none for biases and norms."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean loss in nats, per character or per image."""
+    logits, targets = predict(model, batch)
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+def accuracy(model: nn.Module, batch: Batch) -> float:
+    """The fraction of images that get the right class."""
+    logits, labels = predict(model, batch)
+    return (logits.argmax(dim=-1) == labels).double().mean().item()
+
+
+def predict(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The model's logits and the targets, both on the model's device."""
+    device = next(model.parameters()).device
+    inputs, targets = batch
+    return model(inputs.to(device)), targets.to(device)

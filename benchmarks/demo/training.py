@@ -1,0 +1,157 @@
+"""Train one task with several optimizer implementations in lockstep, and time their steps.
+
+All runs of a task start from the same weights and see the same batches; step n of each is done
+before step n + 1 of any. So every implementation meets the same state of the machine, and every
+timed optimizer step follows a real backward pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+from itertools import islice
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from tqdm import tqdm
+
+import fusedopt
+from benchmarks.demo.tasks import Task, cross_entropy, parameter_groups
+from benchmarks.models.data import Batch
+
+UNFUSED, FOREACH, FUSED = "torch for-loop", "torch foreach", "torch fused"
+OURS, OURS_FLAT = "fusedopt", "fusedopt flat=True"
+IMPLEMENTATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
+    UNFUSED: (torch.optim, {"foreach": False}),
+    FOREACH: (torch.optim, {"foreach": True}),
+    FUSED: (torch.optim, {"fused": True}),
+    OURS: (fusedopt, {}),
+    OURS_FLAT: (fusedopt, {"flat": True}),
+}
+WARM_UP = 10  # steps at the start, where states are made: left out of the step times
+ALLOWANCE = 10  # losses may differ by so many times what the nudge makes of them
+
+
+class Run:
+    """One training of a copy of a task's model, with its losses and times.
+
+    Attributes:
+        losses: training loss at every step, before the step.
+        step_seconds: time of ``optimizer.step()`` at every step.
+        training_seconds: time of everything in all steps: forward, backward, optimizer, scheduler.
+    """
+
+    def __init__(self, task: Task, implementation: str, steps: int, nudged: bool = False) -> None:
+        self.model = copy.deepcopy(task.model)
+        if nudged:
+            nudge(self.model)
+        module, options = IMPLEMENTATIONS[implementation]
+        groups = parameter_groups(self.model, task.weight_decay)
+        self.optimizer = getattr(module, task.optimizer)(groups, **task.options, **options)
+        self.scheduler = CosineAnnealingLR(self.optimizer, T_max=steps)
+        self.losses: list[float] = []
+        self.step_seconds: list[float] = []
+        self.training_seconds = 0.0
+
+    def step(self, batch: Batch) -> None:
+        """Train on one batch."""
+        start = now()
+        self.optimizer.zero_grad()
+        loss = cross_entropy(self.model, batch)
+        loss.backward()
+        before = now()
+        self.optimizer.step()
+        after = now()
+        self.scheduler.step()
+        self.losses.append(loss.item())
+        self.step_seconds.append(after - before)
+        self.training_seconds += now() - start
+
+    @property
+    def step_median(self) -> float:
+        """Median seconds of an optimizer step after the warm-up."""
+        return median(self.step_seconds[WARM_UP:])
+
+    @property
+    def step_quartiles(self) -> tuple[float, float]:
+        """The middle half of the optimizer steps after the warm-up: from, to, in seconds."""
+        low, _, high = quantiles(self.step_seconds[WARM_UP:], n=4)
+        return low, high
+
+
+@dataclass(frozen=True)
+class Result:
+    """All runs of a task.
+
+    Attributes:
+        task: what was trained.
+        runs: one by each implementation, by name.
+        scores: the task's score of each, by name.
+        reference: the torch.optim implementation whose losses the others are compared with.
+        allowed: the difference of losses that is put down to rounding.
+    """
+
+    task: Task
+    runs: dict[str, Run]
+    scores: dict[str, float]
+    reference: str
+    allowed: float
+
+    @property
+    def fastest_torch(self) -> str:
+        """The torch.optim implementation with the shortest median step."""
+        names = [name for name in self.runs if name not in (OURS, OURS_FLAT)]
+        return min(names, key=lambda name: self.runs[name].step_median)
+
+    def difference(self, name: str) -> float:
+        """The largest difference of a run's losses from the reference's; NaN if there is one."""
+        return largest_difference(self.runs[name], self.runs[self.reference])
+
+    def agrees(self, name: str) -> bool:
+        """Whether a run's losses are the reference's, but for rounding."""
+        return self.difference(name) <= self.allowed  # false for NaN
+
+
+def train(task: Task, steps: int) -> Result:
+    """Train the task with every implementation.
+
+    How far may two right implementations drift apart? Each rounds in its own way, and training
+    amplifies it. So one more run measures the amplification: the reference again, but from weights
+    moved by one rounding. ``ALLOWANCE`` times its largest difference is allowed. Small mistakes are
+    far outside: AdamW with eps 1e-7 for 1e-8, or beta2 0.9901 for 0.99, was over 100 times off.
+    """
+    names = [name for name in IMPLEMENTATIONS if task.torch_fused or name != FUSED]
+    reference = FUSED if task.torch_fused else FOREACH
+    runs = {name: Run(task, name, steps) for name in names}
+    nudged = Run(task, reference, steps, nudged=True)
+    batches = islice(task.batches, steps)
+    for batch in tqdm(batches, task.name, steps, leave=False, mininterval=1, unit="step"):
+        for run in (*runs.values(), nudged):
+            run.step(batch)
+    with torch.no_grad():
+        scores = {name: task.score(run.model) for name, run in runs.items()}
+    allowed = ALLOWANCE * largest_difference(nudged, runs[reference])
+    return Result(task, runs, scores, reference, allowed)
+
+
+def largest_difference(a: Run, b: Run) -> float:
+    """Of the losses of two runs at the same step; NaN if any is."""
+    return (torch.tensor(a.losses) - torch.tensor(b.losses)).abs().max().item()
+
+
+@torch.no_grad()
+def nudge(model: nn.Module) -> None:
+    """Move every weight to the next larger floating-point number."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.nextafter(torch.full_like(parameter, torch.inf)))
+
+
+def now() -> float:
+    """Seconds on a clock, when the GPU, if any, has done all it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,1 @@
+"""What is measured, whose steps, and how they are timed."""

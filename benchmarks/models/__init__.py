@@ -1,0 +1,1 @@
+"""Models, their data, and the shapes of well-known models' parameters."""

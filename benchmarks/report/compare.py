@@ -1,0 +1,75 @@
+"""What became slower between two runs: ``python -m benchmarks.report new.json --compare old.json``.
+
+Machines differ, and one machine from hour to hour. So a time counts as a multiple of the
+read-modify-write's in the same round, and two runs differ only where most of their rounds do.
+"""
+
+from __future__ import annotations
+
+from statistics import median, quantiles
+
+from benchmarks.report.case import (
+    DEVICE,
+    FLAT,
+    FLOOR,
+    GRAPH,
+    OURS,
+    WALL,
+    Json,
+    of_what,
+    samples,
+    times,
+)
+
+SLOWER = 1.05  # what the medians have to differ by
+LEAST_ROUNDS = 11  # with fewer, the middle halves of two runs are apart by chance too often
+ALIKE = ("processor", "device", "isa", "threads", "torch")  # what two runs should have in common
+
+
+def multiples(case: Json, name: str) -> list[float] | None:
+    """The time of each round as a multiple of the floor's; None where there is none."""
+    timed = DEVICE if DEVICE in case else WALL
+    step, floor = samples(case, name, timed), samples(case, FLOOR, timed)
+    if step is None or floor is None:
+        return None
+    return [a / b for a, b in zip(step, floor, strict=True)]
+
+
+def is_slower(old: list[float], new: list[float]) -> bool:
+    """Whether the median is beyond chance: higher, and the middle halves do not overlap."""
+    apart = quantiles(new, method="inclusive")[0] > quantiles(old, method="inclusive")[2]
+    return apart and median(new) > SLOWER * median(old)
+
+
+def comparison(old: Json, new: Json) -> tuple[str, bool]:
+    """A line for each case that both runs have, and whether any became slower."""
+    before = {(case["optimizer"], of_what(case)): case for case in old["cases"]}
+    lines = [
+        f"These runs differ in {key}: {old['provenance'].get(key)} before, "
+        f"{new['provenance'].get(key)} now."
+        for key in ALIKE
+        if old["provenance"].get(key) != new["provenance"].get(key)
+    ]
+    compared = 0
+    regressed = False
+    for case in new["cases"]:
+        earlier = before.get((case["optimizer"], of_what(case)), {})
+        for name in (OURS, FLAT, GRAPH):
+            was, now = multiples(earlier, name), multiples(case, name)
+            if was is None or now is None:
+                continue
+            compared += 1
+            if min(len(was), len(now)) < LEAST_ROUNDS:
+                rounds = f"{len(was)} and {len(now)} rounds"
+                lines.append(f"{case['optimizer']} {of_what(case)} {name}: {rounds} are too few")
+                continue
+            slower, change = is_slower(was, now), median(now) / median(was)
+            regressed = regressed or slower
+            verdict = "SLOWER" if slower else "faster" if is_slower(now, was) else "the same"
+            lines.append(
+                f"{case['optimizer']} {of_what(case)} {name}: {times(median(was))} of the floor "
+                f"before, {times(median(now))} now, x{change:.2f}: {verdict}"
+            )
+    if compared == 0:
+        lines.append("The two runs have no case in common.")
+    return "\n".join(lines), regressed

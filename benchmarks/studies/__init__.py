@@ -1,0 +1,1 @@
+"""Studies behind decisions: which codes states are stored in, and what storage choices cost."""

@@ -1,0 +1,81 @@
+"""Our constructors in the place of torch.optim's: signatures, defaults, flags, refusals."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from support.training import RICHEST, Case, assert_equal, both, make_params, train
+
+every_class = pytest.mark.parametrize("case", RICHEST, ids=str)
+
+
+@every_class
+def test_signature(case: Case) -> None:
+    ours = inspect.signature(case.ours).parameters
+    theirs = inspect.signature(case.theirs).parameters
+    added = [p for name, p in ours.items() if name not in theirs]
+    shared = [(p.name, p.kind, p.default) for name, p in ours.items() if name in theirs]
+    assert shared == [(p.name, p.kind, p.default) for p in theirs.values()]
+    assert all(p.kind == p.KEYWORD_ONLY and p.default is not p.empty for p in added)
+
+
+@every_class
+def test_is_torchs(case: Case) -> None:
+    optimizer = case.ours(make_params(), **case.options)
+    assert isinstance(optimizer, case.theirs) and case.ours.__name__ == case.theirs.__name__
+    defaults = case.theirs(make_params(), **case.options).defaults
+    assert {key: optimizer.defaults[key] for key in defaults} == defaults
+
+
+@every_class
+@pytest.mark.parametrize("flag", ["foreach", "fused", "capturable"])
+@pytest.mark.parametrize("value", [True, False])
+def test_implementation_flags_change_nothing(case: Case, flag: str, value: bool) -> None:
+    if flag not in inspect.signature(case.theirs).parameters:
+        pytest.skip(f"torch's {case.theirs.__name__} has no {flag}")
+    plain = case.ours(make_params(), **case.options)
+    flagged = case.ours(make_params(), **case.options, **{flag: value})
+    assert flagged.param_groups[0][flag] is value
+    for optimizer in (plain, flagged):
+        train(optimizer, range(3))
+    assert_equal(flagged, plain)
+
+
+@every_class
+def test_differentiable_is_refused(case: Case) -> None:
+    with pytest.raises(ValueError, match=rf"{case.ours.__name__}.*differentiable=True"):
+        case.ours(make_params(), differentiable=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{"lr": -1.0}, {"weight_decay": -1.0}, {"lr": torch.ones(2)}], ids=str
+)
+@every_class
+def test_refusals_of_the_constructor(case: Case, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError) as theirs:
+        case.theirs(make_params(), **options)
+    with pytest.raises(ValueError) as ours:
+        case.ours(make_params(), **options)
+    assert str(theirs.value) in str(ours.value)
+
+
+@every_class
+def test_repr(case: Case) -> None:
+    ours, theirs = both(case)
+    assert set(repr(theirs).splitlines()) <= set(repr(ours).splitlines())
+
+
+@every_class
+def test_subclass(case: Case) -> None:
+    class Mine(case.ours):  # type: ignore[name-defined,misc]
+        def step(self, closure: Any = None) -> Any:
+            self.steps = getattr(self, "steps", 0) + 1
+            return super().step(closure)
+
+    optimizer = Mine(make_params(), **case.options)
+    plain = case.ours(make_params(), **case.options)
+    for each in (optimizer, plain):
+        train(each, range(3))
+    assert_equal(optimizer, plain)
+    assert optimizer.steps == 3

@@ -1,0 +1,84 @@
+"""The check on a GPU: its steps, in order, each within its time."""
+
+import io
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu import check as gpu_check
+from benchmarks.gpu import sanitize
+
+
+def python(code: str) -> tuple[str, ...]:
+    return sys.executable, "-c", code
+
+
+def test_steps_of_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, out, made = tmp_path / "root", tmp_path / "out", Path("made.txt")
+    root.mkdir()
+    out.mkdir()
+    monkeypatch.setattr(gpu_check, "ROOT", root)
+    write = f"from pathlib import Path; Path({str(made)!r}).write_text('kept')"
+    steps = [
+        gpu_check.Step("fails", [python("raise SystemExit(3)"), python("print('not run')")], 30, 0),
+        gpu_check.Step("hangs", [python("import time; time.sleep(60)")], 1, 0),
+        gpu_check.Step("absent", [("no-such-command",)], 30, 0, missing="it is not installed"),
+        gpu_check.Step("refuses", [python("print('no device'); exit(1)")], 30, 0, unusable="no d"),
+        gpu_check.Step("works", [python(write), python("print(12 * 12)")], 30, 0),
+        gpu_check.Step("told", [python("import sys; print(sys.argv[1:])")], 100, 0, told=True),
+        gpu_check.Step("too late", [python("print('not run')")], 30, 0),
+        gpu_check.Step("reserves", [python("print('run')")], 30, 10_000),
+    ]
+    log = io.StringIO()
+    outcomes = gpu_check.Checker(log, time.monotonic() + 600, [made], out).run(steps[:-2])
+    assert (out / made).read_text() == "kept"
+    outcomes += gpu_check.Checker(log, time.monotonic() + 600).run(steps[-2:])
+    assert {outcome.name: outcome.verdict for outcome in outcomes} == {
+        "fails": "FAILED: exit status 3",
+        "hangs": "FAILED: ended after 1 s",
+        "absent": "skipped: it is not installed",
+        "refuses": "skipped: the tool does not work here (no d)",
+        "works": "ok",
+        "told": "ok",
+        "too late": "FAILED: no time was left",
+        "reserves": "ok",
+    }
+    assert all(outcome.failed == ("FAILED" in outcome.verdict) for outcome in outcomes)
+    assert "144" in log.getvalue() and "['--limit', '85']" in log.getvalue()
+    assert "\nnot run\n" not in log.getvalue()
+    assert len(gpu_check.summary(outcomes, 1.0).splitlines()) == len(outcomes) + 1
+
+
+def test_the_check_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main([]) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and len(said.err.splitlines()) == 1 and "finds none" in said.err
+
+
+def test_steps_run_in_order_and_fit_in_nine_minutes() -> None:
+    steps = gpu_check.make_steps(gpu_check.RESULTS / "nvidia-x.json", ["-k", "adamw"])
+    assert [step.name for step in steps] == [
+        *("build", "tests", "memcheck", "initcheck", "racecheck", "benchmark", "table")
+    ]
+    assert steps[1].commands[0][-4:] == ("-m", "cuda", "-k", "adamw")
+    assert gpu_check.TOTAL_SECONDS < 540
+    assert sum(step.reserved for step in steps) + steps[0].limit < gpu_check.TOTAL_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("NVIDIA H200", "nvidia-h200"), ("Tesla T4", "nvidia-tesla-t4")],
+)
+def test_name_of_the_results(name: str, expected: str) -> None:
+    assert gpu_check.slug(name) == expected
+
+
+def test_small_steps_of_everything(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sanitize.main(["--device", device]) == 0
+    assert "took their steps" in capsys.readouterr().out

@@ -1,0 +1,1 @@
+"""What the tests share: the table of optimizers, references, cases, and comparisons."""

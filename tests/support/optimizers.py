@@ -1,0 +1,216 @@
+"""The one table of optimizers that drives all tests: a row per optimizer.
+
+To have a new optimizer tested: add its formula, as its paper or torch's documentation writes it,
+and its row.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+
+import fusedopt
+
+from .reference import Array, Options, State, Step, train
+
+
+@dataclass(frozen=True)
+class Row:
+    """One optimizer: ours, torch's, the formula, and the options that all tests run through."""
+
+    name: str
+    ours: Callable[..., Optimizer]
+    theirs: Callable[..., Optimizer]
+    step: Step  # the formula
+    defaults: Options  # all options of the formula
+    option_sets: dict[str, Options]
+    state_keys: Callable[[Options], tuple[str, ...]]  # without step
+    counts_steps: bool = True
+    ours_only: frozenset[str] = frozenset()  # options that torch does not have
+
+    @property
+    def reference(self) -> Callable[..., dict[str, Array]]:
+        return partial(train, self.step, self.defaults)
+
+    def has_equal_in_torch(self, options: Options) -> bool:
+        return not self.ours_only & options.keys()
+
+    def keys(self, options: Options) -> set[str]:
+        """All keys of a parameter's state."""
+        return {*self.state_keys(options), *(("step",) if self.counts_steps else ())}
+
+
+def adam_step(
+    o: Options, step: int, first: bool, p: Array, g: Array, s: State
+) -> tuple[Array, State]:
+    beta1, beta2 = o["betas"]
+    if not o["decoupled_weight_decay"]:
+        g = g + o["weight_decay"] * p
+    new = {
+        "exp_avg": beta1 * s["exp_avg"] + (1 - beta1) * g,
+        "exp_avg_sq": beta2 * s["exp_avg_sq"] + (1 - beta2) * g**2,
+    }
+    second = new["exp_avg_sq"]
+    if o["amsgrad"]:
+        second = new["max_exp_avg_sq"] = np.maximum(s["max_exp_avg_sq"], second)
+    m_hat = new["exp_avg"] / (1 - beta1**step)
+    v_hat = second / (1 - beta2**step)
+    if o["decoupled_weight_decay"]:
+        p = p * (1 - o["lr"] * o["weight_decay"])
+    return p - o["lr"] * m_hat / (np.sqrt(v_hat) + o["eps"]), new
+
+
+def sgd_step(
+    o: Options, step: int, first: bool, p: Array, g: Array, s: State
+) -> tuple[Array, State]:
+    g = g + o["weight_decay"] * p
+    if o["momentum"] == 0:
+        return p - o["lr"] * g, {}
+    buffer = o["momentum"] * s["momentum_buffer"] + (1 - o["dampening"]) * g
+    if first:
+        buffer = g
+    change = g + o["momentum"] * buffer if o["nesterov"] else buffer
+    return p - o["lr"] * change, {"momentum_buffer": buffer}
+
+
+def rmsprop_step(
+    o: Options, step: int, first: bool, p: Array, g: Array, s: State
+) -> tuple[Array, State]:
+    g = g + o["weight_decay"] * p
+    new = {"square_avg": o["alpha"] * s["square_avg"] + (1 - o["alpha"]) * g**2}
+    variance = new["square_avg"]
+    if o["centered"]:
+        new["grad_avg"] = o["alpha"] * s["grad_avg"] + (1 - o["alpha"]) * g
+        variance = variance - new["grad_avg"] ** 2
+    if o["eps_inside_sqrt"]:
+        change = g / np.sqrt(variance + o["eps"])
+    else:
+        change = g / (np.sqrt(variance) + o["eps"])
+    if o["momentum"] > 0:
+        change = new["momentum_buffer"] = o["momentum"] * s["momentum_buffer"] + change
+    return p - o["lr"] * change, new
+
+
+def _adam_keys(options: Options) -> tuple[str, ...]:
+    keys = ("exp_avg", "exp_avg_sq")
+    return (*keys, "max_exp_avg_sq") if options.get("amsgrad") else keys
+
+
+def _sgd_keys(options: Options) -> tuple[str, ...]:
+    return ("momentum_buffer",) if options.get("momentum") else ()
+
+
+def _rmsprop_keys(options: Options) -> tuple[str, ...]:
+    keys = ("square_avg",)
+    keys += ("momentum_buffer",) if options.get("momentum") else ()
+    return (*keys, "grad_avg") if options.get("centered") else keys
+
+
+ADAM_DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+ADAM_DEFAULTS |= {"decoupled_weight_decay": False, "amsgrad": False, "maximize": False}
+
+ADAMW = Row(
+    name="adamw",
+    ours=fusedopt.AdamW,
+    theirs=torch.optim.AdamW,
+    step=adam_step,
+    defaults=ADAM_DEFAULTS | {"weight_decay": 1e-2, "decoupled_weight_decay": True},
+    option_sets={
+        "default": {},
+        "amsgrad": {"lr": 1e-2, "amsgrad": True, "weight_decay": 0.1},
+        "maximize": {"lr": 1e-2, "maximize": True, "eps": 1e-3},
+        "no-decay-short-memory": {"lr": 1e-2, "weight_decay": 0.0, "betas": (0.8, 0.99)},
+        # A large eps, or all steps would be as long as lr, and rounding a bfloat16 parameter would
+        # err by the same amount in each of them: an accident of lr, not of the implementation.
+        "no-memory": {"lr": 1e-2, "betas": (0.0, 0.0), "eps": 1.0},
+        "beta1-below-half": {"lr": 1e-2, "betas": (0.3, 0.95), "eps": 1e-15, "weight_decay": 0.1},
+    },
+    state_keys=_adam_keys,
+)
+
+ADAM = Row(
+    name="adam",
+    ours=fusedopt.Adam,
+    theirs=torch.optim.Adam,
+    step=adam_step,
+    defaults=ADAM_DEFAULTS,
+    option_sets={
+        "default": {},
+        "coupled-decay": {"lr": 1e-2, "weight_decay": 0.1},
+        "decoupled-decay": {"lr": 1e-2, "weight_decay": 0.1, "decoupled_weight_decay": True},
+        "all": {
+            "lr": 1e-2,
+            "betas": (0.8, 0.99),
+            "eps": 1e-3,
+            "weight_decay": 0.05,
+            "amsgrad": True,
+            "maximize": True,
+        },
+    },
+    state_keys=_adam_keys,
+)
+
+SGD = Row(
+    name="sgd",
+    ours=fusedopt.SGD,
+    theirs=torch.optim.SGD,
+    step=sgd_step,
+    defaults={
+        **{"lr": 1e-3, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0},
+        **{"nesterov": False, "maximize": False},
+    },
+    option_sets={
+        "default": {},
+        "decay": {"lr": 1e-2, "weight_decay": 0.1},
+        "maximize": {"lr": 1e-2, "weight_decay": 0.1, "maximize": True},
+        "momentum": {"lr": 1e-2, "momentum": 0.9},
+        "small-momentum": {"lr": 1e-2, "momentum": 0.3, "maximize": True},
+        "dampening": {"lr": 1e-2, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1},
+        "nesterov": {"lr": 1e-2, "momentum": 0.9, "nesterov": True},
+        "nesterov-decay": {"lr": 1e-2, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    },
+    state_keys=_sgd_keys,
+    counts_steps=False,
+)
+
+RMSPROP = Row(
+    name="rmsprop",
+    ours=fusedopt.RMSprop,
+    theirs=torch.optim.RMSprop,
+    step=rmsprop_step,
+    defaults={
+        **{"lr": 1e-2, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0.0, "momentum": 0.0},
+        **{"centered": False, "maximize": False, "eps_inside_sqrt": False},
+    },
+    option_sets={
+        "default": {},
+        "decay": {"weight_decay": 0.1, "eps": 1e-4},
+        "short-memory-maximize": {"lr": 1e-3, "alpha": 0.4, "maximize": True},
+        "momentum": {"lr": 1e-3, "momentum": 0.9},
+        "centered": {"lr": 1e-3, "centered": True, "weight_decay": 0.1},
+        "all": {
+            "lr": 1e-3,
+            "eps": 1e-5,
+            "weight_decay": 0.05,
+            "momentum": 0.4,
+            "centered": True,
+            "maximize": True,
+        },
+        "inside": {"eps_inside_sqrt": True, "eps": 1e-6},
+        "inside-all": {
+            "lr": 1e-3,
+            "eps": 1e-6,
+            "momentum": 0.9,
+            "centered": True,
+            "weight_decay": 0.1,
+            "eps_inside_sqrt": True,
+        },
+    },
+    state_keys=_rmsprop_keys,
+    ours_only=frozenset({"eps_inside_sqrt"}),
+)
+
+ROWS = [ADAMW, ADAM, SGD, RMSPROP]

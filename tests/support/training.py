@@ -1,0 +1,182 @@
+"""What the tests share that train something: models, gradients, and comparisons of all there is."""
+
+import copy
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .optimizers import ROWS, Options
+
+
+@dataclass(frozen=True)
+class Case:
+    """An optimizer with one set of its options."""
+
+    name: str
+    ours: Callable[..., Optimizer]
+    theirs: Callable[..., Optimizer]
+    options: Options
+    state_keys: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def classes(self) -> tuple[Callable[..., Optimizer], Callable[..., Optimizer]]:
+        return self.ours, self.theirs
+
+
+_ALL = {
+    (row.name, name): Case(
+        f"{row.name}-{name}", row.ours, row.theirs, options, tuple(row.keys(options))
+    )
+    for row in ROWS
+    for name, options in row.option_sets.items()
+}
+
+EVERY_CASE = list(_ALL.values())
+# Those that torch has, too.
+CASES = [
+    _ALL[row.name, name]
+    for row in ROWS
+    for name, options in row.option_sets.items()
+    if row.has_equal_in_torch(options)
+]
+# Of each class the one with the most states.
+RICHEST = list(
+    {case.ours: case for case in sorted(CASES, key=lambda case: len(case.state_keys))}.values()
+)
+
+SHAPES = ((33, 7), (33,), (), (5, 33), (17,), (2, 3, 5, 5))
+"""Vector body and tail, a scalar, and what conv and linear layers have."""
+
+
+def make_params(
+    dtype: torch.dtype = torch.float32, shapes: Sequence[tuple[int, ...]] = SHAPES, seed: int = 0
+) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
+
+
+def clone_params(params: Iterable[Tensor]) -> list[nn.Parameter]:
+    """Copies with the same strides, at other addresses."""
+    return [nn.Parameter(p.detach().clone(), p.requires_grad) for p in params]
+
+
+def on(device: str, params: Iterable[Tensor]) -> list[nn.Parameter]:
+    """Parameters with the same values on a device."""
+    return [nn.Parameter(p.detach().to(device)) for p in params]
+
+
+def set_grads(params: Iterable[Tensor], step: int, dtype: torch.dtype | None = None) -> None:
+    """Hand over gradients that depend on nothing but the step and the parameters' order."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    for p in params:
+        grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        if dtype is not None:
+            p.grad_dtype = dtype
+        p.grad = torch.empty_like(p, dtype=dtype or p.dtype).copy_(grad)
+
+
+def train(optimizer: Optimizer, steps: Iterable[int]) -> None:
+    """One step of the optimizer for each number in steps, with that number's gradients."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for step in steps:
+        set_grads(params, step)
+        optimizer.step()
+
+
+def saved(optimizer: Optimizer) -> dict[str, Any]:
+    """The state_dict as it comes back from a file."""
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def params_of(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """A tensor as integers, so that 0 is not -0 and NaN is NaN."""
+    tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(size[tensor.element_size()])
+
+
+def assert_same_bits(ours: Any, theirs: Any) -> None:
+    """Tensors, or anything made of tensors, are equal to the last bit and of the same dtype."""
+    if isinstance(ours, Tensor):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        torch.testing.assert_close(bits(ours), bits(theirs), rtol=0, atol=0)
+    elif isinstance(ours, dict):
+        assert list(ours) == list(theirs)
+        for key in ours:
+            assert_same_bits(ours[key], theirs[key])
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            assert_same_bits(a, b)
+    else:
+        assert ours == theirs or (ours != ours and theirs != theirs)
+
+
+def states_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [dict(optimizer.state.get(p, {})) for p in params_of(optimizer)]
+
+
+def assert_equal(a: Optimizer, b: Optimizer) -> None:
+    """Two optimizers have the same parameters and states to the last bit."""
+    assert_same_bits(params_of(a), params_of(b))
+    assert_same_bits(states_of(a), states_of(b))
+
+
+def assert_close(ours: Optimizer, theirs: Optimizer) -> None:
+    """Two optimizers have the same parameters and states, up to rounding in a few dozen steps."""
+    for a, b in zip(params_of(ours), params_of(theirs), strict=True):
+        torch.testing.assert_close(a, b, **tolerance(b.dtype))
+    for a, b in zip(states_of(ours), states_of(theirs), strict=True):
+        assert set(a) == set(b)
+        for key in a:
+            dtype = torch.float32 if key == "step" else b[key].dtype
+            torch.testing.assert_close(a[key], b[key], check_dtype=False, **tolerance(dtype))
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    size = 1e-10 if dtype == torch.float64 else 1e-5
+    return {"rtol": size, "atol": size}
+
+
+def snapshot(optimizer: Optimizer) -> Any:
+    """Everything that a refused operation must leave as it was, copied."""
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    ids = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+    params = [p.detach().clone() for p in params_of(optimizer)]
+    return copy.deepcopy((params, states_of(optimizer), groups, ids, len(optimizer.state)))
+
+
+def assert_unchanged(optimizer: Optimizer, before: Any) -> None:
+    assert_same_bits(snapshot(optimizer), before)
+
+
+def make_float64() -> list[nn.Parameter]:
+    return make_params(torch.float64)
+
+
+def both(
+    case: Case, make: Callable[[], list[nn.Parameter]] = make_float64, **options: Any
+) -> tuple[Optimizer, Optimizer]:
+    """Our optimizer and torch's, each over parameters of its own.
+
+    In float64, as what is compared between them here is never how they round.
+    """
+    args = {**case.options, **options}
+    return case.ours(make(), **args), case.theirs(make(), **args)
