@@ -4,7 +4,9 @@
 // The Python module fusedopt._C: the one translation unit of this folder, which is the only one
 // that knows torch. It turns parameters and gradients into spans, and hands them to the core with a
 // stream or a parallel loop.
-#include "codes.h"
+#include "torch.h"  // first, as core/arithmetic.h makes errors of warnings
+
+#include "conversions.h"
 #include "flat.h"
 #include "plan.h"
 #include "rules.h"
@@ -32,6 +34,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("block") = kBlock;
   m.def("encode", encode);
   m.def("decode", decode);
+  m.def("param_formats", list_param_formats);
+  m.def("join_master", join_master);
+  m.def("split_master", split_master);
+  m.def("remainder_of", remainder_of);
   m.def("flat_tensors", flat_tensors);
   m.def("flat_steps", flat_steps);
   m.def("is_capturing", is_capturing);
@@ -45,12 +51,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("note_weights_of", &Workspace::note_weights_of)
       .def("are_outdated", &Workspace::are_outdated)
       .def_property_readonly("grad_norm", &Workspace::grad_norm);
-  py::class_<Storage>(m, "Storage")
-      .def(py::init<at::ScalarType, int, bool, bool, uint64_t, uint64_t>());
+  py::class_<MemberInfo>(m, "Member")
+      .def(py::init<py::object, py::object, std::string, bool, std::optional<py::tuple>, bool,
+                    uintptr_t, at::ScalarType, int, bool, bool, uint64_t, uint64_t, bool,
+                    std::optional<py::object>, int>(),
+           py::kw_only(), py::arg("param"), py::arg("local"), py::arg("name"), py::arg("duplicate"),
+           py::arg("states"), py::arg("first"), py::arg("flat_grad"), py::arg("state_type"),
+           py::arg("master_bits"), py::arg("stochastic"), py::arg("counts_steps"), py::arg("seed"),
+           py::arg("ordinal"), py::arg("on_device"), py::arg("first_count"), py::arg("lineage"));
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_plans))
-      .def(py::init<std::string, const std::string&, std::shared_ptr<Workspace>>())
+      .def(py::init<std::string, std::shared_ptr<Workspace>>())
       .def("add_group", &Plan::add_group)
       .def("add", &Plan::add)
-      .def("step", &Plan::step)
+      .def("step", &Plan::step, py::arg("groups"), py::arg("grad_scale"), py::arg("found_inf"),
+           py::arg("max_grad_norm"), py::arg("positions") = py::none())
       .def_property_readonly("span_count", &Plan::span_count);
 }

@@ -15,7 +15,7 @@
 namespace fusedopt {
 namespace {
 
-std::optional<DType> storage_dtype(at::ScalarType type) {
+std::optional<DType> dtype_of(at::ScalarType type) {
   switch (c10::toRealValueType(type)) {
     case at::kFloat:
       return DType::float32;
@@ -61,6 +61,8 @@ const RuleInfo& find_rule(const std::string& name) {
     if (name == rule.name) return rule;
   throw py::value_error("fusedopt: unknown rule " + name);
 }
+
+int number_of(const RuleInfo& rule) { return int(&rule - registry().rules.data()); }
 
 bool same_strides(at::IntArrayRef sizes, at::IntArrayRef a, at::IntArrayRef b) {
   for (size_t i = 0; i < sizes.size(); ++i)

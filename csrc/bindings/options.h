@@ -50,30 +50,41 @@ struct GroupOptions {
   bool any_on_device = false;
 };
 
+// Reads the options of a rule.
 class OptionReader {
  public:
   explicit OptionReader(const RuleInfo& rule) : rule_(rule) {
     // Interned once: a look-up by a C string would make a Python string each time.
-    for (int i = 0; i < rule.option_count; ++i) keys_.emplace_back(rule.options[i].key);
+    for (const OptionInfo& option : rule.options) keys_.emplace_back(option.key);
+  }
+
+  // That of a rule, which lives as long as the process.
+  static const OptionReader& of(const RuleInfo& rule) {
+    static auto* const readers = [] {
+      auto* made = new std::vector<OptionReader>;
+      for (const RuleInfo& each : registry().rules) made->emplace_back(each);
+      return made;
+    }();
+    return (*readers)[number_of(rule)];
   }
 
   void read(const std::string& optimizer, PyObject* group, size_t g, GroupOptions& options) const {
     options.any_on_device = false;
-    for (int i = 0; i < rule_.option_count; ++i) {
-      const OptionKey& key = rule_.options[i];
+    for (size_t i = 0; i < rule_.options.size(); ++i) {
+      const OptionInfo& option = rule_.options[i];
       const auto what = [&] { return describe(optimizer, g, i); };
       PyObject* value = PyDict_GetItem(group, keys_[i].ptr());
       if (value == nullptr) throw py::key_error(what() + " is missing");
       py::object element;
-      if (key.element >= 0) {
-        element = py::reinterpret_steal<py::object>(PySequence_GetItem(value, key.element));
+      if (option.element >= 0) {
+        element = py::reinterpret_steal<py::object>(PySequence_GetItem(value, option.element));
         if (!element) throw py::error_already_set();
         value = element.ptr();
       }
       if (options.on_device[i]) options.on_device[i] = py::object();
       if (PyFloat_CheckExact(value)) {
         options.values[i] = PyFloat_AS_DOUBLE(value);
-      } else if (key.on_device && is_on_accelerator(value)) {
+      } else if (option.on_device && is_on_accelerator(value)) {
         options.values[i] = 0.5;  // any number that makes a row in which zero stays zero
         options.on_device[i] = py::reinterpret_borrow<py::object>(value);
         options.any_on_device = true;
@@ -86,7 +97,7 @@ class OptionReader {
 
   // Fetches what lies on a device, which waits for it.
   void fetch(const std::string& optimizer, size_t g, GroupOptions& options) const {
-    for (int i = 0; i < rule_.option_count; ++i) {
+    for (size_t i = 0; i < rule_.options.size(); ++i) {
       if (!options.on_device[i]) continue;
       const auto what = [&] { return describe(optimizer, g, i); };
       options.values[i] = number(options.on_device[i].ptr(), what);
@@ -97,10 +108,10 @@ class OptionReader {
   }
 
  private:
-  std::string describe(const std::string& optimizer, size_t g, int option) const {
-    const OptionKey& key = rule_.options[option];
-    const std::string name = optimizer + ": group " + text(g) + ": " + key.key;
-    return key.element < 0 ? name : name + "[" + text(key.element) + "]";
+  std::string describe(const std::string& optimizer, size_t g, size_t i) const {
+    const OptionInfo& option = rule_.options[i];
+    const std::string name = optimizer + ": group " + text(g) + ": " + option.key;
+    return option.element < 0 ? name : name + "[" + text(option.element) + "]";
   }
 
   const RuleInfo& rule_;

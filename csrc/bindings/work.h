@@ -4,6 +4,7 @@
 // What a step has to do on one device.
 #pragma once
 
+#include <deque>
 #include <vector>
 
 #include "../device/step.h"
@@ -12,35 +13,56 @@
 namespace fusedopt {
 namespace {
 
-// What a step has to do on one device.
+// What the host knows of a row of hyper-parameters.
+struct RowNote {
+  const RuleInfo* rule;
+  bool float64;
+  bool keeps_zero;  // whether elements that are zero stay so, as padding has to
+};
+
 struct DeviceWork {
   c10::Device device;
   std::vector<Span> spans;
-  std::vector<HyperRow> rows;
+  std::vector<RowNote> notes;      // of each row
+  std::vector<HyperRow> rows;      // empty where the device makes them
   std::vector<RowSource> sources;  // in place of rows, where the device makes them
-  std::vector<bool> float64;       // of each row
-  std::vector<bool> keeps_zero;    // whether elements that are zero stay so, as padding has to
+  std::vector<int> source_rules;   // of each source
   std::vector<CountRange> counts;
   std::vector<GradSpan> gradients;  // for the norm
+  int64_t open_padding = 0;         // reals behind the last span that may be walked along
 
   void clear() {
     spans.clear();
+    notes.clear();
     rows.clear();
     sources.clear();
-    float64.clear();
-    keeps_zero.clear();
+    source_rules.clear();
     counts.clear();
     gradients.clear();
+    open_padding = 0;
   }
+
   int64_t chunks() const {
     return gradients.empty() ? 0
                              : gradients.back().first_chunk + norm_chunks(gradients.back().numel);
   }
+
+  void advance(float* count) {
+    if (counts.empty() || counts.back().counts + counts.back().size != count)
+      counts.push_back({count, 0});
+    ++counts.back().size;
+  }
 };
 
-struct CopyBack {
-  at::Tensor param, contiguous;
-};
+// A step looks its devices up often, and holds pointers to them.
+using Works = std::deque<DeviceWork>;
+
+DeviceWork& work_on(c10::Device device, Works& works) {
+  for (auto& work : works)
+    if (work.device == device) return work;
+  works.push_back({device});
+  return works.back();
+}
 
 }  // namespace
 }  // namespace fusedopt

@@ -1,57 +1,56 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// How elements are stored where that takes more than a dtype: each way is one struct that decodes
+// and encodes.
 #pragma once
 
 #include "dtype.h"
 #include "random.h"
 #include "span.h"
 
-// How elements are stored where that takes more than a dtype: float32 weights in two parts, weights
-// that are rounded at random, states of one byte. A rule sees none of it: blocks of elements are
-// decoded to float32, updated, and encoded again.
+// A rule sees none of it: blocks of elements are decoded to float32, updated, and encoded again.
 namespace fusedopt {
 
 // Elements that share a scale. A span with a Coding is cut between blocks only.
 constexpr int kBlock = 256;
+static_assert(kBlock == 2 * kRandomPairs, "a block's random bits come from hashes for two each");
 
-// States of one byte come in whole blocks, of so many words: the least significant bytes of these
-// are those of a block's first quarter, and so on. Thus bytes become lanes of 32 bits by shifts.
+// The codes of a block lie in so many words: the least significant bytes of these are the codes of
+// the block's first quarter, and so on. Thus bytes become lanes of 32 bits by shifts.
 constexpr int kWords = kBlock / 4;
 
-enum class ParamCode : uint8_t {
-  float32,
-  bfloat16,
-  float16,
-  bfloat16_and_16,      // with the lower 16 bits of the master
-  bfloat16_and_8,       // with the next 8 bits of the master
-  bfloat16_stochastic,  // rounded at random
-  float16_and_float32,  // with the master
-};
-
-enum class StateCode : uint8_t { float32, bfloat16, int8 };
-
-// Where a span with it begins, there a parameter begins: blocks, and elements in random numbers,
-// are counted from there.
+// How the elements of a span are stored. Where the span begins, there a parameter begins: blocks,
+// and elements in random numbers, are counted from there.
 struct Coding {
-  float* scales[kMaxStates];  // of the blocks, for states of one byte
+  float* scales[kMaxStates];  // of the blocks, for states in codes
   void* master;               // the part of the master that is not in the parameter
   const float* count;         // of the steps with this one, on the device; null: it is `step`
   uint64_t key;               // see random_key
   uint32_t step;
-  ParamCode param;
+  uint8_t param;  // the place of its format in ParamFormats
   DType grad;
-  StateCode state;
+  uint8_t state;  // the place of its format in StateFormats
 };
 
-FUSEDOPT_HD int64_t size_of(ParamCode code) { return code == ParamCode::float32 ? 4 : 2; }
-FUSEDOPT_HD int64_t size_of(StateCode code) {
-  return code == StateCode::float32 ? 4 : code == StateCode::bfloat16 ? 2 : 1;
+FUSEDOPT_HD uint32_t canonical_bits(float value) {
+  return value != value ? 0x7fc00000u : float_to_bits(value);
 }
-FUSEDOPT_HD int64_t size_of_master(ParamCode code) {
-  return code == ParamCode::float16_and_float32 ? 4
-         : code == ParamCode::bfloat16_and_16   ? 2
-         : code == ParamCode::bfloat16_and_8    ? 1
-                                                : 0;
+FUSEDOPT_HD uint32_t magnitude_bits(float value) { return float_to_bits(value) & 0x7fffffffu; }
+FUSEDOPT_HD float absolute(float value) { return bits_to_float(magnitude_bits(value)); }
+
+// The bfloat16 towards zero of a float32, or the one beyond it where the bits cut off and these 16
+// bits make a whole: at random for weights, dithered for averages of squares, which move by less
+// than half a distance in a step and would stay where they are.
+FUSEDOPT_HD bfloat16 cut_to_bfloat16(float value, uint32_t addend) {
+  return {uint16_t((canonical_bits(value) + addend) >> 16)};  // nothing is carried out of a NaN
+}
+
+template <class Element>
+FUSEDOPT_HD Element narrowed(float value) {
+  Element element;
+  narrow(value, element);
+  return element;
 }
 
 // -- master weights ------------------------------------------------------------------------------
@@ -74,29 +73,120 @@ FUSEDOPT_HD uint32_t join(uint16_t high, int16_t remainder) {
 // A float32 rounded to 24 bits, ties away from zero, of which split() has a remainder of 8 bits.
 FUSEDOPT_HD uint32_t round_to_24(uint32_t bits) { return (bits + 0x80u) & ~0xffu; }
 
-FUSEDOPT_HD uint32_t canonical_bits(float value) {
-  return value != value ? 0x7fc00000u : float_to_bits(value);
+// The remainder, in units, that takes a bfloat16 as near to a master as it can; zero where they are
+// different numbers, as one of them has been changed.
+template <int unit, class Remainder>
+FUSEDOPT_HD Remainder remainder_between(float master, bfloat16 param) {
+  constexpr int64_t least = -(int64_t(1) << (8 * sizeof(Remainder) - 1)), most = -least - 1;
+  const int64_t difference = int64_t(float_to_bits(master)) - (int64_t(param.bits) << 16);
+  const int64_t units = (difference + unit / 2) >> (unit == 1 ? 0 : 8);
+  static_assert(unit == 1 || unit == 256, "a shift by the bits of a unit");
+  if (difference < -0x8000 || difference > 0x8000) return 0;
+  return Remainder(units < least ? least : units > most ? most : units);
 }
 
-// The bfloat16 towards zero of a float32, or the one beyond it where the bits cut off and these 16
-// bits make a whole: at random for weights, dithered for averages of squares, which move by less
-// than half a distance in a step and would stay where they are.
-FUSEDOPT_HD bfloat16 cut_to_bfloat16(float value, uint32_t addend) {
-  return {uint16_t((canonical_bits(value) + addend) >> 16)};  // nothing is carried out of a NaN
-}
+// -- parameters ----------------------------------------------------------------------------------
 
-// A float16 parameter is its master rounded; where it is not, somebody has changed it.
-FUSEDOPT_HD float master_of(float param, float rounded_master, float master) {
-  return float_to_bits(param) == float_to_bits(rounded_master) ? master : param;
-}
+// A format says what it needs (the parameter's dtype, bits of the master weight, rounding), which
+// elements it has for a parameter and for what of the master is not in it, the key of the latter in
+// a state, and how both become a float32 and come of it.
+struct NoMaster {};
+template <class Master>
+constexpr int64_t master_bytes = sizeof(Master);
+template <>
+inline constexpr int64_t master_bytes<NoMaster> = 0;
 
-// -- states of one byte --------------------------------------------------------------------------
+template <class Param_, class Master_ = NoMaster>
+struct ParamFormat {
+  using Param = Param_;
+  using Master = Master_;
+  static constexpr int master_bits = 0;
+  static constexpr bool stochastic = false;
+  static constexpr const char* master_key = "";
 
-// A byte is a root, q / 128 with a sign or (q + 2) / 256 without, of a multiple of the block's
-// scale. It is no fourth root but what runs straight between those of two powers of two: a quarter
-// of a float32's bits. So it takes a shift, precision tapers off with magnitude as a fourth root's
-// does, and a place between two roots is the place between what they stand for: dithering one
-// dithers the other. The offset is that of 2^n times the root.
+  FUSEDOPT_HD static float decode(Param param, NoMaster) { return widen(param); }
+  FUSEDOPT_HD static void encode(float value, Param& param, NoMaster&) { narrow(value, param); }
+};
+
+struct Float32 : ParamFormat<float> {};
+struct Bfloat16 : ParamFormat<bfloat16> {};
+struct Float16 : ParamFormat<float16> {};
+
+// With the lower 16 bits of the master.
+struct Bfloat16And16 : ParamFormat<bfloat16, int16_t> {
+  static constexpr int master_bits = 32;
+  static constexpr const char* master_key = "master_remainder";
+
+  FUSEDOPT_HD static float decode(bfloat16 param, int16_t remainder) {
+    return bits_to_float(join(param.bits, remainder));
+  }
+  FUSEDOPT_HD static void encode(float value, bfloat16& param, int16_t& remainder) {
+    const Split parts = split(canonical_bits(value));
+    param.bits = parts.high;
+    remainder = parts.remainder;
+  }
+  FUSEDOPT_HD static int16_t remainder_of(float master, bfloat16 param) {
+    return remainder_between<1, int16_t>(master, param);
+  }
+};
+
+// With the next 8 bits of the master.
+struct Bfloat16And8 : ParamFormat<bfloat16, int8_t> {
+  static constexpr int master_bits = 24;
+  static constexpr const char* master_key = "master_remainder";
+
+  FUSEDOPT_HD static float decode(bfloat16 param, int8_t remainder) {
+    return bits_to_float(join(param.bits, int16_t(remainder * 256)));
+  }
+  FUSEDOPT_HD static void encode(float value, bfloat16& param, int8_t& remainder) {
+    const Split parts = split(round_to_24(canonical_bits(value)));
+    param.bits = parts.high;
+    remainder = int8_t(parts.remainder >> 8);
+  }
+  FUSEDOPT_HD static int8_t remainder_of(float master, bfloat16 param) {
+    return remainder_between<256, int8_t>(master, param);
+  }
+};
+
+// Rounded at random, by 16 random bits.
+struct Bfloat16Stochastic : ParamFormat<bfloat16> {
+  static constexpr bool stochastic = true;
+
+  FUSEDOPT_HD static void encode(float value, uint32_t random, bfloat16& param) {
+    param = cut_to_bfloat16(value, random);
+  }
+};
+
+// With the whole master. A parameter is its master rounded; where it is not, somebody has changed
+// it.
+struct Float16And32 : ParamFormat<float16, float> {
+  static constexpr int master_bits = 32;
+  static constexpr const char* master_key = "master";
+
+  FUSEDOPT_HD static float of(float param, float rounded_master, float master) {
+    return float_to_bits(param) == float_to_bits(rounded_master) ? master : param;
+  }
+  FUSEDOPT_HD static float decode(float16 param, float master) {
+    return of(widen(param), widen(narrowed<float16>(master)), master);
+  }
+  FUSEDOPT_HD static void encode(float value, float16& param, float& master) {
+    narrow(value, param);
+    master = value;
+  }
+};
+
+using ParamFormats = TypeList<Float32, Bfloat16, Float16, Bfloat16And16, Bfloat16And8,
+                              Bfloat16Stochastic, Float16And32>;
+template <class Format>
+constexpr uint8_t param_format = place_in<Format>(ParamFormats{});
+
+// -- states in codes -----------------------------------------------------------------------------
+
+// A code stands for a root, which is q / 128 with a sign or (q + 2) / 256 without, and thus for a
+// multiple of the block's scale. The root is that of a quarter of a float32's bits: equal to the
+// fourth root at powers of 16, straight lines in between. So it takes a shift, precision falls off
+// with magnitude as slowly as a fourth root's does, and dithering a root dithers what it stands
+// for, as there is a straight line between two roots. The offset is that of 2^n times the root.
 constexpr int32_t root_offset(int n) { return 0x3f800000 - (0x3f800000 >> 2) + (n << 23); }
 
 template <int n>
@@ -109,85 +199,147 @@ FUSEDOPT_HD float power_of(float root) {
   return bits_to_float(uint32_t(bits > 0 ? bits : 0) << 2);
 }
 
-// Where a block has an Inf or NaN its scale is negative, and these bytes stand for such elements.
-// Thus they do not reach others of the block. An average of squares is Inf then: it is one that has
-// overflowed, or else the other state is NaN. What is so large that its scale would overflow counts
-// as infinite.
-constexpr uint32_t kNaN = 0x80;
-constexpr uint32_t kInf = 0xff;
-
-FUSEDOPT_HD float decode_signed(uint32_t code, float scale, bool careful) {
-  const float magnitude = power_of<7>(float(int32_t(code & 0x7fu))) * scale;
-  const uint32_t bits = float_to_bits(magnitude) | (code & 0x80u) << 24;
-  return bits_to_float(careful && code == kNaN ? 0x7fc00000u : bits);
-}
-
-FUSEDOPT_HD float decode_square(uint32_t code, float scale, bool careful) {
-  const float magnitude = power_of<8>(float(int32_t(code) + 2)) * scale;
-  return bits_to_float(careful && code == kInf ? 0x7f800000u : float_to_bits(magnitude));
-}
-
-FUSEDOPT_HD uint32_t magnitude_bits(float value) { return float_to_bits(value) & 0x7fffffffu; }
-FUSEDOPT_HD bool is_finite(uint32_t magnitude) { return magnitude < 0x7f770000u; }
-
-FUSEDOPT_HD uint32_t encode_signed(float value, float inverse, bool careful) {
-  const bool special = careful && !is_finite(magnitude_bits(value));
-  const float magnitude = bits_to_float(special ? 0 : magnitude_bits(value));
-  const uint32_t q = uint32_t(int32_t(root_of<7>(magnitude * inverse) + 0.5f));
-  const uint32_t code = q | (float_to_bits(value) >> 24 & 0x80u);
-  if (!careful) return code;
-  return special ? kNaN : q == 0 ? 0 : code;
-}
-
-FUSEDOPT_HD uint32_t encode_square(float value, float inverse, uint32_t dither, bool careful) {
-  const bool special = careful && !is_finite(magnitude_bits(value));
-  const float threshold = bits_to_float(0x3f800000u ^ dither);  // from 1 to 2
-  const int32_t q = int32_t(root_of<8>((special ? 0 : value) * inverse) + threshold);
-  const uint32_t code = uint32_t((q < 3 ? 3 : q) - 3);
-  if (!careful) return code;
-  return special ? kInf : code > 254 ? 254 : code;
-}
-
-FUSEDOPT_HD float decode_code(bool never_negative, uint32_t code, float scale, bool careful) {
-  return never_negative ? decode_square(code, scale, careful) : decode_signed(code, scale, careful);
-}
-FUSEDOPT_HD uint32_t encode_code(bool never_negative, float value, float inverse, uint32_t dither,
-                                 bool careful) {
-  return never_negative ? encode_square(value, inverse, dither, careful)
-                        : encode_signed(value, inverse, careful);
-}
-
 // What to encode a block with, from its largest magnitude.
 struct Scale {
   float scale, inverse;
 };
 
-template <bool never_negative>
-FUSEDOPT_HD Scale scale_of(uint32_t largest, bool careful) {
+// Where a block has an Inf or NaN its scale is negative, the block is "careful", and the code below
+// stands for such an element. Thus it does not reach others of the block. An average of squares is
+// Inf then: it is one that has overflowed, or else the other state is NaN. What is so large that
+// its scale would overflow counts as infinite.
+FUSEDOPT_HD bool is_careful(float scale) { return (float_to_bits(scale) >> 31) != 0; }
+FUSEDOPT_HD bool is_finite(uint32_t magnitude) { return magnitude < 0x7f770000u; }
+
+FUSEDOPT_HD Scale scale_from(uint32_t largest, float largest_root, bool careful) {
   // The inverse of a smaller one might overflow.
   constexpr float smallest = 0x1p-100f;
   const float magnitude = bits_to_float(largest);
   const float least = largest == 0 ? 0 : magnitude < smallest ? smallest : magnitude;
-  // The largest byte stands for 1, or for 31 / 32.
-  const float scale = never_negative ? least : least * (32.0f / 31);
+  const float scale = least * largest_root;
   return {careful ? -scale : scale, largest == 0 ? 0 : 1 / scale};
 }
+
+// A state of either sign. Rounded to nearest.
+struct SignedCode {
+  static constexpr uint32_t kNaN = 0x80;
+
+  FUSEDOPT_HD static Scale scale_of(uint32_t largest, bool careful) {
+    return scale_from(largest, 32.0f / 31, careful);  // the largest code stands for 31 / 32
+  }
+  FUSEDOPT_HD static float decode(uint32_t code, float scale, bool careful) {
+    const float magnitude = power_of<7>(float(int32_t(code & 0x7fu))) * scale;
+    const uint32_t bits = float_to_bits(magnitude) | (code & 0x80u) << 24;
+    return bits_to_float(careful && code == kNaN ? 0x7fc00000u : bits);
+  }
+  FUSEDOPT_HD static uint32_t encode(float value, float inverse, uint32_t, bool careful) {
+    const bool special = careful && !is_finite(magnitude_bits(value));
+    const float magnitude = bits_to_float(special ? 0 : magnitude_bits(value));
+    const uint32_t q = uint32_t(int32_t(root_of<7>(magnitude * inverse) + 0.5f));
+    const uint32_t code = q | (float_to_bits(value) >> 24 & 0x80u);
+    if (!careful) return code;
+    return special ? kNaN : q == 0 ? 0 : code;
+  }
+};
+
+// A state that is never negative. It has no zero, and is dithered.
+struct SquareCode {
+  static constexpr uint32_t kInf = 0xff;
+
+  FUSEDOPT_HD static Scale scale_of(uint32_t largest, bool careful) {
+    return scale_from(largest, 1, careful);
+  }
+  FUSEDOPT_HD static float decode(uint32_t code, float scale, bool careful) {
+    const float magnitude = power_of<8>(float(int32_t(code) + 2)) * scale;
+    return bits_to_float(careful && code == kInf ? 0x7f800000u : float_to_bits(magnitude));
+  }
+  FUSEDOPT_HD static uint32_t encode(float value, float inverse, uint32_t dither, bool careful) {
+    const bool special = careful && !is_finite(magnitude_bits(value));
+    const float threshold = bits_to_float(0x3f800000u ^ dither);  // from 1 to 2
+    const int32_t q = int32_t(root_of<8>((special ? 0 : value) * inverse) + threshold);
+    const uint32_t code = uint32_t((q < 3 ? 3 : q) - 3);
+    if (!careful) return code;
+    return special ? kInf : code > 254 ? 254 : code;
+  }
+};
+
+template <bool never_negative>
+using Code = typename std::conditional<never_negative, SquareCode, SignedCode>::type;
 
 // Where the code of an element is in the bytes of its block.
 FUSEDOPT_HD int byte_of(int place) { return place % kWords * 4 + place / kWords; }
 
-FUSEDOPT_HD bool is_careful(float scale) { return (float_to_bits(scale) >> 31) != 0; }
-FUSEDOPT_HD float absolute(float value) { return bits_to_float(magnitude_bits(value)); }
+// -- states --------------------------------------------------------------------------------------
 
-// One element of a block of codes.
-FUSEDOPT_HD float decode_element(const uint8_t* codes, int place, float scale,
-                                 bool never_negative) {
-  return decode_code(never_negative, codes[byte_of(place)], absolute(scale), is_careful(scale));
+struct Float32State {
+  using Element = float;
+  static constexpr bool in_codes = false;
+
+  template <bool never_negative>
+  FUSEDOPT_HD static void encode(float value, uint32_t, float& to) {
+    to = value;
+  }
+};
+
+struct Bfloat16State {
+  using Element = bfloat16;
+  static constexpr bool in_codes = false;
+
+  template <bool never_negative>
+  FUSEDOPT_HD static void encode(float value, uint32_t dither, bfloat16& to) {
+    static_assert(kDitherBits >= 16, "a bfloat16 lacks 16 bits of a float32");
+    to = never_negative ? cut_to_bfloat16(value, dither >> (kDitherBits - 16))
+                        : narrowed<bfloat16>(value);
+  }
+};
+
+struct CodedState {
+  using Element = uint8_t;  // a Code
+  static constexpr bool in_codes = true;
+};
+
+using StateFormats = TypeList<Float32State, Bfloat16State, CodedState>;
+template <class Format>
+constexpr uint8_t state_format = place_in<Format>(StateFormats{});
+
+// -- the format at a place of a list -------------------------------------------------------------
+
+// Calls visit(Format{}) for the format at a place.
+template <class... Formats, class Visit>
+FUSEDOPT_HD void with_format(TypeList<Formats...>, int place, Visit visit) {
+  int at = 0;
+  ((at++ == place ? visit(Formats{}) : void()), ...);
 }
 
-// A block of at most kBlock elements, each rounded to nearest: for states that come from elsewhere.
-inline void encode_block(const float* from, int64_t count, bool never_negative, uint8_t* codes,
-                         float* scale_to) {
+// Bytes of an element of each stream; of a master's part, 0 where it has none.
+struct StreamBytes {
+  int64_t param = 0, master = 0, grad, state = 0;
+
+  FUSEDOPT_HD explicit StreamBytes(const Coding& coding) : grad(size_of(coding.grad)) {
+    set_param(ParamFormats{}, coding.param);
+    set_state(StateFormats{}, coding.state);
+  }
+
+ private:
+  template <class... Formats>
+  FUSEDOPT_HD void set_param(TypeList<Formats...>, int place) {
+    ((param = place == param_format<Formats> ? int64_t(sizeof(typename Formats::Param)) : param),
+     ...);
+    ((master = place == param_format<Formats> ? master_bytes<typename Formats::Master> : master),
+     ...);
+  }
+  template <class... Formats>
+  FUSEDOPT_HD void set_state(TypeList<Formats...>, int place) {
+    ((state = place == state_format<Formats> ? int64_t(sizeof(typename Formats::Element)) : state),
+     ...);
+  }
+};
+
+// -- blocks of codes by themselves ---------------------------------------------------------------
+
+// At most kBlock elements, each rounded to nearest: for states that come from elsewhere.
+template <bool never_negative>
+void to_codes(const float* from, int64_t count, uint8_t* codes, float* scale_to) {
   uint32_t largest = 0;
   bool careful = false;
   for (int64_t i = 0; i < count; ++i) {
@@ -195,15 +347,21 @@ inline void encode_block(const float* from, int64_t count, bool never_negative, 
     careful = careful || !is_finite(magnitude);
     if (is_finite(magnitude) && magnitude > largest) largest = magnitude;
   }
-  const Scale scale =
-      never_negative ? scale_of<true>(largest, careful) : scale_of<false>(largest, careful);
-  constexpr uint32_t half = 0x400000;  // of the dither's range
+  const Scale scale = Code<never_negative>::scale_of(largest, careful);
+  constexpr uint32_t half = uint32_t(1) << (kDitherBits - 1);
   for (int64_t i = 0; i < count; ++i) {
     const float value = never_negative ? absolute(from[i]) : from[i];
     codes[byte_of(int(i))] =
-        uint8_t(encode_code(never_negative, value, scale.inverse, half, careful));
+        uint8_t(Code<never_negative>::encode(value, scale.inverse, half, careful));
   }
   *scale_to = scale.scale;
+}
+
+template <bool never_negative>
+void from_codes(const uint8_t* codes, float scale, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i)
+    to[i] =
+        Code<never_negative>::decode(codes[byte_of(int(i))], absolute(scale), is_careful(scale));
 }
 
 }  // namespace fusedopt

@@ -9,9 +9,22 @@ namespace cpu {
 namespace FUSEDOPT_ISA {
 namespace {
 
+// The states of a variant, by number: loops have a parameter for each state's stream, as a loop
+// over an array of pointers would not vectorise.
+template <class Variant>
+using States = std::make_index_sequence<size_t(Variant::state_count)>;
+template <class Element, size_t>
+struct Stream {
+  using type = Element;
+};
+
 // Two neighbouring bfloat16, wherever they lie. Taken apart and put together as the halves of a
 // word, they need no instruction that moves elements between the lanes of a register.
 typedef uint32_t __attribute__((may_alias, aligned(2))) Pair;
+template <size_t>
+struct PairStream {  // a Stream of pairs, whose attributes a template argument would lose
+  using type = Pair;
+};
 
 inline __attribute__((always_inline)) float first_of(uint32_t pair) {
   return bits_to_float(pair << 16);
@@ -34,75 +47,71 @@ inline __attribute__((always_inline)) Pair* pairs_from(void* stream, int64_t beg
   return reinterpret_cast<Pair*>(static_cast<bfloat16*>(stream) + begin);
 }
 
-// Updates the pairs in [begin, end) of a span whose streams are all bfloat16; returns their end.
-template <bool usual, class Variant, class Row>
-inline __attribute__((always_inline)) int64_t run_pairs(const Span& span, const Row& row,
-                                                        int64_t begin, int64_t end) {
-  constexpr int states = Variant::states;
-  Pair* FUSEDOPT_RESTRICT param = pairs_from(span.param, begin);
-  const Pair* FUSEDOPT_RESTRICT grad = pairs_from(const_cast<void*>(span.grad), begin);
-  Pair* FUSEDOPT_RESTRICT state0 = states > 0 ? pairs_from(span.states[0], begin) : nullptr;
-  Pair* FUSEDOPT_RESTRICT state1 = states > 1 ? pairs_from(span.states[1], begin) : nullptr;
-  Pair* FUSEDOPT_RESTRICT state2 = states > 2 ? pairs_from(span.states[2], begin) : nullptr;
-  static_assert(kMaxStates == 3, "one pointer per state: an array of them would not vectorise");
-
-  const int64_t pairs = (end - begin) / 2;
+// Updates as many pairs, from the beginning of the streams on.
+template <bool usual, class Variant, class Row, size_t... k>
+inline __attribute__((always_inline)) void update_pairs(
+    std::index_sequence<k...>, const Row& row, int64_t pairs, Pair* FUSEDOPT_RESTRICT param,
+    const Pair* FUSEDOPT_RESTRICT grad, typename PairStream<k>::type* FUSEDOPT_RESTRICT... states) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < pairs; ++i) {
     float p = first_of(param[i]), next_p = second_of(param[i]);
-    float state[kMaxStates] = {}, next_state[kMaxStates] = {};
-    if (states > 0) state[0] = first_of(state0[i]), next_state[0] = second_of(state0[i]);
-    if (states > 1) state[1] = first_of(state1[i]), next_state[1] = second_of(state1[i]);
-    if (states > 2) state[2] = first_of(state2[i]), next_state[2] = second_of(state2[i]);
+    float state[] = {first_of(states[i])..., 0}, next_state[] = {second_of(states[i])..., 0};
     Variant::template update<usual>(row, p, first_of(grad[i]), state);
     Variant::template update<usual>(row, next_p, second_of(grad[i]), next_state);
     param[i] = make_pair(p, next_p);
-    if (states > 0) state0[i] = make_pair(state[0], next_state[0]);
-    if (states > 1) state1[i] = make_pair(state[1], next_state[1]);
-    if (states > 2) state2[i] = make_pair(state[2], next_state[2]);
+    ((states[i] = make_pair(state[k], next_state[k])), ...);
   }
+}
+
+// Updates the pairs in [begin, end) of a span whose streams are all bfloat16; returns their end.
+template <bool usual, class Variant, class Row, size_t... k>
+inline __attribute__((always_inline)) int64_t run_pairs(std::index_sequence<k...> states,
+                                                        const Span& span, const Row& row,
+                                                        int64_t begin, int64_t end) {
+  const int64_t pairs = (end - begin) / 2;
+  update_pairs<usual, Variant>(states, row, pairs, pairs_from(span.param, begin),
+                               pairs_from(const_cast<void*>(span.grad), begin),
+                               pairs_from(span.states[k], begin)...);
   return begin + 2 * pairs;
 }
 
-// The largest bits of a float32 without its sign.
+// The largest bits of a float32 without its sign, of those seen.
 inline __attribute__((always_inline)) void raise(int32_t& largest, float value) {
   const int32_t magnitude = int32_t(magnitude_bits(value));
   largest = magnitude > largest ? magnitude : largest;
 }
 inline __attribute__((always_inline)) void raise(int32_t&, double) {}
 
-// Updates the elements [begin, end). With largest it tells, of each state, the largest magnitude.
-template <bool usual, class Variant, class Types, bool tells_largest = false, class Row>
-inline __attribute__((always_inline)) void run(const Span& span, const Row& row, int64_t begin,
-                                               int64_t end, int32_t* largest = nullptr) {
+template <bool usual, class Variant, class Types, bool tells_largest, class Row, size_t... k>
+inline __attribute__((always_inline)) void update_elements(
+    std::index_sequence<k...>, const Row& row, int64_t begin, int64_t end, int32_t* largest,
+    typename Types::Param* FUSEDOPT_RESTRICT param,
+    const typename Types::Grad* FUSEDOPT_RESTRICT grad,
+    typename Stream<typename Types::State, k>::type* FUSEDOPT_RESTRICT... states) {
   using T = typename Types::Compute;
-  using State = typename Types::State;
-  constexpr int states = Variant::states;
-  auto* FUSEDOPT_RESTRICT param = static_cast<typename Types::Param*>(span.param);
-  const auto* FUSEDOPT_RESTRICT grad = static_cast<const typename Types::Grad*>(span.grad);
-  State* FUSEDOPT_RESTRICT state0 = static_cast<State*>(span.states[0]);
-  State* FUSEDOPT_RESTRICT state1 = static_cast<State*>(span.states[1]);
-  State* FUSEDOPT_RESTRICT state2 = static_cast<State*>(span.states[2]);
-  static_assert(kMaxStates == 3, "one pointer per state: an array of them would not vectorise");
-
-  int32_t largest0 = 0, largest1 = 0, largest2 = 0;
+  [[maybe_unused]] int32_t largest_of[kMaxStates] = {};
 #pragma GCC ivdep
   for (int64_t i = begin; i < end; ++i) {
     T p = widen(param[i]);
-    T state[kMaxStates] = {};
-    if (states > 0) state[0] = widen(state0[i]);
-    if (states > 1) state[1] = widen(state1[i]);
-    if (states > 2) state[2] = widen(state2[i]);
+    T state[] = {widen(states[i])..., T(0)};
     Variant::template update<usual>(row, p, T(widen(grad[i])), state);
     narrow(p, param[i]);
-    if (states > 0) narrow(state[0], state0[i]);
-    if (states > 1) narrow(state[1], state1[i]);
-    if (states > 2) narrow(state[2], state2[i]);
-    if (tells_largest && states > 0) raise(largest0, state[0]);
-    if (tells_largest && states > 1) raise(largest1, state[1]);
-    if (tells_largest && states > 2) raise(largest2, state[2]);
+    (narrow(state[k], states[i]), ...);
+    if (tells_largest) (raise(largest_of[k], state[k]), ...);
   }
-  if (tells_largest) largest[0] = largest0, largest[1] = largest1, largest[2] = largest2;
+  if (tells_largest) ((largest[k] = largest_of[k]), ...);
+}
+
+// Updates the elements [begin, end). With largest it tells, of each state, the largest magnitude.
+template <bool usual, class Variant, class Types, bool tells_largest = false, class Row,
+          size_t... k>
+inline __attribute__((always_inline)) void run(std::index_sequence<k...> states, const Span& span,
+                                               const Row& row, int64_t begin, int64_t end,
+                                               int32_t* largest = nullptr) {
+  update_elements<usual, Variant, Types, tells_largest>(
+      states, row, begin, end, largest, static_cast<typename Types::Param*>(span.param),
+      static_cast<const typename Types::Grad*>(span.grad),
+      static_cast<typename Types::State*>(span.states[k])...);
 }
 
 #if defined(FUSEDOPT_F16C)
@@ -112,8 +121,8 @@ inline __attribute__((always_inline)) void run(const Span& span, const Row& row,
 constexpr int kPiece = 256;
 constexpr int kLanes = 8;
 
-template <class Storage>
-inline __attribute__((always_inline)) Storage* fetch(Storage* from, Storage*, int64_t) {
+template <class Element>
+inline __attribute__((always_inline)) Element* fetch(Element* from, Element*, int64_t) {
   return from;
 }
 inline __attribute__((always_inline)) float* fetch(const float16* from, float* piece, int count) {
@@ -146,11 +155,12 @@ inline __attribute__((always_inline)) void run_pieces(const Span& span, const Ro
     auto* param = static_cast<typename Types::Param*>(span.param) + i;
     auto* grad = static_cast<typename Types::Grad*>(const_cast<void*>(span.grad)) + i;
     Span piece{fetch(param, params, count), fetch(grad, grads, count), {}, count, 0, 0, 0, nullptr};
-    for (int k = 0; k < Variant::states; ++k)
+    for (int k = 0; k < Variant::state_count; ++k)
       piece.states[k] = fetch(static_cast<State*>(span.states[k]) + i, states[k], count);
-    run<usual, Variant, fusedopt::Types<float, float, float>>(piece, row, 0, count);
+    run<usual, Variant, fusedopt::Types<float, float, float>>(States<Variant>{}, piece, row, 0,
+                                                              count);
     put_back(params, param, count);
-    for (int k = 0; k < Variant::states; ++k)
+    for (int k = 0; k < Variant::state_count; ++k)
       put_back(states[k], static_cast<State*>(span.states[k]) + i, count);
   }
 }
@@ -173,8 +183,9 @@ inline __attribute__((always_inline)) void run_best(const Span& span, const Row&
     run_pieces<usual, Variant, Types>(span, row, begin, end);
 #endif
   } else {
-    if constexpr (all_bfloat16) begin = run_pairs<usual, Variant>(span, row, begin, end);
-    if (begin < end) run<usual, Variant, Types>(span, row, begin, end);
+    constexpr States<Variant> states;
+    if constexpr (all_bfloat16) begin = run_pairs<usual, Variant>(states, span, row, begin, end);
+    if (begin < end) run<usual, Variant, Types>(states, span, row, begin, end);
   }
 }
 

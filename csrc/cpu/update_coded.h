@@ -4,8 +4,9 @@
 // updated there, and encoded again. Included by update.h. What does not depend on the rule is a
 // function of its own, so that all kernels of an instruction set share it.
 
-#define FUSEDOPT_SHARED static __attribute__((noinline))
-#define FUSEDOPT_INLINE inline __attribute__((always_inline))
+#define FUSEDOPT_SHARED __attribute__((noinline))
+#define FUSEDOPT_INLINED __attribute__((always_inline))
+#define FUSEDOPT_INLINE inline FUSEDOPT_INLINED
 
 // One block of a span, of kBlock elements: where its streams are, and its place in the parameter.
 struct Block {
@@ -16,6 +17,13 @@ struct Block {
   float* scales[kMaxStates];
   int64_t position;
 };
+
+// with_format() of codes.h with this instruction set, without which visit() could not be inlined.
+template <class... Formats, class Visit>
+FUSEDOPT_INLINE void with_format_here(TypeList<Formats...>, int place, Visit visit) {
+  int at = 0;
+  ((at++ == place ? visit(Formats{}) : void()), ...);
+}
 
 // -- bfloat16 and float16 ------------------------------------------------------------------------
 
@@ -42,104 +50,80 @@ FUSEDOPT_SHARED void encode(const float* FUSEDOPT_RESTRICT from, float16* FUSEDO
 
 // -- parameters ----------------------------------------------------------------------------------
 
-FUSEDOPT_SHARED void decode(const bfloat16* FUSEDOPT_RESTRICT high,
-                            const int16_t* FUSEDOPT_RESTRICT remainder,
+// A block of a format whose master is apart from the parameter.
+template <class Format>
+FUSEDOPT_SHARED void decode(const typename Format::Param* FUSEDOPT_RESTRICT param,
+                            const typename Format::Master* FUSEDOPT_RESTRICT master,
                             float* FUSEDOPT_RESTRICT to) {
-  for (int i = 0; i < kBlock; ++i) to[i] = bits_to_float(join(high[i].bits, remainder[i]));
+  for (int i = 0; i < kBlock; ++i) to[i] = Format::decode(param[i], master[i]);
 }
-FUSEDOPT_SHARED void encode(const float* FUSEDOPT_RESTRICT from, bfloat16* FUSEDOPT_RESTRICT high,
-                            int16_t* FUSEDOPT_RESTRICT remainder) {
-  for (int i = 0; i < kBlock; ++i) {
-    const Split parts = split(canonical_bits(from[i]));
-    high[i].bits = parts.high;
-    remainder[i] = parts.remainder;
-  }
+template <class Format>
+FUSEDOPT_SHARED void encode(const float* FUSEDOPT_RESTRICT from,
+                            typename Format::Param* FUSEDOPT_RESTRICT param,
+                            typename Format::Master* FUSEDOPT_RESTRICT master) {
+  for (int i = 0; i < kBlock; ++i) Format::encode(from[i], param[i], master[i]);
 }
-FUSEDOPT_SHARED void decode(const bfloat16* FUSEDOPT_RESTRICT high,
-                            const int8_t* FUSEDOPT_RESTRICT remainder,
-                            float* FUSEDOPT_RESTRICT to) {
-  for (int i = 0; i < kBlock; ++i)
-    to[i] = bits_to_float(join(high[i].bits, int16_t(remainder[i] * 256)));
-}
-FUSEDOPT_SHARED void encode(const float* FUSEDOPT_RESTRICT from, bfloat16* FUSEDOPT_RESTRICT high,
-                            int8_t* FUSEDOPT_RESTRICT remainder) {
-  for (int i = 0; i < kBlock; ++i) {
-    const Split parts = split(round_to_24(canonical_bits(from[i])));
-    high[i].bits = parts.high;
-    remainder[i] = int8_t(parts.remainder >> 8);
-  }
-}
-FUSEDOPT_SHARED void decode(const float16* param, const float* FUSEDOPT_RESTRICT master,
-                            float* FUSEDOPT_RESTRICT to) {
+
+// With the processor's own conversions.
+template <>
+FUSEDOPT_SHARED void decode<Float16And32>(const float16* FUSEDOPT_RESTRICT param,
+                                          const float* FUSEDOPT_RESTRICT master,
+                                          float* FUSEDOPT_RESTRICT to) {
   alignas(64) float rounded[kBlock];
   alignas(64) float16 narrowed[kBlock];
   encode(master, narrowed);
   decode(narrowed, rounded);
   decode(param, to);
-  for (int i = 0; i < kBlock; ++i) to[i] = master_of(to[i], rounded[i], master[i]);
+  for (int i = 0; i < kBlock; ++i) to[i] = Float16And32::of(to[i], rounded[i], master[i]);
 }
-FUSEDOPT_SHARED void encode_at_random(const float* FUSEDOPT_RESTRICT from, RandomBlock random,
-                                      bfloat16* FUSEDOPT_RESTRICT to) {
-  constexpr int half = kBlock / 2;
-  for (int i = 0; i < half; ++i)
-    to[i] = cut_to_bfloat16(from[i], random.bits(uint32_t(i)) & 0xffffu);
-  for (int i = 0; i < half; ++i)
-    to[half + i] = cut_to_bfloat16(from[half + i], random.bits(uint32_t(i)) >> 16);
+template <>
+FUSEDOPT_SHARED void encode<Float16And32>(const float* FUSEDOPT_RESTRICT from,
+                                          float16* FUSEDOPT_RESTRICT param,
+                                          float* FUSEDOPT_RESTRICT master) {
+  memcpy(master, from, kBlock * sizeof(float));
+  encode(from, param);
 }
 
-FUSEDOPT_INLINE float* decode_param(const Block& block, ParamCode code, float* to) {
-  auto* bfloats = static_cast<const bfloat16*>(block.param);
-  auto* halves = static_cast<const float16*>(block.param);
-  switch (code) {
-    case ParamCode::float32:
-      return static_cast<float*>(block.param);
-    case ParamCode::bfloat16:
-    case ParamCode::bfloat16_stochastic:
-      decode(bfloats, to);
-      break;
-    case ParamCode::float16:
-      decode(halves, to);
-      break;
-    case ParamCode::bfloat16_and_16:
-      decode(bfloats, static_cast<const int16_t*>(block.master), to);
-      break;
-    case ParamCode::bfloat16_and_8:
-      decode(bfloats, static_cast<const int8_t*>(block.master), to);
-      break;
-    case ParamCode::float16_and_float32:
-      decode(halves, static_cast<const float*>(block.master), to);
-      break;
-  }
+FUSEDOPT_SHARED void encode_at_random(const float* FUSEDOPT_RESTRICT from, RandomBlock random,
+                                      bfloat16* FUSEDOPT_RESTRICT to) {
+  for (int i = 0; i < kRandomPairs; ++i)
+    Bfloat16Stochastic::encode(from[i], random.bits(uint32_t(i)) & 0xffffu, to[i]);
+  from += kRandomPairs;
+  to += kRandomPairs;
+  for (int i = 0; i < kRandomPairs; ++i)
+    Bfloat16Stochastic::encode(from[i], random.bits(uint32_t(i)) >> 16, to[i]);
+}
+
+// Where the elements are in float32: in place if they are stored so.
+FUSEDOPT_INLINE float* decode_param(const Block& block, int format, float* to) {
+  with_format_here(ParamFormats{}, format, [&](auto of_place) FUSEDOPT_INLINED {
+    using Format = decltype(of_place);
+    auto* const param = static_cast<typename Format::Param*>(block.param);
+    if constexpr (std::is_same<Format, Float32>::value) {
+      to = param;
+    } else if constexpr (std::is_same<typename Format::Master, NoMaster>::value) {
+      decode(param, to);
+    } else {
+      decode<Format>(param, static_cast<const typename Format::Master*>(block.master), to);
+    }
+  });
   return to;
 }
 
 FUSEDOPT_INLINE void encode_param(const Block& block, const Coding& coding, const float* from) {
-  auto* bfloats = static_cast<bfloat16*>(block.param);
-  auto* halves = static_cast<float16*>(block.param);
-  switch (coding.param) {
-    case ParamCode::float32:
-      break;
-    case ParamCode::bfloat16:
-      encode(from, bfloats);
-      break;
-    case ParamCode::float16:
-      encode(from, halves);
-      break;
-    case ParamCode::bfloat16_and_16:
-      encode(from, bfloats, static_cast<int16_t*>(block.master));
-      break;
-    case ParamCode::bfloat16_and_8:
-      encode(from, bfloats, static_cast<int8_t*>(block.master));
-      break;
-    case ParamCode::bfloat16_stochastic:
-      encode_at_random(from, RandomBlock(coding.key, coding.step, block.position / kBlock),
-                       bfloats);
-      break;
-    case ParamCode::float16_and_float32:
-      memcpy(block.master, from, kBlock * sizeof(float));
-      encode(from, halves);
-      break;
-  }
+  with_format_here(ParamFormats{}, coding.param, [&](auto of_place) FUSEDOPT_INLINED {
+    using Format = decltype(of_place);
+    auto* const param = static_cast<typename Format::Param*>(block.param);
+    if constexpr (std::is_same<Format, Float32>::value) {
+      return;
+    } else if constexpr (Format::stochastic) {
+      encode_at_random(from, RandomBlock(coding.key, coding.step, block.position / kBlock), param);
+    } else if constexpr (std::is_same<typename Format::Master, NoMaster>::value) {
+      encode(from, param);
+    } else {
+      encode<Format>(from, param, static_cast<typename Format::Master*>(block.master));
+    }
+  });
 }
 
 // -- gradients -----------------------------------------------------------------------------------
@@ -166,7 +150,7 @@ FUSEDOPT_INLINE void decode_codes_by(const uint32_t* FUSEDOPT_RESTRICT from, flo
   for (int byte = 0; byte < 4; ++byte)
     for (int i = 0; i < kWords; ++i)
       to[byte * kWords + i] =
-          decode_code(never_negative, from[i] >> (8 * byte) & 0xffu, scale, careful);
+          Code<never_negative>::decode(from[i] >> (8 * byte) & 0xffu, scale, careful);
 }
 
 template <bool never_negative>
@@ -193,8 +177,8 @@ FUSEDOPT_INLINE void encode_codes(const float* FUSEDOPT_RESTRICT from, float inv
     uint32_t word = 0;
     for (int byte = 0; byte < 4; ++byte) {
       const uint32_t place = uint32_t(byte * kWords + i);
-      const uint32_t code = encode_code(never_negative, from[place], inverse,
-                                        dither ^ kDither.values[place], careful);
+      const uint32_t code = Code<never_negative>::encode(from[place], inverse,
+                                                         dither ^ kDither.values[place], careful);
       word |= code << (8 * byte);
     }
     to[i] = word;
@@ -213,7 +197,7 @@ FUSEDOPT_SHARED void encode_codes(const float* from, int32_t largest, uint32_t d
                                   float* scale_to) {
   const bool careful = !is_finite(uint32_t(largest));
   if (careful) largest = largest_finite(from);
-  const Scale scale = scale_of<never_negative>(uint32_t(largest), careful);
+  const Scale scale = Code<never_negative>::scale_of(uint32_t(largest), careful);
   *scale_to = scale.scale;
   if (careful) {
     encode_codes<never_negative, true>(from, scale.inverse, dither, to);
@@ -222,37 +206,45 @@ FUSEDOPT_SHARED void encode_codes(const float* from, int32_t largest, uint32_t d
   }
 }
 
+template <bool never_negative>
 FUSEDOPT_SHARED void encode_dithered(const float* FUSEDOPT_RESTRICT from, uint32_t dither,
                                      bfloat16* FUSEDOPT_RESTRICT to) {
   for (int i = 0; i < kBlock; ++i)
-    to[i] = cut_to_bfloat16(from[i], (dither ^ kDither.values[i]) >> 7);
+    Bfloat16State::encode<never_negative>(from[i], dither ^ kDither.values[i], to[i]);
 }
 
+// Where the elements are in float32: in place if they are stored so.
 template <bool never_negative>
-FUSEDOPT_INLINE float* decode_state(const Block& block, int k, StateCode code, float* to) {
-  if (code == StateCode::float32) return static_cast<float*>(block.states[k]);
-  if (code == StateCode::bfloat16) {
-    decode(static_cast<const bfloat16*>(block.states[k]), to);
-  } else {
-    decode_codes<never_negative>(static_cast<const uint32_t*>(block.states[k]), *block.scales[k],
-                                 to);
-  }
+FUSEDOPT_INLINE float* decode_state(const Block& block, int k, int format, float* to) {
+  with_format_here(StateFormats{}, format, [&](auto of_place) FUSEDOPT_INLINED {
+    using Format = decltype(of_place);
+    if constexpr (Format::in_codes) {
+      decode_codes<never_negative>(static_cast<const uint32_t*>(block.states[k]), *block.scales[k],
+                                   to);
+    } else if constexpr (std::is_same<Format, Float32State>::value) {
+      to = static_cast<float*>(block.states[k]);
+    } else {
+      decode(static_cast<const typename Format::Element*>(block.states[k]), to);
+    }
+  });
   return to;
 }
 
 template <bool never_negative>
 FUSEDOPT_INLINE void encode_state(const Block& block, int k, const Coding& coding,
                                   const float* from, int32_t largest) {
-  if (coding.state == StateCode::float32) return;
-  const uint32_t dither = dither_of_block(block.position / kBlock, coding.step);
-  if (coding.state == StateCode::int8) {
-    encode_codes<never_negative>(from, largest, dither, static_cast<uint32_t*>(block.states[k]),
-                                 block.scales[k]);
-  } else if (never_negative) {
-    encode_dithered(from, dither, static_cast<bfloat16*>(block.states[k]));
-  } else {
-    encode(from, static_cast<bfloat16*>(block.states[k]));
-  }
+  with_format_here(StateFormats{}, coding.state, [&](auto of_place) FUSEDOPT_INLINED {
+    using Format = decltype(of_place);
+    if constexpr (std::is_same<Format, Float32State>::value) return;
+    const uint32_t dither = dither_of_block(block.position / kBlock, coding.step);
+    if constexpr (Format::in_codes) {
+      encode_codes<never_negative>(from, largest, dither, static_cast<uint32_t*>(block.states[k]),
+                                   block.scales[k]);
+    } else if constexpr (!std::is_same<Format, Float32State>::value) {
+      encode_dithered<never_negative>(from, dither,
+                                      static_cast<typename Format::Element*>(block.states[k]));
+    }
+  });
 }
 
 // -- blocks --------------------------------------------------------------------------------------
@@ -270,19 +262,18 @@ FUSEDOPT_INLINE void prefetch_quarter(void* stream, int64_t size, int quarter) {
   if (size == 1) prefetch_quarter<1>(stream, quarter);
 }
 template <int states>
-FUSEDOPT_INLINE void prefetch_quarter(const Block& block, const Coding& coding, int quarter) {
-  prefetch_quarter(block.param, size_of(coding.param), quarter);
-  prefetch_quarter(block.master, size_of_master(coding.param), quarter);
-  prefetch_quarter(const_cast<void*>(block.grad), size_of(coding.grad), quarter);
-  for (int k = 0; k < states; ++k)
-    prefetch_quarter(block.states[k], size_of(coding.state), quarter);
+FUSEDOPT_INLINE void prefetch_quarter(const Block& block, const StreamBytes& bytes, int quarter) {
+  prefetch_quarter(block.param, bytes.param, quarter);
+  prefetch_quarter(block.master, bytes.master, quarter);
+  prefetch_quarter(const_cast<void*>(block.grad), bytes.grad, quarter);
+  for (int k = 0; k < states; ++k) prefetch_quarter(block.states[k], bytes.state, quarter);
 }
 
 // Calls visit(k, never_negative) for each state, both known to the compiler.
 template <class Variant, int k = 0, class Visit>
 FUSEDOPT_INLINE void for_each_state(Visit visit) {
-  if constexpr (k < Variant::states) {
-    visit(k, std::integral_constant<bool, Variant::never_negative(k)>{});
+  if constexpr (k < Variant::state_count) {
+    visit(k, std::integral_constant<bool, is_never_negative(Variant::states[k].kind)>{});
     for_each_state<Variant, k + 1>(visit);
   }
 }
@@ -295,20 +286,21 @@ struct Updated {
 };
 
 template <bool usual, class Variant, class Row>
-FUSEDOPT_INLINE void update_block(const Block& block, const Coding& coding, const Row& row,
-                                  Updated& to) {
+FUSEDOPT_INLINE void update_block(const Block& block, const Coding& coding,
+                                  const StreamBytes& bytes, const Row& row, Updated& to) {
   alignas(64) float grads[kBlock];
   to.block = block;
-  prefetch_quarter<Variant::states>(block, coding, 0);
+  prefetch_quarter<Variant::state_count>(block, bytes, 0);
   float* const param = decode_param(block, coding.param, to.params);
   const float* const grad = decode_grad(block, coding.grad, grads);
-  prefetch_quarter<Variant::states>(block, coding, 1);
+  prefetch_quarter<Variant::state_count>(block, bytes, 1);
   Span decoded{param, grad, {}, kBlock, 0, 0, 0, nullptr};
   for_each_state<Variant>([&](int k, auto never_negative) {
     decoded.states[k] = decode_state<never_negative.value>(block, k, coding.state, to.states[k]);
   });
-  run<usual, Variant, Types<float, float, float>, true>(decoded, row, 0, kBlock, to.largest);
-  prefetch_quarter<Variant::states>(block, coding, 2);
+  run<usual, Variant, Types<float, float, float>, true>(States<Variant>{}, decoded, row, 0, kBlock,
+                                                        to.largest);
+  prefetch_quarter<Variant::state_count>(block, bytes, 2);
 }
 
 template <class Variant>
@@ -329,26 +321,26 @@ struct LastBlock {
 template <bool usual, class Variant, class Row>
 FUSEDOPT_INLINE void run_blocks(const Span& span, const Row& row, int64_t begin, int64_t end) {
   const Coding& coding = *span.coding;
-  const int64_t param_size = size_of(coding.param), master_size = size_of_master(coding.param);
-  const int64_t grad_size = size_of(coding.grad), state_size = size_of(coding.state);
+  const StreamBytes bytes(coding);
+  const bool in_codes = coding.state == state_format<CodedState>;
   // A block is encoded after the next one was updated: nothing waits for the last of its roots and
   // quotients, then.
   Updated updated[2];
   int now = 0;
   for (int64_t i = begin; i < end; i += kBlock, now = 1 - now) {
-    Block block{static_cast<char*>(span.param) + i * param_size,
-                static_cast<char*>(coding.master) + i * master_size,
-                static_cast<const char*>(span.grad) + i * grad_size,
+    Block block{static_cast<char*>(span.param) + i * bytes.param,
+                static_cast<char*>(coding.master) + i * bytes.master,
+                static_cast<const char*>(span.grad) + i * bytes.grad,
                 {},
                 {},
                 i};
-    for (int k = 0; k < Variant::states; ++k) {
-      block.states[k] = static_cast<char*>(span.states[k]) + i * state_size;
-      if (coding.state == StateCode::int8) block.scales[k] = coding.scales[k] + i / kBlock;
+    for (int k = 0; k < Variant::state_count; ++k) {
+      block.states[k] = static_cast<char*>(span.states[k]) + i * bytes.state;
+      if (in_codes) block.scales[k] = coding.scales[k] + i / kBlock;
     }
     if (end - i >= kBlock) {
-      update_block<usual, Variant>(block, coding, row, updated[now]);
-      prefetch_quarter<Variant::states>(block, coding, 3);
+      update_block<usual, Variant>(block, coding, bytes, row, updated[now]);
+      prefetch_quarter<Variant::state_count>(block, bytes, 3);
       if (i > begin) encode_block<Variant>(updated[1 - now], coding);
       continue;
     }
@@ -356,20 +348,19 @@ FUSEDOPT_INLINE void run_blocks(const Span& span, const Row& row, int64_t begin,
     const size_t count = size_t(end - i);
     LastBlock last = {};
     Block whole = block;
-    whole.param = memcpy(last.param, block.param, count * size_t(param_size));
+    whole.param = memcpy(last.param, block.param, count * size_t(bytes.param));
     whole.master = last.master;
-    if (master_size > 0) memcpy(last.master, block.master, count * size_t(master_size));
-    whole.grad = memcpy(last.grad, block.grad, count * size_t(grad_size));
+    if (bytes.master > 0) memcpy(last.master, block.master, count * size_t(bytes.master));
+    whole.grad = memcpy(last.grad, block.grad, count * size_t(bytes.grad));
     // Codes come in whole blocks.
-    const bool codes = coding.state == StateCode::int8;
-    for (int k = 0; k < Variant::states && !codes; ++k)
-      whole.states[k] = memcpy(last.states[k], block.states[k], count * size_t(state_size));
-    update_block<usual, Variant>(whole, coding, row, updated[now]);
+    for (int k = 0; k < Variant::state_count && !in_codes; ++k)
+      whole.states[k] = memcpy(last.states[k], block.states[k], count * size_t(bytes.state));
+    update_block<usual, Variant>(whole, coding, bytes, row, updated[now]);
     encode_block<Variant>(updated[now], coding);
-    memcpy(block.param, last.param, count * size_t(param_size));
-    if (master_size > 0) memcpy(block.master, last.master, count * size_t(master_size));
-    for (int k = 0; k < Variant::states && !codes; ++k)
-      memcpy(block.states[k], last.states[k], count * size_t(state_size));
+    memcpy(block.param, last.param, count * size_t(bytes.param));
+    if (bytes.master > 0) memcpy(block.master, last.master, count * size_t(bytes.master));
+    for (int k = 0; k < Variant::state_count && !in_codes; ++k)
+      memcpy(block.states[k], last.states[k], count * size_t(bytes.state));
     return;
   }
   if (begin < end) encode_block<Variant>(updated[1 - now], coding);
@@ -377,3 +368,4 @@ FUSEDOPT_INLINE void run_blocks(const Span& span, const Row& row, int64_t begin,
 
 #undef FUSEDOPT_SHARED
 #undef FUSEDOPT_INLINE
+#undef FUSEDOPT_INLINED

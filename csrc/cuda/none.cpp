@@ -9,7 +9,8 @@ namespace cuda {
 
 bool is_capturing(void*) { return false; }
 
-const char* step(const DeviceStep&, void*) { return "fusedopt was built without CUDA"; }
+const char* norm(const DeviceStep&, void*) { return "fusedopt was built without CUDA"; }
+const char* update(const DeviceStep&, void*) { return "fusedopt was built without CUDA"; }
 
 }  // namespace cuda
 }  // namespace fusedopt

@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// The bodies of the CUDA kernel that sums up the squares of all gradients.
 #pragma once
 
 #include "../core/norm.h"
 #include "update.h"
 
-// The bodies of the CUDA kernel that sums up the squares of all gradients, for the host as well.
 namespace fusedopt {
 
 constexpr int kWarps = kThreads / kWarp;  // a chunk is the work of a warp
 
 // The kernel's whole argument.
 struct NormArgs {
-  static constexpr int kCapacity = 1020;
-  double* sums;  // of all chunks of all launches
+  static constexpr int kCapacity = 1020;  // gradients of a launch
+  double* sums;                           // of all chunks of all launches
   Control* control;
   FactorSource factor;
   int64_t first_chunk;  // that of this launch
@@ -23,7 +24,7 @@ struct NormArgs {
   uint32_t last;  // whether this launch makes up the total
   GradSpan gradients[kCapacity];
 };
-static_assert(sizeof(NormArgs) <= 32764, "more than a launch takes");
+static_assert(sizeof(NormArgs) <= kMaxArgumentBytes, "more than a launch takes");
 
 // What one thread of a warp has to add up in a chunk of count elements, into slots.
 template <class Grad>

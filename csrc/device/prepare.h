@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// The body of the CUDA kernel that works out rows of hyper-parameters.
 #pragma once
 
 #include "../core/control.h"
 #include "../core/registry.h"
+#include "update.h"
 
 // What a step works out on the device where the host does not know its step counts or its options:
 // rows of hyper-parameters. The step itself then only reads them.
@@ -21,7 +24,7 @@ struct RowSource {
   OptionSource options[kMaxOptions];
   const float* count;  // of the steps taken; null: it is `taken`
   float taken;
-  uint32_t kinds;  // two bits for each option
+  uint32_t kinds;  // kKindBits for each option
   uint32_t row;    // its place in the table
   bool first;      // with no step taken, this is the first one
   bool float64;
@@ -29,8 +32,14 @@ struct RowSource {
   void set(int option, double number) { options[option].number = number; }
   void set(int option, OptionKind kind, const void* address) {
     options[option].address = address;
-    kinds |= uint32_t(kind) << (2 * option);
+    kinds |= uint32_t(kind) << (kKindBits * option);
   }
+  FUSEDOPT_HD OptionKind kind(int option) const {
+    return OptionKind((kinds >> (kKindBits * option)) & ((1u << kKindBits) - 1));
+  }
+
+  static constexpr int kKindBits = 2;
+  static_assert(kKindBits * kMaxOptions <= 32, "kinds has too few bits");
 };
 
 // Step counts that lie one behind the other and are advanced by one.
@@ -57,7 +66,7 @@ struct PrepareArgs {
     return *(reinterpret_cast<const CountRange*>(data + kBytes) - (i + 1));
   }
 };
-static_assert(sizeof(PrepareArgs) <= 32764, "more than a launch takes");
+static_assert(sizeof(PrepareArgs) <= kMaxArgumentBytes, "more than a launch takes");
 
 template <class Rule>
 FUSEDOPT_HD void prepare_row(const RowSource& source, HyperRow* rows) {
@@ -65,7 +74,7 @@ FUSEDOPT_HD void prepare_row(const RowSource& source, HyperRow* rows) {
   FUSEDOPT_UNROLL
   for (int i = 0; i < kMaxOptions; ++i) {
     const OptionSource& option = source.options[i];
-    const auto kind = OptionKind((source.kinds >> (2 * i)) & 3);
+    const OptionKind kind = source.kind(i);
     values[i] = option.number;
     if (kind == OptionKind::float32) values[i] = double(*static_cast<const float*>(option.address));
     if (kind == OptionKind::float64) values[i] = *static_cast<const double*>(option.address);

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// The launches that a step on a device is made of.
 #pragma once
 
 #include <algorithm>
@@ -8,16 +10,15 @@
 #include "prepare.h"
 #include "update_coded.h"
 
-// A step on a device as a sequence of launches, for whoever launches them.
 namespace fusedopt {
 
 // The step on one device. Nothing but spans and rows has to be there for a plain one.
 struct DeviceStep {
-  int rule = 0;
   const Span* spans = nullptr;
   size_t span_count = 0;
   const HyperRow* rows = nullptr;  // null: they are worked out on the device, from the sources
   const RowSource* sources = nullptr;
+  const int* source_rules = nullptr;  // the rule of each
   size_t source_count = 0;
   const CountRange* counts = nullptr;
   size_t count_ranges = 0;
@@ -69,7 +70,11 @@ Error launch_prepare(const DeviceStep& step, Launcher& launcher) {
   while (args.sets_control || source < step.source_count || range < step.count_ranges) {
     args.sources = args.ranges = 0;
     size_t left = PrepareArgs::kBytes;
-    for (; source < step.source_count && left >= sizeof(RowSource); ++source) {
+    // A launch makes the rows of one rule.
+    const int rule = source < step.source_count ? step.source_rules[source] : 0;
+    for (; source < step.source_count && step.source_rules[source] == rule &&
+           left >= sizeof(RowSource);
+         ++source) {
       memcpy(args.data + args.sources++ * sizeof(RowSource), &step.sources[source],
              sizeof(RowSource));
       left -= sizeof(RowSource);
@@ -82,7 +87,7 @@ Error launch_prepare(const DeviceStep& step, Launcher& launcher) {
         left -= sizeof(CountRange);
       }
     }
-    if (Error error = launcher.prepare(step.rule, args)) return error;
+    if (Error error = launcher.prepare(rule, args)) return error;
     args.sets_control = 0;
   }
   return Error{};
@@ -108,10 +113,9 @@ Error launch_spans(const DeviceStep& step, Launcher& launcher) {
   return Error{};
 }
 
+// The step after the norm, whose factor it takes from control where it clips.
 template <class Error, class Launcher>
-Error launch_step(const DeviceStep& step, Launcher&& launcher) {
-  if (step.factor.clips)
-    if (Error error = launch_norm<Error>(step, launcher)) return error;
+Error launch_update(const DeviceStep& step, Launcher& launcher) {
   if (Error error = launch_prepare<Error>(step, launcher)) return error;
   return launch_spans<Error>(step, launcher);
 }

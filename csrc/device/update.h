@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// The body of the CUDA kernel that updates spans: a function of (block, blocks, thread).
 #pragma once
 
 #include "../core/control.h"
 #include "../core/registry.h"
 
-// The body of the CUDA kernel as a function of (block, blocks, thread): no CUDA header, no shared
-// memory, no barrier, so that the host can run it too.
+// No CUDA header, no shared memory, no barrier, so that the host can run it too.
 namespace fusedopt {
 
 #if defined(__CUDACC__)
@@ -28,34 +29,37 @@ FUSEDOPT_HD void store_quad(Quad* to, const Quad& from) {
 }
 
 // As many elements of one stream as a thread handles at a time, moved in 16-byte accesses.
-template <class Storage, int count>
+template <class Element, int count>
 struct alignas(16) Pack {
-  static_assert(sizeof(Storage) * count % 16 == 0, "a pack is a multiple of 16 bytes");
-  static constexpr int quads = int(sizeof(Storage) * count / 16);
+  static_assert(sizeof(Element) * count % 16 == 0, "a pack is a multiple of 16 bytes");
+  static constexpr int quads = int(sizeof(Element) * count / 16);
   Quad data[quads];
 
-  FUSEDOPT_HD void load(const Storage* from) {
+  FUSEDOPT_HD void load(const Element* from) {
     FUSEDOPT_UNROLL
     for (int i = 0; i < quads; ++i) data[i] = reinterpret_cast<const Quad*>(from)[i];
   }
-  FUSEDOPT_HD void store(Storage* to) const {
+  FUSEDOPT_HD void store(Element* to) const {
     FUSEDOPT_UNROLL
     for (int i = 0; i < quads; ++i) store_quad(reinterpret_cast<Quad*>(to) + i, data[i]);
   }
-  FUSEDOPT_HD Storage get(int i) const {
-    Storage value;
+  FUSEDOPT_HD Element get(int i) const {
+    Element value;
     memcpy(&value, reinterpret_cast<const unsigned char*>(data) + i * sizeof value, sizeof value);
     return value;
   }
-  FUSEDOPT_HD void set(int i, Storage value) {
+  FUSEDOPT_HD void set(int i, Element value) {
     memcpy(reinterpret_cast<unsigned char*>(data) + i * sizeof value, &value, sizeof value);
   }
 };
 
 constexpr int kThreads = 256;
 
+// The most bytes of arguments that a launch takes.
+constexpr size_t kMaxArgumentBytes = 32764;
+
 // The kernel's whole argument: spans from the front of data, rows of hyper-parameters from its
-// back. 32,764 bytes is the most that a launch takes.
+// back.
 struct LaunchArgs {
   static constexpr int kBytes = 32720;
   const Control* control = nullptr;  // null: gradients are taken as the rows say
@@ -64,6 +68,7 @@ struct LaunchArgs {
   uint32_t chunks;
   alignas(16) unsigned char data[kBytes];
 };
+static_assert(sizeof(LaunchArgs) <= kMaxArgumentBytes, "more than a launch takes");
 
 // The last span that begins at or before a chunk, none before the known one.
 template <class ChunkSpan, class Chunk>
@@ -135,7 +140,7 @@ struct Tile {
   using Grad = typename Types::Grad;
   using State = typename Types::State;
   using Row = typename Variant::Rule::template Row<T>;
-  static constexpr int states = Variant::states;
+  static constexpr int states = Variant::state_count;
 
   // Elements in a pack: 16 bytes of the narrowest stream.
   static constexpr int narrowest(int a, int b) { return a < b ? a : b; }

@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// The body of the CUDA kernel that updates spans with a Coding.
 #pragma once
 
 #include "../core/codes.h"
 #include "../core/norm.h"
 #include "update.h"
 
-// The body of the CUDA kernel that updates spans with a Coding. A block is the work of a warp: a
-// lane has a pair of neighbours in each of its quarters, so that the codes of these are two words.
+// A block is the work of a warp: a lane has a pair of neighbours in each of the block's quarters,
+// so that the codes of these are two words.
 namespace fusedopt {
 
 constexpr int kPairs = 4;
@@ -98,78 +100,71 @@ struct LanePairs {
   }
 };
 
-FUSEDOPT_HD float decode_bfloat16(const LanePairs& from, int i) {
-  return widen(bfloat16{from.get<uint16_t>(i)});
+// Bits of an element, as LanePairs has them.
+template <int bytes>
+struct BitsOf;
+template <>
+struct BitsOf<1> {
+  using type = uint8_t;
+};
+template <>
+struct BitsOf<2> {
+  using type = uint16_t;
+};
+template <>
+struct BitsOf<4> {
+  using type = uint32_t;
+};
+
+template <class Element>
+FUSEDOPT_HD Element element_of(const LanePairs& from, int i) {
+  const auto bits = from.get<typename BitsOf<sizeof(Element)>::type>(i);
+  Element element;
+  memcpy(&element, &bits, sizeof element);
+  return element;
 }
-FUSEDOPT_HD float decode_float16(const LanePairs& from, int i) {
-  return widen(float16{from.get<uint16_t>(i)});
-}
-template <class Storage>
-FUSEDOPT_HD uint16_t narrowed(float value) {
-  Storage stored;
-  narrow(value, stored);
-  return stored.bits;
+template <class Element>
+FUSEDOPT_HD void set_element(LanePairs& to, int i, Element element) {
+  typename BitsOf<sizeof(Element)>::type bits;
+  memcpy(&bits, &element, sizeof bits);
+  to.set(i, bits);
 }
 
-FUSEDOPT_HD float decode_param(ParamCode code, const LanePairs& param, const LanePairs& master,
-                               int i) {
-  switch (code) {
-    case ParamCode::float32:
-      return bits_to_float(param.get<uint32_t>(i));
-    case ParamCode::float16:
-      return decode_float16(param, i);
-    case ParamCode::bfloat16_and_16:
-      return bits_to_float(join(param.get<uint16_t>(i), int16_t(master.get<uint16_t>(i))));
-    case ParamCode::bfloat16_and_8:
-      return bits_to_float(
-          join(param.get<uint16_t>(i), int16_t(int8_t(master.get<uint8_t>(i)) * 256)));
-    case ParamCode::float16_and_float32: {
-      const float exact = bits_to_float(master.get<uint32_t>(i));
-      return master_of(decode_float16(param, i), widen(float16{narrowed<float16>(exact)}), exact);
+FUSEDOPT_HD float decode_param(int format, const LanePairs& param, const LanePairs& master, int i) {
+  float value = 0;
+  with_format(ParamFormats{}, format, [&](auto of_place) {
+    using Format = decltype(of_place);
+    const auto stored = element_of<typename Format::Param>(param, i);
+    if constexpr (std::is_same<typename Format::Master, NoMaster>::value) {
+      value = Format::decode(stored, NoMaster{});
+    } else {
+      value = Format::decode(stored, element_of<typename Format::Master>(master, i));
     }
-    default:
-      return decode_bfloat16(param, i);
-  }
+  });
+  return value;
 }
 
-FUSEDOPT_HD void encode_param(ParamCode code, float value, const RandomBlock& random, int place,
-                              int i, LanePairs& param, LanePairs& master) {
-  switch (code) {
-    case ParamCode::float32:
-      param.set<uint32_t>(i, float_to_bits(value));
-      break;
-    case ParamCode::bfloat16:
-      param.set<uint16_t>(i, narrowed<bfloat16>(value));
-      break;
-    case ParamCode::float16:
-      param.set<uint16_t>(i, narrowed<float16>(value));
-      break;
-    case ParamCode::bfloat16_and_16: {
-      const Split parts = split(canonical_bits(value));
-      param.set<uint16_t>(i, parts.high);
-      master.set<uint16_t>(i, uint16_t(parts.remainder));
-      break;
+FUSEDOPT_HD void encode_param(int format, float value, const RandomBlock& random, int place, int i,
+                              LanePairs& param, LanePairs& master) {
+  with_format(ParamFormats{}, format, [&](auto of_place) {
+    using Format = decltype(of_place);
+    typename Format::Param stored;
+    typename Format::Master rest;
+    if constexpr (Format::stochastic) {
+      Format::encode(value, random.of_place(place), stored);
+    } else {
+      Format::encode(value, stored, rest);
     }
-    case ParamCode::bfloat16_and_8: {
-      const Split parts = split(round_to_24(canonical_bits(value)));
-      param.set<uint16_t>(i, parts.high);
-      master.set<uint8_t>(i, uint8_t(parts.remainder >> 8));
-      break;
-    }
-    case ParamCode::bfloat16_stochastic:
-      param.set<uint16_t>(i, cut_to_bfloat16(value, random.of_place(place)).bits);
-      break;
-    case ParamCode::float16_and_float32:
-      param.set<uint16_t>(i, narrowed<float16>(value));
-      master.set<uint32_t>(i, float_to_bits(value));
-      break;
-  }
+    set_element(param, i, stored);
+    if constexpr (!std::is_same<typename Format::Master, NoMaster>::value)
+      set_element(master, i, rest);
+  });
 }
 
 FUSEDOPT_HD float decode_grad(DType dtype, const LanePairs& grad, int i) {
-  return dtype == DType::bfloat16  ? decode_bfloat16(grad, i)
-         : dtype == DType::float16 ? decode_float16(grad, i)
-                                   : bits_to_float(grad.get<uint32_t>(i));
+  return dtype == DType::bfloat16  ? widen(element_of<bfloat16>(grad, i))
+         : dtype == DType::float16 ? widen(element_of<float16>(grad, i))
+                                   : element_of<float>(grad, i);
 }
 
 #if defined(__CUDA_ARCH__)
@@ -217,10 +212,20 @@ struct Warp {
 };
 #endif
 
+// Calls visit(k, never_negative) for each state, both known to the compiler.
+template <class Variant, int k = 0, class Visit>
+FUSEDOPT_HD void for_each_state(Visit visit) {
+  if constexpr (k < Variant::state_count) {
+    visit(std::integral_constant<int, k>{},
+          std::integral_constant<bool, is_never_negative(Variant::states[k].kind)>{});
+    for_each_state<Variant, k + 1>(visit);
+  }
+}
+
 template <class Variant>
 struct Tile<Variant, Coded> {
   using Row = typename Variant::Rule::template Row<float>;
-  static constexpr int states = Variant::states;
+  static constexpr int states = Variant::state_count;
   static constexpr int kChunk = kThreads * kLaneElements;
   // With three states, half a multiprocessor has too few registers for a block.
   static constexpr int kMinBlocks = states < 3 ? 2 : 1;
@@ -273,51 +278,52 @@ struct Tile<Variant, Coded> {
   FUSEDOPT_HD static void update(const TileSpan& s, const Row& row, const Place& place, int lane,
                                  Lane& to) {
     const Coding& coding = s.coding;
-    const int64_t param_size = size_of(coding.param), master_size = size_of_master(coding.param);
-    const int64_t grad_size = size_of(coding.grad), state_size = size_of(coding.state);
-    const bool codes = coding.state == StateCode::int8;
+    const StreamBytes bytes(coding);
+    const bool in_codes = coding.state == state_format<CodedState>;
     LanePairs param, master, grad, state[states > 0 ? states : 1];
     uint64_t words[states > 0 ? states : 1];
     float scales[states > 0 ? states : 1];
-    param.load(at(s.param, param_size, place), param_size, lane, place.count);
-    master.load(at(coding.master, master_size, place), master_size, lane, place.count);
-    grad.load(at(s.grad, grad_size, place), grad_size, lane, place.count);
+    param.load(at(s.param, bytes.param, place), bytes.param, lane, place.count);
+    master.load(at(coding.master, bytes.master, place), bytes.master, lane, place.count);
+    grad.load(at(s.grad, bytes.grad, place), bytes.grad, lane, place.count);
     FUSEDOPT_UNROLL
     for (int k = 0; k < states; ++k) {
-      if (codes) {
+      if (in_codes) {
         words[k] = load_aligned<uint64_t>(at(s.state[k], 1, place) + 8 * lane);
         scales[k] = coding.scales[k][place.block];
       } else {
-        state[k].load(at(s.state[k], state_size, place), state_size, lane, place.count);
+        state[k].load(at(s.state[k], bytes.state, place), bytes.state, lane, place.count);
       }
     }
     FUSEDOPT_UNROLL
     for (int i = 0; i < kLaneElements; ++i) {
       float p = decode_param(coding.param, param, master, i);
       float states_of_i[kMaxStates] = {};
-      FUSEDOPT_UNROLL
-      for (int k = 0; k < states; ++k)
-        states_of_i[k] = codes ? decode(Variant::never_negative(k), words[k], scales[k], i)
-                         : coding.state == StateCode::bfloat16
-                             ? decode_bfloat16(state[k], i)
-                             : bits_to_float(state[k].template get<uint32_t>(i));
+      for_each_state<Variant>([&](auto k, auto never_negative) {
+        states_of_i[k] = in_codes ? decode<never_negative.value>(words[k], scales[k], i)
+                         : coding.state == state_format<Bfloat16State>
+                             ? widen(element_of<bfloat16>(state[k], i))
+                             : element_of<float>(state[k], i);
+      });
       Variant::template update<false>(row, p, decode_grad(coding.grad, grad, i), states_of_i);
       encode_param(coding.param, p, place.random, place_of(lane, i), i, param, master);
       FUSEDOPT_UNROLL
       for (int k = 0; k < states; ++k) to.state[k][i] = states_of_i[k];
     }
-    param.store(at(s.param, param_size, place), param_size, lane, place.count);
-    master.store(at(coding.master, master_size, place), master_size, lane, place.count);
+    param.store(at(s.param, bytes.param, place), bytes.param, lane, place.count);
+    master.store(at(coding.master, bytes.master, place), bytes.master, lane, place.count);
   }
 
   // The code of element i is in the byte of its quarter, of the word of its place in the pair.
   FUSEDOPT_HD static int shift_of(int i) { return 32 * (i % 2) + 8 * (i / 2); }
 
-  FUSEDOPT_HD static float decode(bool never_negative, uint64_t words, float scale, int i) {
+  template <bool never_negative>
+  FUSEDOPT_HD static float decode(uint64_t words, float scale, int i) {
     const uint32_t code = uint32_t(words >> shift_of(i)) & 0xffu;
-    return decode_code(never_negative, code, absolute(scale), is_careful(scale));
+    return Code<never_negative>::decode(code, absolute(scale), is_careful(scale));
   }
 
+  template <bool never_negative>
   FUSEDOPT_HD static void store_codes(const TileSpan& s, const Place& place, int k, int lane,
                                       const Lane& from, const Scale& scale, bool careful) {
     const uint32_t dither = dither_of_block(place.block, place.step);
@@ -325,30 +331,32 @@ struct Tile<Variant, Coded> {
     FUSEDOPT_UNROLL
     for (int i = 0; i < kLaneElements; ++i) {
       const uint32_t threshold = fusedopt::dither(dither, uint32_t(place_of(lane, i)));
-      const uint32_t code = encode_code(Variant::never_negative(k), from.state[k][i], scale.inverse,
-                                        threshold, careful);
+      const uint32_t code =
+          Code<never_negative>::encode(from.state[k][i], scale.inverse, threshold, careful);
       words |= uint64_t(code) << shift_of(i);
     }
     store_aligned(at(s.state[k], 1, place) + 8 * lane, words);
     if (lane == 0) s.coding.scales[k][place.block] = scale.scale;
   }
 
+  template <bool never_negative>
   FUSEDOPT_HD static void store_state(const TileSpan& s, const Place& place, int k, int lane,
                                       const Lane& from) {
     const uint32_t dither = dither_of_block(place.block, place.step);
-    const int64_t size = size_of(s.coding.state);
+    const int64_t size = StreamBytes(s.coding).state;
     LanePairs to;
     FUSEDOPT_UNROLL
     for (int i = 0; i < kLaneElements; ++i) {
       const float value = from.state[k][i];
       const uint32_t threshold = fusedopt::dither(dither, uint32_t(place_of(lane, i)));
-      if (s.coding.state == StateCode::float32) {
-        to.set<uint32_t>(i, float_to_bits(value));
-      } else if (Variant::never_negative(k)) {
-        to.set<uint16_t>(i, cut_to_bfloat16(value, threshold >> 7).bits);
-      } else {
-        to.set<uint16_t>(i, narrowed<bfloat16>(value));
-      }
+      with_format(StateFormats{}, s.coding.state, [&](auto of_place) {
+        using Format = decltype(of_place);
+        if constexpr (!Format::in_codes) {
+          typename Format::Element stored;
+          Format::template encode<never_negative>(value, threshold, stored);
+          set_element(to, i, stored);
+        }
+      });
     }
     to.store(at(s.state[k], size, place), size, lane, place.count);
   }
@@ -362,20 +370,22 @@ struct Tile<Variant, Coded> {
                       RandomBlock(coding.key, step, block)};
     Warp<Lane> warp(thread);
     warp.each([&](Lane& lane, int number) { update(s, row, place, number, lane); });
-    FUSEDOPT_UNROLL
-    for (int k = 0; k < states; ++k) {
-      if (coding.state != StateCode::int8) {
-        warp.each([&](Lane& lane, int number) { store_state(s, place, k, number, lane); });
-        continue;
+    for_each_state<Variant>([&](auto k, auto of_squares) {
+      constexpr bool never_negative = decltype(of_squares)::value;
+      if (coding.state != state_format<CodedState>) {
+        warp.each([&](Lane& lane, int number) {
+          store_state<never_negative>(s, place, k, number, lane);
+        });
+        return;
       }
-      uint32_t largest = warp.largest([k](const Lane& lane) { return lane.largest(k, false); });
+      uint32_t largest = warp.largest([&](const Lane& lane) { return lane.largest(k, false); });
       const bool careful = !is_finite(largest);
-      if (careful) largest = warp.largest([k](const Lane& lane) { return lane.largest(k, true); });
-      const Scale scale = Variant::never_negative(k) ? scale_of<true>(largest, careful)
-                                                     : scale_of<false>(largest, careful);
-      warp.each(
-          [&](Lane& lane, int number) { store_codes(s, place, k, number, lane, scale, careful); });
-    }
+      if (careful) largest = warp.largest([&](const Lane& lane) { return lane.largest(k, true); });
+      const Scale scale = Code<never_negative>::scale_of(largest, careful);
+      warp.each([&](Lane& lane, int number) {
+        store_codes<never_negative>(s, place, k, number, lane, scale, careful);
+      });
+    });
   }
 
   FUSEDOPT_HD static void run(const LaunchArgs& args, uint32_t block, uint32_t blocks,

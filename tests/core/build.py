@@ -115,7 +115,9 @@ def build(
     sources = [HERE / "core_api.cpp"]
     if target != "core.so":
         sources.insert(0, HERE / "sanitize.cpp")  # which includes the other one
-    csrc_files = [path for part in ("core", "cpu", "device") for path in (ROOT / "csrc" / part).rglob("*.*")]
+    csrc_files = [
+        path for part in ("core", "cpu", "device") for path in (ROOT / "csrc" / part).rglob("*.*")
+    ]
     others = [HERE / "host_launcher.h", Path(__file__), *sorted(csrc_files)]
     key = checksum([*sources, *others], target, flags, faults, small)
     folder = CACHE / f"{name}-{key}"

@@ -105,7 +105,11 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
             "].first_chunk <= chunk",
             "].first_chunk < chunk",
         ),
-        "lanes of 16 bits": (NORM_LOOP, "slots = kSlots<Grad>", "slots = sizeof(Grad) == 8 ? 2 : 4"),
+        "lanes of 16 bits": (
+            NORM_LOOP,
+            "slots = kSlots<Grad>",
+            "slots = sizeof(Grad) == 8 ? 2 : 4",
+        ),
         "lanes added otherwise": (NORM, "(i + half) * stride", "(2 * half - 1 - i) * stride"),
         "total in another order": (NORM, "[i % kTotalLanes]", "[i * kTotalLanes / count]"),
         "total of the tile": (NORM_TILE, "i = thread; i", "i = thread / 2 + thread % 2 * 128; i"),
@@ -161,8 +165,8 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         ),
         "squares of the tile to nearest": (
             CODED_TILE,
-            "cut_to_bfloat16(value, threshold >> 7).bits",
-            "narrowed<bfloat16>(value)",
+            "Format::template encode<never_negative>(value",
+            "Format::template encode<false>(value",
         ),
         "largest of all, not of the finite": (CODED_TILE, "!finite_only || is_", "true || is_"),
         "careless tile": (
@@ -172,10 +176,14 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         ),
         "master of the tile not stored": (
             CODED_TILE,
-            "master_size, place), master_size, lane, place.count);\n  }",
-            "master_size, place), 0, lane, place.count);\n  }",
+            "bytes.master, place), bytes.master, lane, place.count);\n  }",
+            "bytes.master, place), 0, lane, place.count);\n  }",
         ),
-        "scale of one block for all": (CODED_LOOP, "coding.scales[k] + i / kBlock", "coding.scales[k]"),
+        "scale of one block for all": (
+            CODED_LOOP,
+            "coding.scales[k] + i / kBlock",
+            "coding.scales[k]",
+        ),
         "careless blocks": (CODED_LOOP, "if (is_careful(scale)) {", "if (false) {"),
         "infinite as the largest": (CODED_LOOP, "if (careful) largest = largest_finite(from);", ""),
         "largest of positive ones": (LOOP, "magnitude_bits(value)", "float_to_bits(value)"),
@@ -196,10 +204,10 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         ),
         "master of the last block": (
             CODED_LOOP,
-            "memcpy(block.master, last.master, count * size_t(master_size));",
+            "memcpy(block.master, last.master, count * size_t(bytes.master));",
             "",
         ),
-        "master not kept": (CODED_LOOP, "memcpy(block.master, from, kBlock * sizeof(float));", ""),
+        "master not kept": (CODED_LOOP, "memcpy(master, from, kBlock * sizeof(float));", ""),
         "changed weights unnoticed": (
             CODES,
             "float_to_bits(param) == float_to_bits(rounded_master) ?",
@@ -233,7 +241,7 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
     "coded reference": {
         "no-op of the last block": (
             CODED_LOOP,
-            "memcpy(block.param, last.param, count * size_t(param_size));",
+            "memcpy(block.param, last.param, count * size_t(bytes.param));",
             "",
         ),
         "code of half the root": (
@@ -273,7 +281,11 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "both halves of a word": (RANDOM, "both & 0xffffu : both >> 16", "both >> 16 : both >> 16"),
     },
     "dither": {
-        "places in order": (RANDOM, "of_block ^ (reversed(place) >> 9)", "of_block ^ place"),
+        "places in order": (
+            RANDOM,
+            "of_block ^ (reversed(place) >> (32 - kDitherBits))",
+            "of_block ^ place",
+        ),
     },
     "dithering": {
         "squares to nearest": (CODES, "bits_to_float(0x3f800000u ^ dither)", "1.5f"),
@@ -285,7 +297,7 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "half a code off": (CODES, "float(int32_t(code) + 2)", "(float(int32_t(code)) + 2.5f)"),
     },
     "codes": {
-        "scale of 64 by 63": (CODES, "least * (32.0f / 31)", "least * (64.0f / 63)"),
+        "scale of 64 by 63": (CODES, "32.0f / 31, careful", "64.0f / 63, careful"),
         "no fourth root": (CODES, "(float_to_bits(ratio) >> 2)", "(float_to_bits(ratio) >> 3)"),
         "sign lost": (CODES, "| (code & 0x80u) << 24;", ";"),
         "bytes in order": (CODES, "return place % kWords * 4 + place / kWords;", "return place;"),

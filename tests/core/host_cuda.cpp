@@ -62,8 +62,13 @@ namespace cuda {
 
 bool is_capturing(void*) { return capturing; }
 
-const char* step(const DeviceStep& step, void*) {
-  return launch_step<int>(step, Recorder()) == 0 ? nullptr : "the host cannot fail";
+const char* norm(const DeviceStep& step, void*) {
+  Recorder recorder;
+  return launch_norm<int>(step, recorder) == 0 ? nullptr : "the host cannot fail";
+}
+const char* update(const DeviceStep& step, void*) {
+  Recorder recorder;
+  return launch_update<int>(step, recorder) == 0 ? nullptr : "the host cannot fail";
 }
 
 }  // namespace cuda
