@@ -21,7 +21,9 @@ from benchmarks import run
 from benchmarks.gpu import check as gpu_check
 from benchmarks.gpu import sanitize
 from benchmarks.measure import scenarios, timing
-from benchmarks.measure.implementations import IMPLEMENTATIONS, Work, captured
+from benchmarks.measure.cases import fit_to_memory, make_data
+from benchmarks.measure.implementations import IMPLEMENTATIONS
+from benchmarks.measure.memory import MemoryEvents
 from benchmarks.measure.scenarios import (
     OPTIMIZERS,
     SCENARIOS,
@@ -30,11 +32,14 @@ from benchmarks.measure.scenarios import (
     choose_cases,
     find_scenario,
 )
+from benchmarks.measure.work import Work, captured
 from benchmarks.models import shapes
 from benchmarks.report import __main__ as report
 from benchmarks.report import compare
 from benchmarks.report.case import COPY, DEVICE, FLOOR, HOST, OURS, WALL
 from benchmarks.report.compare import comparison
+from benchmarks.report.pages import NO_GPU, gpu_block, gpu_summary, scaling_block, with_blocks
+from benchmarks.report.tables import markdown, target_table
 from benchmarks.report.targets import CPU_TARGETS, GPU_TARGETS, target_rows
 
 
@@ -88,13 +93,13 @@ def test_memory_of_a_gpu_decides_on_the_number_of_layers(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (139 * 2**30, 140 * 2**30))
     full, half = (
-        run.fit_to_memory(llama, OPTIMIZERS[name], 3, gpu) for name in ("AdamW", "AdamW-bf16")
+        fit_to_memory(llama, OPTIMIZERS[name], 3, gpu) for name in ("AdamW", "AdamW-bf16")
     )
     # Three implementations with parameters, gradients and two states, and what comes on top.
     assert full.elements * (3 * 16 + 8 + 3 * 4) < 0.9 * 139 * 2**30
     assert 2 < full.layers < half.layers < llama.layers
     single = SCENARIOS["1x1Gi"]
-    assert run.fit_to_memory(single, OPTIMIZERS["AdamW"], 5, gpu) is single
+    assert fit_to_memory(single, OPTIMIZERS["AdamW"], 5, gpu) is single
 
 
 def test_what_bounds_a_step() -> None:
@@ -247,7 +252,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(timing, "MIN_SAMPLE_SECONDS", {"cpu": 1e-6, "cuda": 1e-6})
     monkeypatch.setattr(timing, "SETTLE_SECONDS", {"cpu": 0, "cuda": 0})
     yield
-    run.make_data.cache_clear()
+    make_data.cache_clear()
 
 
 def measured(tmp_path: Path, *arguments: str, status: int = 0) -> dict[str, Any]:
@@ -275,7 +280,7 @@ def test_everybody_does_the_same_work(tmp_path: Path) -> None:
     assert "torch-fused" in cases["AdamW-pipeline"][WALL]
     for name in ("AdamW", "AdamW-clip"):
         assert cases[name]["allocated"][OURS] == cases[name]["allocated"]["fusedopt-flat"] == 0
-    assert (tmp_path / "results.md").read_text() == report.markdown(results)
+    assert (tmp_path / "results.md").read_text() == markdown(results)
 
 
 @pytest.mark.usefixtures("tiny")
@@ -297,7 +302,7 @@ def test_other_work_is_noticed(
     (failure,) = results["failures"]
     assert failure.startswith(f"{optimizer} tiny fusedopt: ")
     assert OURS not in results["cases"][0][WALL]
-    assert "FAILED" in report.markdown(results)
+    assert "FAILED" in markdown(results)
 
 
 def test_time_to_import(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +312,7 @@ def test_time_to_import(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_in_use_and_handed_out() -> None:
-    with run.MemoryEvents(torch.device("cpu")) as events:
+    with MemoryEvents(torch.device("cpu")) as events:
         first = torch.empty(1000)
         del first
         kept = [torch.empty(500), torch.empty(600)]
@@ -318,12 +323,12 @@ def test_memory_in_use_and_handed_out() -> None:
 
 def test_memory_of_a_cpu_decides_on_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
     setup, cpu = OPTIMIZERS["AdamW"], torch.device("cpu")
-    monkeypatch.setattr(run, "free_memory", lambda device: 2**34)
+    monkeypatch.setattr("benchmarks.measure.cases.free_memory", lambda device: 2**34)
     scenario = SCENARIOS["1x64Mi"]
-    assert run.fit_to_memory(scenario, setup, 6, cpu) is scenario
-    assert run.fit_to_memory(SCENARIOS["1x1Gi"], setup, 2, cpu).elements < 2**28
+    assert fit_to_memory(scenario, setup, 6, cpu) is scenario
+    assert fit_to_memory(SCENARIOS["1x1Gi"], setup, 2, cpu).elements < 2**28
     with pytest.raises(ValueError, match="GPT-2-medium does not fit"):
-        run.fit_to_memory(SCENARIOS["GPT-2-medium"], setup, 4, cpu)
+        fit_to_memory(SCENARIOS["GPT-2-medium"], setup, 4, cpu)
 
 
 @pytest.mark.usefixtures("tiny")
@@ -337,7 +342,7 @@ def test_curves_and_comparison(
         *(("tensors", "1x8"), ("tensors", "10x8"), ("groups", "2x8-groups"))
     ]
     assert all(case[WALL].keys() == {OURS, COPY, FLOOR} for case in results["scaling"])
-    assert "| tensors | 10x8 |" in report.scaling_block(results)
+    assert "| tensors | 10x8 |" in scaling_block(results)
     assert (tmp_path / "results" / "steps.png").stat().st_size > 10_000
     assert (tmp_path / "results" / "scaling.png").stat().st_size > 10_000
     # Against a run in which a step was a thousand times as fast.
@@ -374,7 +379,7 @@ def test_bad_arguments(
 def test_no_time_left(tmp_path: Path) -> None:
     results = measured(tmp_path, "--limit", "1e-9", status=1)
     assert results["cases"] == [] and len(results["failures"]) == 3
-    assert "not measured" in report.markdown(results)
+    assert "not measured" in markdown(results)
 
 
 def test_implementations_that_are_not_installed_say_so() -> None:
@@ -396,7 +401,7 @@ def test_a_graph_keeps_what_it_works_on(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
-    setup, data = OPTIMIZERS["AdamW"], run.make_data(TINY, torch.device("cpu"))
+    setup, data = OPTIMIZERS["AdamW"], make_data(TINY, torch.device("cpu"))
     work = IMPLEMENTATIONS["torch-foreach"].build(setup, TINY, data)
     optimizer = weakref.ref(work.call.__self__)  # type: ignore[attr-defined]
     work = captured(work)
@@ -419,7 +424,7 @@ def test_a_run_on_a_gpu(tmp_path: Path, cuda: str) -> None:
             assert all(seconds > 0 for taken in case[timed].values() for seconds in taken)
     assert {"fusedopt-graph", "torch-fused-graph"} <= cases["AdamW"][WALL].keys()
     assert results["provenance"]["copy_bandwidth"] > 1e9
-    assert report.gpu_summary(results) in report.gpu_block([results])
+    assert gpu_summary(results) in gpu_block([results])
 
 
 # -- tables -------------------------------------------------------------------------------------
@@ -459,7 +464,7 @@ def gpu_results() -> dict[str, Any]:
 
 
 def test_targets_of_a_gpu(gpu_results: dict[str, Any]) -> None:
-    text, met = report.targets(gpu_results)
+    text, met = target_table(gpu_results)
     assert not met
     rows = [line.split(" | ") for line in text.splitlines()]
     found = {row[0].strip("| "): row[1:] for row in rows}
@@ -510,14 +515,14 @@ def test_places_of_a_page(tmp_path: Path) -> None:
     )
     places = ("benchmark-short", "benchmark-peers", "benchmark-better")
     page = "".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in places)
-    filled = report.with_blocks(page, results)
+    filled = with_blocks(page, results)
     assert "| AdamW | 1000x1Ki | 1 ms | 100% | 1.01x | 0.90x |" in filled
     assert "- deepspeed 0.1\n- torchao-8bit: not measured, torchao is not installed.\n" in filled
     assert "- AdamW 1000x1Ki: torch-fused takes 1.01x of fusedopt's time.\n" in filled
     assert "- AdamW 1000x1Ki: deepspeed-cpu takes 0.90x of fusedopt's time.\n" in filled
-    assert report.with_blocks(filled, results) == filled
+    assert with_blocks(filled, results) == filled
     with pytest.raises(ValueError, match="benchmark:begin"):
-        report.with_blocks("nothing", results)
+        with_blocks("nothing", results)
 
 
 def test_comparison_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -555,8 +560,8 @@ def test_gpu_tables(
     assert "| AdamW | 1x1Gi (of invented memory) | 30.7 ms |" in text
     assert "NVIDIA Invented, a copy: 1.00 TB/s" in text
     assert report.main([*common, "--readme"]) == 0
-    assert report.NO_GPU in page.read_text()
-    assert "| 98% |" in report.markdown(gpu_results)
+    assert NO_GPU in page.read_text()
+    assert "| 98% |" in markdown(gpu_results)
 
 
 # -- the check on a GPU -------------------------------------------------------------------------

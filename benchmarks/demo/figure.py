@@ -8,8 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.demo.training import OURS, OURS_FLAT, Result
-
-TORCH_COLOUR, OUR_COLOUR = "#b8b8b8", "#c2410c"
+from benchmarks.report.colours import OUR_COLOUR, TORCH_COLOUR
 
 
 def draw(results: list[Result], path: Path) -> None:

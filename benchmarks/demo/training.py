@@ -15,13 +15,13 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 import fusedopt
-from benchmarks.demo.tasks import Task, cross_entropy, parameter_groups
-from benchmarks.models.data import Batch
+from benchmarks.demo.tasks import Task
+from benchmarks.models.batch import Batch, cross_entropy
+from benchmarks.models.parameters import nudge, parameter_groups
 
 UNFUSED, FOREACH, FUSED = "torch for-loop", "torch foreach", "torch fused"
 OURS, OURS_FLAT = "fusedopt", "fusedopt flat=True"
@@ -141,13 +141,6 @@ def train(task: Task, steps: int) -> Result:
 def largest_difference(a: Run, b: Run) -> float:
     """Of the losses of two runs at the same step; NaN if any is."""
     return (torch.tensor(a.losses) - torch.tensor(b.losses)).abs().max().item()
-
-
-@torch.no_grad()
-def nudge(model: nn.Module) -> None:
-    """Move every weight to the next larger floating-point number."""
-    for parameter in model.parameters():
-        parameter.copy_(parameter.nextafter(torch.full_like(parameter, torch.inf)))
 
 
 def now() -> float:

@@ -19,23 +19,21 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.measure.progress import Progress
+from benchmarks.models.batch import Batch
 from benchmarks.models.networks import GPT
-from benchmarks.report.case import FLAT, OURS, Json, percent, ratio, samples, times
+from benchmarks.models.text import load_text, text_batches
+from benchmarks.report.case import DEFAULT, FLAT, FUSED, ITERATION, OPTIMIZER, OURS, Json
 
-# What benchmarks.report imports from here must not need scikit-learn or a compiled fusedopt, so
-# benchmarks.models.data and the optimizers are imported where they are used.
+# Neither scikit-learn nor a compiled fusedopt is needed before something is trained: digits and
+# optimizers are imported where they are used.
 
-Batch = tuple[Tensor, Tensor]  # inputs and what the model should make of them
-
-DEFAULT, FUSED = "torch-default", "torch-fused"
 # The module of each implementation's AdamW, and its arguments besides OPTIONS.
 IMPLEMENTATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     DEFAULT: ("torch.optim", {}),
@@ -44,10 +42,6 @@ IMPLEMENTATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     FLAT: ("fusedopt", {"flat": True}),
 }
 OPTIONS: dict[str, Any] = {"lr": 3e-4}
-
-# The keys of a workload's samples.
-ITERATION = "iteration_seconds"
-OPTIMIZER = "optimizer_seconds"
 
 ROUNDS, SECONDS = 101, 30.0  # for callers: at most, per workload
 MIN_ROUNDS = 5
@@ -75,13 +69,9 @@ def gpt(width: int, heads: int, blocks: int, batch: int = 8, context: int = 64) 
     """The demo's character-level GPT on the demo's text."""
 
     def model() -> nn.Module:
-        from benchmarks.models.data import load_text
-
         return GPT(len(load_text().vocabulary), context, width, heads, blocks)
 
     def batches() -> Iterator[Batch]:
-        from benchmarks.models.data import load_text, text_batches
-
         return text_batches(load_text().train, batch, context, SEED)
 
     return Workload(model, batches, f"{batch} x {context} characters")
@@ -97,7 +87,7 @@ def mlp(width: int, hidden: int, batch: int) -> Workload:
         return nn.Sequential(*layers, nn.Linear(width, 10))
 
     def batches() -> Iterator[Batch]:
-        from benchmarks.models.data import image_batches, load_digits
+        from benchmarks.models.digits import image_batches, load_digits
 
         train, _ = load_digits(SEED)
         return image_batches(train, batch, SEED)
@@ -218,39 +208,3 @@ def check_losses(workload: str, step: int, done: dict[str, Iteration]) -> None:
                 f"{workload}, {name}: the loss at step {step} is {iteration.loss:.7g}, but with "
                 f"{DEFAULT} it is {expected:.7g}"
             )
-
-
-def share_of_iteration(workload: Json, name: str) -> float | None:
-    """Median over the rounds of the optimizer's part; None where it was not measured."""
-    parts, wholes = samples(workload, name, OPTIMIZER), samples(workload, name, ITERATION)
-    if parts is None or wholes is None:
-        return None
-    return median(part / whole for part, whole in zip(parts, wholes, strict=True))
-
-
-def milliseconds(seconds: list[float] | None) -> str:
-    """The median."""
-    return "-" if seconds is None else f"{1e3 * median(seconds):.4g}"
-
-
-def training_rows(training: list[Json]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a table: iterations' times, the optimizer's shares, fusedopt's speed-ups."""
-    shared, compared = (DEFAULT, FUSED, OURS), (DEFAULT, FUSED)
-    head = [
-        *("workload", "parameters", "tensors"),
-        *(f"{name} ms" for name in IMPLEMENTATIONS),
-        *(f"optimizer, {name}" for name in shared),
-        *(f"{OURS} vs {name}" for name in compared),
-    ]
-    rows = [
-        [
-            workload["workload"],
-            f"{workload['parameters']:,}",
-            str(workload["tensors"]),
-            *(milliseconds(samples(workload, name, ITERATION)) for name in IMPLEMENTATIONS),
-            *(percent(share_of_iteration(workload, name)) for name in shared),
-            *(times(ratio(workload, name, OURS, ITERATION)) for name in compared),
-        ]
-        for workload in training
-    ]
-    return head, rows

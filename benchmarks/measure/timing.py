@@ -21,8 +21,8 @@ from collections.abc import Callable
 import torch
 from torch.utils.benchmark import Timer
 
-from benchmarks.measure.implementations import Work
 from benchmarks.measure.progress import Progress
+from benchmarks.measure.work import Work
 from benchmarks.report.case import DEVICE, HOST, WALL
 
 # However long they take: medians of fewer rounds say little on a machine that others use, too.

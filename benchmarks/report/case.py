@@ -10,11 +10,15 @@ FLOOR = "read-modify-write"
 OURS = "fusedopt"
 FLAT = "fusedopt-flat"
 GRAPH = "fusedopt-graph"
+DEFAULT, FUSED = "torch-default", "torch-fused"
 
 # The keys of a case's samples by what was timed; the last two on GPUs only.
 WALL = "seconds"
 HOST = "host_seconds"
 DEVICE = "device_seconds"
+# The keys of the samples of whole training iterations.
+ITERATION = "iteration_seconds"
+OPTIMIZER = "optimizer_seconds"
 
 Json = dict[str, Any]
 
@@ -73,3 +77,30 @@ def duration(seconds: float | None) -> str:
     if seconds >= 1:
         return f"{seconds:.3g} s"
     return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} us"
+
+
+def where(results: Json) -> str:
+    """One line that says where and when the figures were measured."""
+    source = results["provenance"]
+    commit = f"commit {source['commit'][:10]}" if source["commit"] else "no commit"
+    dirty = " with changes" if source["commit"] and source["dirty"] else ""
+    when = f"Python {source['python']}, {source['date'][:10]}, {commit}{dirty}"
+    if on_gpu(results):
+        return (
+            f"{source['device']}, a copy: {source['copy_bandwidth'] / 1e12:.2f} TB/s, "
+            f"driver {source['driver']}, CUDA {source['cuda']}, torch {source['torch']}, {when}"
+        )
+    isa = f" ({source['isa']})" if source.get("isa") else ""
+    later: dict[str, list[str]] = {}
+    for case in results["cases"]:
+        if case.get("provenance"):
+            name = f"{case['optimizer']} {of_what(case)}"
+            later.setdefault(str(case["provenance"]["commit"])[:10], []).append(name)
+    again = "".join(
+        f"; measured again at commit {commit_of}: {', '.join(names)}"
+        for commit_of, names in later.items()
+    )
+    return (
+        f"{source['processor']}{isa}, threads: {source['threads']} of {source['cores']}, "
+        f"torch {source['torch']}, {when}{again}"
+    )

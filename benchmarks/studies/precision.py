@@ -26,10 +26,22 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 import fusedopt
-from benchmarks.demo.tasks import parameter_groups
-from benchmarks.report.__main__ import block, with_block
+from benchmarks.measure.provenance import provenance
+from benchmarks.models.parameters import parameter_groups
 from benchmarks.report.case import Json
-from benchmarks.studies.codes import BETAS, DECAYS, EPS, LAST, RATES, SEEDS, STEPS, work
+from benchmarks.report.colours import OUR_COLOUR, TORCH_COLOUR
+from benchmarks.report.files import write_json
+from benchmarks.report.pages import block, with_block
+from benchmarks.studies.trainings import (
+    BETAS,
+    DECAYS,
+    EPS,
+    LAST,
+    RATES,
+    SEEDS,
+    STEPS,
+    model_and_data,
+)
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parents[1] / "results" / "precision.json"
@@ -68,7 +80,7 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def train(task: str, seed: int, choice: str, steps: int) -> dict[str, float]:
     """The losses of one training: mean of the last ones, and that of data not trained on."""
     dtype, options = CHOICES[choice]
-    one = work(task, seed)
+    one = model_and_data(task, seed)
     model = one.model.to(dtype)
     optimizer = fusedopt.AdamW(
         parameter_groups(model, DECAYS[task]), lr=RATES[task], betas=BETAS, eps=EPS, **options
@@ -167,8 +179,6 @@ def draw(results: Json, path: Path) -> None:
     """Bytes against the difference from float32, one panel a task."""
     from matplotlib.figure import Figure
 
-    from benchmarks.demo.figure import OUR_COLOUR, TORCH_COLOUR
-
     tasks = list(results["settings"]["steps"])
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     axes = figure.subplots(1, len(tasks), sharey=True)
@@ -204,8 +214,6 @@ def page(results: Json, text: str) -> str:
 
 def study(options: argparse.Namespace) -> Json:
     """Measure everything."""
-    from benchmarks.run import provenance
-
     steps = {task: min(most, options.steps) for task, most in STEPS.items()}
     return {
         "provenance": provenance(torch.device("cpu"), []),
@@ -240,8 +248,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(bytes_per_parameter(options.memory_of))
         return 0
     if not (options.tables or options.check):
-        from benchmarks.run import write_json
-
         torch.set_num_threads(1)  # such small models gain nothing from more
         write_json(options.output, study(options))
     results = json.loads(options.output.read_text())
