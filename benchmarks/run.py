@@ -48,11 +48,11 @@ ROUNDS, QUICK_ROUNDS = 41, 5
 SECONDS = {"cpu": 20.0, "cuda": 8.0}
 QUICK_SECONDS = 2.0
 SCALING_SECONDS = 4.0  # of rounds, at most, for each point of a curve
-IMPORTS = 5
+IMPORTS = 5  # processes that import fusedopt to time it
 
 
 def seconds_to_import() -> list[float]:
-    """What `import fusedopt` takes after `import torch`, each in a process of its own."""
+    """What `import fusedopt` takes after `import torch`, in several new processes."""
     code = (
         "import torch, time; start = time.perf_counter(); import fusedopt; "
         "print(time.perf_counter() - start)"
@@ -211,7 +211,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in arguments.implementation or ():
         if name not in able:
             parser.error(f"--implementation {name}: is not measured on --device {kind}")
-    # Compiling takes longer than all else that is quick.
+    # A quick run leaves compiling out, which takes longer than all the rest of it.
     default = [name for name, one in able.items() if not (arguments.quick and one.compiled)]
     arguments.implementations = [able[name] for name in arguments.implementation or default]
     try:

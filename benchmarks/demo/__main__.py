@@ -104,7 +104,7 @@ def why_no_gpu() -> str | None:
 
 
 def describe(device: torch.device) -> str:
-    """The device, for people."""
+    """The device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     reason = why_no_gpu() or "by choice"

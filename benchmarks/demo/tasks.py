@@ -24,15 +24,15 @@ class Task:
     """What is trained on what.
 
     Attributes:
-        name: for people, short.
-        title: for people.
+        name: what tables call it.
+        title: what the demo prints above its tables.
         optimizer: the class's name, the same in ``torch.optim`` and in ``fusedopt``.
         options: its arguments.
         weight_decay: of matrices and kernels; biases and norms have none.
         torch_fused: whether torch has a fused step for it.
         model: the model before training.
         batches: endless training batches.
-        score_name: what ``score`` returns, for people.
+        score_name: what ``score`` returns, in words.
         score: judges a trained model on data it has not seen.
     """
 

@@ -33,7 +33,7 @@ IMPLEMENTATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     OURS_FLAT: (fusedopt, {"flat": True}),
 }
 WARM_UP = 10  # steps at the start, where states are made: left out of the step times
-ALLOWANCE = 10  # losses may differ by so many times what the nudge makes of them
+ALLOWANCE = 10  # losses may differ by so many times what the moved weights make of them
 
 
 class Run:
@@ -112,17 +112,17 @@ class Result:
         return largest_difference(self.runs[name], self.runs[self.reference])
 
     def agrees(self, name: str) -> bool:
-        """Whether a run's losses are the reference's, but for rounding."""
+        """Whether a run's losses are the reference's up to rounding."""
         return self.difference(name) <= self.allowed  # false for NaN
 
 
 def train(task: Task, steps: int) -> Result:
     """Train the task with every implementation.
 
-    How far may two right implementations drift apart? Each rounds in its own way, and training
-    amplifies it. So one more run measures the amplification: the reference again, but from weights
+    How far may two correct implementations drift apart? Each rounds in its own way, and training
+    amplifies the differences. One more run measures by how much: the reference again, from weights
     moved by one rounding. ``ALLOWANCE`` times its largest difference is allowed. Small mistakes are
-    far outside: AdamW with eps 1e-7 for 1e-8, or beta2 0.9901 for 0.99, was over 100 times off.
+    far beyond that: AdamW with eps 1e-7 for 1e-8, or beta2 0.9901 for 0.99, was over 100 times off.
     """
     names = [name for name in IMPLEMENTATIONS if task.torch_fused or name != FUSED]
     reference = FUSED if task.torch_fused else FOREACH
@@ -139,12 +139,12 @@ def train(task: Task, steps: int) -> Result:
 
 
 def largest_difference(a: Run, b: Run) -> float:
-    """Of the losses of two runs at the same step; NaN if any is."""
+    """The largest difference of two runs' losses at the same step; NaN if any loss is."""
     return (torch.tensor(a.losses) - torch.tensor(b.losses)).abs().max().item()
 
 
 def now() -> float:
-    """Seconds on a clock, when the GPU, if any, has done all it was given."""
+    """The clock in seconds, once the GPU, if there is one, has finished its work."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -20,9 +20,9 @@ from benchmarks.measure.scenarios import OptimizerSetup, Scenario
 from benchmarks.measure.timing import measure
 from benchmarks.measure.work import MOST_COPIED, Work, captured, memory_works
 
-USED_OF_FREE_MEMORY = 0.9  # the rest is for fragments, and for what others allocate
-DATA_BYTES = 2 * torch.float32.itemsize  # of the common values and gradients, per element
-TEMPORARIES = 3  # per element, in torch's foreach step
+USED_OF_FREE_MEMORY = 0.9  # the rest is for fragmentation, and for other processes
+DATA_BYTES = 2 * torch.float32.itemsize  # per element, of the values and gradients all start from
+TEMPORARIES = 3  # numbers per element that torch's foreach step holds besides
 
 
 @functools.lru_cache(maxsize=1)
@@ -64,7 +64,10 @@ def first_elements(params: Iterable[Tensor]) -> Tensor:
 def check_same_work(
     name: str, got: Tensor, initial: Tensor, expected: Tensor | None, dtype: torch.dtype
 ) -> None:
-    """Raise RuntimeError unless an implementation changed its parameters, and as expected if so."""
+    """Raise RuntimeError unless an implementation changed its parameters as expected.
+
+    Without anything expected, any change will do.
+    """
     if torch.equal(got, initial):
         raise RuntimeError(f"{name}: the steps changed no parameter")
     rtol = 4 * torch.finfo(dtype).eps
@@ -77,11 +80,11 @@ def check_same_work(
 def warm_up(
     implementation: Implementation, build: Callable[[], Work], device: torch.device
 ) -> tuple[Work, int, int]:
-    """Build and call twice, the second time a graph where that is asked for.
+    """Build and call twice, the second time as a CUDA graph where the implementation is one.
 
     Returns:
-        What to time, the bytes that the second call allocates, and the peak of all bytes in use up
-        to then: parameters, gradients, states and whatever else.
+        What to time, the bytes that the second call allocates, and the most bytes in use at once
+        until the first was done: parameters, gradients, states and whatever else.
     """
     with MemoryEvents(device) as first:
         work = build()
@@ -123,7 +126,7 @@ class Run:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What goes wrong within a part of the run is a failure of that part."""
+        """Note what goes wrong within a part of the run, so that the other parts go on."""
         try:
             yield
         except ValueError as error:
@@ -195,7 +198,7 @@ class Run:
             self.progress.preparing(name)
             try:
                 build = functools.partial(implementation.build, setup, scenario, data)
-                gc.collect()  # what is freed later would count
+                gc.collect()  # or garbage freed during the step would change its figures
                 work, bytes_allocated, bytes_at_peak = warm_up(implementation, build, self.device)
                 got = first_elements(work.params)
                 wanted = expected if implementation.exact else None

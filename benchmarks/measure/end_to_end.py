@@ -4,10 +4,10 @@ Small models are trained on real data by AdamW of torch.optim and of fusedopt, f
 on the same batches. Every round takes one sample of each implementation, so that all of them see
 the same drift of the machine, and ratios are taken per round. A sample is the second of two
 iterations in a row: as in any training, it finds in the caches and in the allocator what an
-iteration of the same implementation left there. After another's it would pay for that one: memory
-that was given back to the system has to be mapped again, which can take as long as a step. An
-iteration is ``zero_grad()``, the forward pass, the backward pass and ``step()``; the first and the
-last are the optimizer's part.
+iteration of the same implementation left there. Right after another implementation's it would be
+slower for reasons that are not its own: memory that the other gave back to the system has to be
+mapped again, which can take as long as a step. An iteration is ``zero_grad()``, the forward pass,
+the backward pass and ``step()``; the first and the last are the optimizer's part.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Training:
         return Iteration(loss.item(), after - start, (cleared - start) + (after - before))
 
     def sample(self, batches: tuple[Batch, Batch]) -> Iteration:
-        """Train on two batches; what is known of the second iteration."""
+        """Train on two batches; the second iteration."""
         for batch in batches:
             iteration = self.iterate(batch)
         return iteration
@@ -143,7 +143,7 @@ class Training:
 def measure_training(rounds: int, seconds: float, progress: Progress) -> list[Json]:
     """Measure all workloads, each for so many rounds or seconds at most.
 
-    RuntimeError where an implementation's losses are not those of torch's default.
+    RuntimeError if an implementation's losses are not those of torch's default.
     """
     measured = []
     for name, workload in WORKLOADS.items():
@@ -155,7 +155,7 @@ def measure_training(rounds: int, seconds: float, progress: Progress) -> list[Js
 def measure_workload(
     name: str, workload: Workload, rounds: int, seconds: float, progress: Progress
 ) -> Json:
-    """What is known of a workload, with one sample per round.
+    """The samples of a workload, one per round, and its size.
 
     Each round starts with another of the implementations.
     """
@@ -167,7 +167,7 @@ def measure_workload(
     wholes: dict[str, list[float]] = {one: [] for one in names}
     parts: dict[str, list[float]] = {one: [] for one in names}
     gc.collect()
-    gc.disable()  # its pauses belong to nobody
+    gc.disable()  # a pause would count for whatever is timed just then
     try:
         start = time.perf_counter()
         for step in range(-WARM_UP, rounds):

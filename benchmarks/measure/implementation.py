@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from math import prod
 from typing import Any
 
 import torch
@@ -44,10 +43,9 @@ class Implementation:
         devices: the types of devices that it is measured on.
         dtypes: of parameters for which its states have the same dtype.
         exact: whether its results are torch's up to rounding.
-        most_tensors: how many it can take in reasonable time, where it compiles a step for them
-            or is called for each; None where any number will do.
+        most_tensors: how many it can take in reasonable time, as it compiles a step for them or
+            is called for each; None for any number.
         most_shapes: the same for the number of different shapes.
-        least_elements: how many a tensor must have for it to differ from another.
         compiled: whether the step is compiled by torch.compile.
         ours: whether it clips and unscales within the step, and takes the dtype of its states.
         setups: the names of the only setups that it is for; None: all without masters.
@@ -67,7 +65,6 @@ class Implementation:
     exact: bool = True
     most_tensors: int | None = None
     most_shapes: int | None = None
-    least_elements: int = 0
     compiled: bool = False
     ours: bool = False
     setups: tuple[str, ...] | None = None
@@ -82,12 +79,12 @@ class Implementation:
             return f"{self.package or package} is not installed"
         try:
             importlib.import_module(self.module)
-        except Exception as error:  # what other people's modules raise is anybody's guess
+        except Exception as error:  # other projects' modules may raise anything
             return f"{self.module} cannot be imported: {first_line(error)}"
         return None
 
     def installed_version(self) -> str | None:
-        """The version of the package of another project; None where nobody knows."""
+        """The version of the package of another project; None if there is none."""
         try:
             return version(self.package) if self.package else None
         except PackageNotFoundError:
@@ -96,9 +93,9 @@ class Implementation:
     def why_not(
         self, setup: OptimizerSetup, scenario: Scenario, device: torch.device
     ) -> str | None:
-        """Why it is not measured in a case, or None; empty where it is not meant for it.
+        """Why it is not measured in a case; None if it is, empty if the case is none of its own.
 
-        The module can be imported.
+        The module must be importable.
         """
         if setup.masters if self.setups is None else setup.name not in self.setups:
             return ""
@@ -111,8 +108,6 @@ class Implementation:
             return f"{scenario.name} has too many tensors for it"
         if self.most_shapes is not None and len(set(tensors)) > self.most_shapes:
             return f"{scenario.name} has too many shapes for it"
-        if max(map(prod, tensors)) < self.least_elements:
-            return f"{scenario.name} has only tensors that it stores as the others do"
         if self.graph and setup.loss_scale is not None:
             return "a GradScaler cannot be captured in a CUDA graph"
         name, _ = self.class_of(setup)
@@ -241,7 +236,7 @@ def first_line(error: BaseException) -> str:
 
 
 def grouped(params: list[Parameter], groups: int) -> list[Any]:
-    """The parameters, or so many groups of them, each with a learning rate of its own."""
+    """The parameters, dealt out to so many groups, each with a learning rate of its own."""
     if groups == 1:
         return list(params)
     size = len(params) // groups

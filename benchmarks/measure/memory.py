@@ -16,11 +16,11 @@ from benchmarks.measure.scenarios import KI
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had there; on a CPU where nobody knows, as many as it has."""
+    """The bytes that are free; for a CPU that does not tell, all the memory it has."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
-    # What glibc keeps of memory that was given back is not in what the system calls available.
+    # The system does not count as available what glibc keeps of freed memory: hand that back first.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     meminfo = Path("/proc/meminfo")

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from benchmarks.measure.scenarios import GI
 from benchmarks.report.case import COPY, FLOOR
 
-# On a GPU a copy need not be larger than this to show its bandwidth, and memory is for the steps.
+# Large enough to show a GPU's bandwidth; more would take memory that the steps need.
 MOST_COPIED = 8 * GI
 
 
@@ -33,7 +33,7 @@ class Work:
 
 
 def captured(work: Work) -> Work:
-    """The same work as replays of a CUDA graph; has been called once before."""
+    """The same work as replays of a CUDA graph; it must have been called once before."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work.call()

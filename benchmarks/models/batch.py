@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Batch = tuple[Tensor, Tensor]  # inputs and what the model should make of them
+Batch = tuple[Tensor, Tensor]  # inputs and targets
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:

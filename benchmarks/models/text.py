@@ -1,4 +1,4 @@
-"""A text that every Python brings along, its language reference for ``help()``, and excerpts."""
+"""A text to train on: the language reference that every Python has for ``help()``."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
 """Tables from benchmarks' JSON files: ``python -m benchmarks.report results.json``.
 
-Without an option the full table is printed. A ratio is the median, over the rounds of the run, of
-another implementation's time divided by fusedopt's in the same round: 2.0x says that fusedopt is
+Without an option the full table is printed. A ratio is another implementation's time divided by
+fusedopt's in the same round, and of these the median over all rounds: 2.0x says that fusedopt is
 twice as fast. The floor is the time of a read-modify-write of the bytes that a step must move,
 measured in the same rounds.
 
-``--readme`` writes all tables for which a file has a place, between comments; ``--check`` tells
-whether they are the results'.
+``--readme`` writes every table whose place a page marks by comments; ``--check`` tells whether the
+page has the tables of these results.
 
-With ``--gpu``, the summary is that of runs on GPUs, for docs/performance.md: of all files given,
-and without any it says that no GPU has been measured.
+With ``--gpu`` the summary is of runs on GPUs, for docs/performance.md: a table for each file. With
+no file it says that no GPU has been measured.
 """
 
 from __future__ import annotations

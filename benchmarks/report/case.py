@@ -1,4 +1,4 @@
-"""What tables and targets read from a measured case, and how they write it."""
+"""What all tables and plots share: the keys of results, figures made of them, and their text."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def ratio(case: Json, name: str, to: str, timed: str = WALL) -> float | None:
 
 
 def share_of_copy(case: Json, name: str) -> float | None:
-    """The bytes that a step must move over its time on the device, by those of a copy over its."""
+    """A step's bytes per second on the device, as a share of a copy's."""
     times_copy = ratio(case, COPY, name, DEVICE)
     if times_copy is None:
         return None
@@ -48,7 +48,7 @@ def share_of_copy(case: Json, name: str) -> float | None:
 
 
 def of_what(case: Json) -> str:
-    """The scenario, with what there is to say about it."""
+    """The scenario's name, and its note if it has one."""
     note = case.get("note")
     return f"{case['scenario']} ({note})" if note else str(case["scenario"])
 
@@ -80,7 +80,7 @@ def duration(seconds: float | None) -> str:
 
 
 def where(results: Json) -> str:
-    """One line that says where and when the figures were measured."""
+    """One line: on which machine, when, and at which commit the figures were measured."""
     source = results["provenance"]
     commit = f"commit {source['commit'][:10]}" if source["commit"] else "no commit"
     dirty = " with changes" if source["commit"] and source["dirty"] else ""

@@ -27,7 +27,7 @@ from benchmarks.report.tables import GPU_TIMES, absent, table, target_table, tra
 MARKER, GPU_MARKER = "benchmark", "gpu-benchmark"
 README_COLUMNS = ("torch-fused", "torch-foreach", "torch-forloop", "deepspeed-cpu", FLAT)
 STORAGE_SCENARIO = "1x64Mi"
-AS_GOOD = 1.02  # times that are no further apart count as the same
+AS_GOOD = 1.02  # another's time up to so many times fusedopt's counts as no longer
 NO_GPU = "The CUDA kernels have not been measured on a GPU yet, so there are no figures here.\n"
 GPU_RATIOS = """\
 The columns behind `of the copy` are wall times as multiples of fusedopt's.
@@ -57,7 +57,7 @@ def measured_cases(results: Json) -> tuple[list[Json], list[str]]:
 
 
 def summary(results: Json, columns: Iterable[str] | None = None) -> str:
-    """fusedopt's times, and those of the others, or of some, relative to it."""
+    """fusedopt's times, and relative to them the others', or only those in ``columns``."""
     cases, others = measured_cases(results)
     if columns is not None:
         others = [name for name in columns if name in others]
@@ -76,7 +76,7 @@ def summary(results: Json, columns: Iterable[str] | None = None) -> str:
 
 
 def peers(results: Json) -> str:
-    """The versions of other projects' packages, and who was not measured, for which reason."""
+    """The versions of other projects' packages, and which were not measured, and why."""
     versions = results["provenance"].get("peers", {})
     lines = [f"- {name} {version}\n" for name, version in versions.items()]
     lines += [f"- {name}: not measured, {reason}.\n" for name, reason in absent(results).items()]
@@ -97,7 +97,7 @@ def as_good_or_better(results: Json) -> str:
 
 
 def storage_block(results: Json) -> str:
-    """Steps with fewer bytes a parameter, next to those that do the same work in the usual way."""
+    """Steps with fewer bytes a parameter, next to the usual way to do the same work."""
     usual = {"AdamW": "torch-fused", "AdamW-master": "torch-fused-copies"}
     rows = [
         [
@@ -118,12 +118,12 @@ def storage_block(results: Json) -> str:
 
 
 def target_block(results: Json) -> str:
-    """What was to be reached, and whether it was."""
+    """The table of targets."""
     return target_table(results)[0]
 
 
 def scaling_block(results: Json) -> str:
-    """Times along each axis."""
+    """The times of steps along each axis of the curves."""
     cases: list[Json] = results.get("scaling", [])
     names = list(dict.fromkeys(n for case in cases for n in case[WALL] if n not in (COPY, FLOOR)))
     rows = [

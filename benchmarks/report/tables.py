@@ -60,7 +60,7 @@ def quartiles(seconds: list[float]) -> str:
 
 
 def milliseconds(seconds: list[float] | None) -> str:
-    """The median."""
+    """The median, in milliseconds."""
     return "-" if seconds is None else f"{1e3 * median(seconds):.4g}"
 
 

@@ -1,4 +1,4 @@
-"""A plot of whole training iterations: what each implementation's optimizer adds to the rest."""
+"""A plot of whole training iterations: the time of the optimizer, and of the rest."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """What storage choices cost in quality and save in memory.
 
-    python -m benchmarks.studies.precision            trains, measures memory, writes all
+    python -m benchmarks.studies.precision            trains, measures memory, writes everything
     python -m benchmarks.studies.precision --tables   only writes tables and plot again
 
 Trains the demo's models, a small GPT on text and a classifier of digits, with AdamW and each choice
-of storage, several seeds each, and compares the final losses. Memory is that of a process which
-holds parameters, gradients and an optimizer that took two steps, before and after.
+of storage, several seeds each, and compares the final losses. Memory is what a process grows by
+when it makes parameters, gradients and an optimizer, and takes two steps.
 """
 
 from __future__ import annotations
@@ -114,15 +114,15 @@ def train_all(seeds: int, steps: dict[str, int]) -> list[Json]:
 
 
 def resident() -> int:
-    """The bytes that this process has in memory."""
+    """The bytes of this process that are in memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
 
 
 def bytes_per_parameter(choice: str) -> float:
-    """What a process grows by, for each element of large parameters, when it trains them."""
+    """The bytes that a process grows by for each element when it trains large parameters."""
     dtype, options = CHOICES[choice]
-    torch.zeros(1000).add_(1)  # starts threads and allocators
+    torch.zeros(1000).add_(1)  # so that threads and allocators have started before
     fusedopt.AdamW([nn.Parameter(torch.zeros(2**16, dtype=dtype))], **options).step()
     before = resident()
     params = [nn.Parameter(torch.full((ELEMENTS // 8,), 0.5, dtype=dtype)) for _ in range(8)]
@@ -135,7 +135,7 @@ def bytes_per_parameter(choice: str) -> float:
 
 
 def memory_of_all() -> dict[str, float]:
-    """Each measured in a process of its own."""
+    """Bytes per parameter of each choice, each measured in a process of its own."""
     measured = {}
     for choice in tqdm(CHOICES, "memory"):
         command = [sys.executable, "-m", "benchmarks.studies.precision", "--memory-of", choice]
@@ -148,7 +148,7 @@ def memory_of_all() -> dict[str, float]:
 
 
 def differences(results: Json, row: Json, key: str) -> list[float]:
-    """Of losses from those of float32 with the same seeds."""
+    """Losses minus those of float32 with the same seeds."""
     base = next(
         r for r in results["training"] if (r["task"], r["choice"]) == (row["task"], FLOAT32)
     )
@@ -208,7 +208,7 @@ def draw(results: Json, path: Path) -> None:
 
 
 def page(results: Json, text: str) -> str:
-    """The documentation with this table."""
+    """The page of the documentation, with this table in its place."""
     return with_block(text, "precision", block("precision", table(results)))
 
 
@@ -232,6 +232,7 @@ def study(options: argparse.Namespace) -> Json:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the study, or only write or check its table; the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.studies.precision",
         description=__doc__,

@@ -18,11 +18,12 @@ from benchmarks.models.text import load_text, text_batches
 BETAS, EPS = (0.9, 0.999), 1e-8
 CONTEXT, TEXT_BATCH, IMAGE_BATCH = 64, 8, 64
 WIDTH, HEADS, GPT_BLOCKS = 64, 4, 2
+# By task.
 RATES = {"GPT": 2e-3, "digits": 2e-3}
 DECAYS = {"GPT": 0.1, "digits": 1e-2}
-STEPS = {"GPT": 240, "digits": 300}  # of the trainings
-SEEDS = 5
-LAST = 20  # training losses whose mean is that of the end of a training
+STEPS = {"GPT": 240, "digits": 300}
+SEEDS = 5  # trainings of each kind
+LAST = 20  # losses at the end of a training, whose mean is reported
 
 
 @dataclass
@@ -56,5 +57,5 @@ def rate_at(task: str, step: int, steps: int) -> float:
 
 
 def note(what: str, start: float, result: str) -> None:
-    """One line about what was done."""
+    """Print one line about what was done, and how long it took."""
     print(f"{what}  {result}  {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)

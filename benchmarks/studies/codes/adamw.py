@@ -11,13 +11,13 @@ from benchmarks.studies.codes.candidates import BLOCKS
 from benchmarks.studies.codes.code import Code
 from benchmarks.studies.trainings import BETAS, EPS
 
-SMALLEST = 4096  # elements of a parameter whose states are encoded
+SMALLEST = 4096  # the fewest elements of a parameter whose states are encoded
 
 
 class Flat:
-    """Tensors behind one another in one buffer, each from a multiple of the largest block on.
+    """Tensors one after another in one buffer, each from a multiple of the largest block on.
 
-    So no block spans two tensors. What lies between them is zero and stays zero.
+    So no block spans two tensors. The elements between them are zero and stay zero.
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:
@@ -45,7 +45,7 @@ class Flat:
 class Moments:
     """Adam's two moving averages of a buffer, encoded after every step where there are codes.
 
-    An update is made of the averages before they are encoded, as a step in one pass has them.
+    Updates use the averages before they are encoded, as a fused step does.
     """
 
     def __init__(self, size: int, codes: tuple[Code | None, Code | None], block: int) -> None:
@@ -109,5 +109,5 @@ class AdamW:
 
 
 def gradients(flat: Flat) -> Tensor:
-    """Of all parameters, in a buffer."""
+    """The gradients of all parameters, in a buffer."""
     return flat.gather([p.grad for p in flat.tensors if p.grad is not None])

@@ -11,15 +11,15 @@ from benchmarks.report.case import Json
 class Code:
     """A block of numbers as bytes, relative to its largest magnitude.
 
-    ``quantize`` and ``ratio`` are all that a code has to define: bytes from numbers between -1 and
-    1, or 0 and 1, and back. Bytes of a code that is not signed are in the order of what they mean.
+    A code has to define ``quantize`` and ``ratio``: numbers from -1 to 1 (from 0 to 1 without a
+    sign) to bytes and back. Without a sign, a larger byte means a larger number.
 
     Attributes:
-        name: for people, short.
+        name: what tables call it.
         signed: whether it is for ``exp_avg``; the others are for ``exp_avg_sq``.
         formula: what a byte means.
         cheap: whether both directions are a few instructions, without a table.
-        note: what they are.
+        note: these instructions in words.
     """
 
     name: str
@@ -37,15 +37,15 @@ class Code:
         raise NotImplementedError
 
     def bound(self, ratio: Tensor) -> Tensor:
-        """How far from a number the nearest code point can be."""
+        """How far from a number the nearest code point is at most."""
         raise NotImplementedError
 
     def fresh(self) -> Code:
-        """This code, as it is before anything was encoded."""
+        """This code as it was before it encoded anything."""
         return self
 
     def metric(self, x: Tensor) -> Tensor:
-        """What the nearest code point is nearest by: the numbers themselves, unless overridden."""
+        """The scale on which the code point is the nearest one: that of the numbers by default."""
         return x
 
     def valid(self) -> Tensor:
@@ -60,7 +60,7 @@ class Code:
         """The bytes of all elements, and the scale of every block of so many of them."""
         rows = in_blocks(x, block)
         scales = rows.abs().amax(dim=1)
-        # Nothing but zeros, infinity and NaN: the scale alone decides what is decoded.
+        # In a block of zeros, or with an infinity or NaN, the scale alone decides what is decoded.
         ratio = (rows / scales[:, None]).nan_to_num_(nan=0.0)
         return self.quantize(ratio).view(-1)[: x.numel()], scales
 
@@ -70,7 +70,7 @@ class Code:
         return values.view(-1)[: codes.numel()]
 
     def describe(self) -> Json:
-        """What the tables say of it."""
+        """Its row in the results."""
         return {
             "name": self.name,
             "signed": self.signed,
@@ -88,7 +88,7 @@ def in_blocks(x: Tensor, block: int) -> Tensor:
 
 
 def with_sign(codes: Tensor, ratio: Tensor) -> Tensor:
-    """Magnitudes as bytes, the sign in the highest bit."""
+    """Bytes of magnitudes, with the sign in the highest bit."""
     return codes.to(torch.uint8) | (ratio.signbit().to(torch.uint8) << 7)
 
 

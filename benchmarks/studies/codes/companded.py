@@ -33,13 +33,13 @@ class Linear(Code):
 class Root(Code):
     """Equal distances of square roots, or of fourth roots.
 
-    Rounding a root to the nearest integer does not find the nearest square: between q and q + 1, a
-    square's middle is that of q^2 and q^2 + 2q + 1, which is a quarter more than (q + 1/2)^2. So a
-    quarter is subtracted first. ``exp_avg_sq`` is used by its root, so there the nearest root is
-    looked for: plain rounding for square roots, the quarter for fourth roots.
+    Rounding the root of a number to an integer does not find the square nearest to the number: the
+    middle between q^2 and (q + 1)^2 is (q + 1/2)^2 + 1/4. So 1/4 is subtracted before the root is
+    taken. An update takes the root of ``exp_avg_sq``, so its codes find the nearest root instead:
+    square roots are just rounded, and for fourth roots the 1/4 is subtracted from the square root.
 
-    Without zero, byte c is ((c + 1) / 256)^power, and what is nearer to zero than to the smallest
-    becomes the smallest.
+    Without zero, byte c is ((c + 1) / 256)^power, and numbers nearer to zero than to the smallest
+    code point become the smallest.
     """
 
     def __init__(self, signed: bool, power: int = 2, zero: bool = True) -> None:
@@ -88,7 +88,7 @@ class Root(Code):
 
 
 class Softsign(Code):
-    """Equal distances of 2r / (1 + |r|): finer near zero, and no square root."""
+    """Equal distances of 2r / (1 + |r|): finer near zero, without a square root."""
 
     name = "softsign"
     signed = True
@@ -107,6 +107,6 @@ class Softsign(Code):
         return 2 * x / (1 + x.abs())
 
     def bound(self, ratio: Tensor) -> Tensor:
-        """Half a distance of the companded numbers, times the steepest slope within it."""
+        """Half the distance of two points of that scale, times the steepest slope within it."""
         z = (self.metric(ratio.abs()) + 0.5 / 127).clamp(max=1)
         return 2 / (2 - z).square() * 0.5 / 127

@@ -13,9 +13,9 @@ DYNAMIC = "dynamic map"
 class Dynamic(Code):
     """The dynamic map (Dettmers et al., 2022, arXiv:2110.02861), as bitsandbytes has it.
 
-    Seven decades, the smaller the fewer numbers: decade i has 2^i of them (twice as many without a
-    sign), the middles of equal parts of 0.1 to 1, times 10^(i - 6). Besides there are 0 and 1, but
-    not -1: a block whose largest magnitude is negative does not get it back.
+    Seven decades, of which the smaller have fewer numbers: decade i has 2^i of them (twice as many
+    without a sign), the middles of equal parts of 0.1 to 1, times 10^(i - 6). There are also 0 and
+    1, but not -1: a block whose largest magnitude is negative does not get it back exactly.
     """
 
     cheap = False

@@ -36,7 +36,7 @@ def errors_of(x: Tensor, decoded: Tensor) -> Json:
 
 
 def errors_of_update(u: Tensor, exact: Tensor) -> Json:
-    """The error's norm over the update's; its 99th percentile over the update's RMS."""
+    """The norm of the error over that of the update, and its 99th percentile over the RMS."""
     difference = (u - exact).double()
     exact = exact.double()
     p99 = difference.abs().kthvalue(math.ceil(0.99 * len(exact))).values
@@ -47,10 +47,12 @@ def errors_of_update(u: Tensor, exact: Tensor) -> Json:
 
 
 def observe(task: str, snapshots: tuple[int, ...]) -> tuple[list[Json], list[Json]]:
-    """Train with float32 states; rows of what every code makes of them at every snapshot.
+    """Train with float32 states, and look at every snapshot at what codes would make of them.
 
-    Beside the training, every code stores its own moving average of the same gradients. The first
-    rows are of states in one code, the second ones of updates made of two codes.
+    Beside the training, every code stores its own moving average of the same gradients.
+
+    Returns:
+        A row for each state in each code, and one for each update made of two codes.
     """
     start = time.perf_counter()
     one, steps = model_and_data(task, 0), max(snapshots)
@@ -128,11 +130,11 @@ def snapshot(
 
 
 def averaged(rows: list[Json], mean: Callable[[list[float]], float]) -> list[Json]:
-    """One row for all that tell of the same: the means of their numbers, with six digits."""
+    """One row for all of the same names: the means of their errors, with six digits."""
     alike: dict[tuple[Any, ...], list[Json]] = {}
     for row in rows:
-        told = tuple(value for value in row.values() if isinstance(value, str | int))
-        alike.setdefault(told, []).append(row)
+        names = tuple(value for value in row.values() if isinstance(value, str | int))
+        alike.setdefault(names, []).append(row)
     return [mean_of(same, mean) for same in alike.values()]
 
 

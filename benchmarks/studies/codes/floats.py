@@ -12,8 +12,8 @@ class Minifloat(Code):
     """A small floating-point number, with subnormals, whose largest is 1.
 
     Byte c is number c of the format's numbers in order, from zero on; without zero it is number
-    c + 1, and nothing is rounded to zero. It is made from the bits of a float32: rounded to nearest
-    even and shifted; below the smallest normal number, a sum with a power of two does the rounding.
+    c + 1, and nothing is rounded to zero. It is made from the bits of a float32, rounded to nearest
+    even and shifted. Below the smallest normal number, adding a power of two does the rounding.
     """
 
     def __init__(self, exponent: int, mantissa: int, signed: bool, zero: bool = True) -> None:
@@ -35,7 +35,7 @@ class Minifloat(Code):
         bits = magnitude.view(torch.int32)
         rounded = bits + ((1 << (shift - 1)) - 1) + ((bits >> shift) & 1)
         normal = (rounded >> shift) + (self.largest - (0x3F800000 >> shift))
-        # One ulp of this power of two is the distance of the subnormal numbers.
+        # One unit in the last place of this power of two is the distance of subnormal numbers.
         power = torch.tensor(2.0 ** (self.smallest_normal + shift))
         subnormal = (magnitude + power).view(torch.int32) - power.view(torch.int32)
         number = torch.where(magnitude < 2.0**self.smallest_normal, subnormal, normal)
@@ -57,13 +57,13 @@ class Minifloat(Code):
 
 
 class Tapered(Code):
-    """A small floating-point number whose mantissa has the fewer bits, the smaller it is.
+    """A small floating-point number: the smaller it is, the fewer bits its mantissa has.
 
-    The bits of a float32, divided by 2 or 4, are those of a number that is not far from its square
-    or fourth root, and runs along a straight line between two powers of two. Of these roots,
-    distances are equal: q / 128 with a sign, where 127 / 128 is that of the largest number, and
-    (q + 2) / 256 without. Powers of two are code points, as far as these go, so that between two
-    neighbours a number has its place as its root has.
+    Shifting the bits of a float32 right by 1 or 2 gives nearly its square or fourth root: a curve
+    of straight lines, with a bend at each power of two. Code points have equal distances of this
+    approximate root: q / 128 with a sign, where q = 127 is the largest number, and (q + 2) / 256
+    without. As the bends are code points, except among the smallest, a number divides the distance
+    between its two neighbours in the same ratio as its root divides theirs.
     """
 
     def __init__(self, signed: bool, shift: int) -> None:
@@ -105,7 +105,7 @@ class Tapered(Code):
         return torch.where(x < 0, -root, root)
 
     def bound(self, ratio: Tensor) -> Tensor:
-        """Half a gap, or a whole one among the smallest, between which powers of two lie."""
+        """Half a gap; a whole one among the smallest, where bends lie within gaps."""
         table = self.table.to(ratio.dtype)
         above = torch.bucketize(ratio.abs(), table).clamp(1, self.top)
         gap = table[above] - table[above - 1]

@@ -82,7 +82,7 @@ def markdown(results: Json) -> str:
 
 
 def earlier(results: Json) -> str:
-    """When those trainings were made that were not made again."""
+    """When the trainings were made that were taken over from earlier runs."""
     dates = sorted({source["date"] for source in results.get("earlier", ())})
     return f"; some from earlier runs ({', '.join(dates)})" if dates else ""
 

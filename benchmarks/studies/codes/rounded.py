@@ -1,4 +1,4 @@
-"""Another way to choose between the two points of a code that are next to a number."""
+"""A code with another way to round: always up, or dithered so that the mean is right."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from benchmarks.studies.codes.code import Code
 
 
 class Rounded(Code):
-    """Another code without a sign, but for the choice between the two code points around a number.
+    """A code without a sign that chooses in another way between the two points next to a number.
 
-    ``up`` takes the larger one. ``dithered`` takes the larger one in as many of all steps as make
-    the mean right: in each, a threshold between 0 and 1 is compared with the number's place between
-    the two code points. ``dithered roots`` goes by the place of its root between theirs, for which
-    the threshold is only added before the root is rounded down.
+    ``up`` takes the larger one. ``dithered`` takes the larger one in such a share of the steps that
+    the mean is right: in each step, a threshold between 0 and 1 is compared with the number's place
+    between the two points. ``dithered roots`` goes by the place of the number's root between their
+    roots: the threshold is added before the root is rounded down.
 
-    Thresholds are a sequence in two dimensions with low discrepancy, of position and step: the
-    fractional parts of multiples of 1/g and 1/g^2, g^3 = g + 1. A sum of 32-bit integers makes one.
+    Thresholds are a low-discrepancy sequence in two dimensions, position and step: the fractional
+    parts of multiples of 1/g and 1/g^2, where g^3 = g + 1. A sum of 32-bit integers makes one.
     """
 
     NOTES = {
@@ -37,7 +37,7 @@ class Rounded(Code):
         return Rounded(self.code, self.how)
 
     def thresholds(self, ratio: Tensor) -> Tensor:
-        """From 0 to 1, for all positions; others in each call."""
+        """Numbers from 0 to 1, one for each position, new ones in each call."""
         self.step += 1
         position = torch.arange(ratio.numel(), dtype=torch.int64)
         mixed = position * 0xC13FA9A9 + self.step * 0x91E10DA5
@@ -62,6 +62,6 @@ class Rounded(Code):
         return self.code.ratio(codes)
 
     def bound(self, ratio: Tensor) -> Tensor:
-        """Less than the distance of the neighbours, which is at most twice the bound at either."""
+        """The distance of the two points: at most twice the other code's bound at either."""
         bound = self.code.bound(ratio)
         return 2 * torch.maximum(bound, self.code.bound((ratio + 2 * bound).clamp(max=1)))

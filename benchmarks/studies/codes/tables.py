@@ -1,4 +1,4 @@
-"""Rows and tables: errors of states and of updates, and losses of trainings."""
+"""The tables of the study: errors of states and of updates, and losses of trainings."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def error_rows(results: Json) -> list[list[str]]:
 
 
 def percent(share: float) -> str:
-    """With three digits; 0% only for zero."""
+    """With three digits, large ones as a factor; 0% is exactly zero."""
     return "0%" if share == 0 else f"{100 * share:.3g}%" if abs(share) < 10 else f"{share:.2g}x"
 
 
