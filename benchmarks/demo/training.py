@@ -1,6 +1,6 @@
 """Train one task with several optimizer implementations in lockstep, and time their steps.
 
-All runs of a task start from the same weights and see the same batches; step n of each is done
+All trainings of a task start from the same weights and see the same batches; step n of each is done
 before step n + 1 of any. So every implementation meets the same state of the machine, and every
 timed optimizer step follows a real backward pass.
 """
@@ -36,7 +36,7 @@ WARM_UP = 10  # steps at the start, where states are made: left out of the step 
 ALLOWANCE = 10  # losses may differ by so many times what the moved weights make of them
 
 
-class Run:
+class Training:
     """One training of a copy of a task's model, with its losses and times.
 
     Attributes:
@@ -85,18 +85,18 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """All runs of a task.
+    """All trainings of a task.
 
     Attributes:
         task: what was trained.
-        runs: one by each implementation, by name.
+        trainings: one by each implementation, by name.
         scores: the task's score of each, by name.
         reference: the torch.optim implementation whose losses the others are compared with.
         allowed: the difference of losses that is put down to rounding.
     """
 
     task: Task
-    runs: dict[str, Run]
+    trainings: dict[str, Training]
     scores: dict[str, float]
     reference: str
     allowed: float
@@ -104,15 +104,15 @@ class Result:
     @property
     def fastest_torch(self) -> str:
         """The torch.optim implementation with the shortest median step."""
-        names = [name for name in self.runs if name not in (OURS, OURS_FLAT)]
-        return min(names, key=lambda name: self.runs[name].step_median)
+        names = [name for name in self.trainings if name not in (OURS, OURS_FLAT)]
+        return min(names, key=lambda name: self.trainings[name].step_median)
 
     def difference(self, name: str) -> float:
-        """The largest difference of a run's losses from the reference's; NaN if there is one."""
-        return largest_difference(self.runs[name], self.runs[self.reference])
+        """The largest difference of one's losses from the reference's; NaN if any loss is."""
+        return largest_difference(self.trainings[name], self.trainings[self.reference])
 
     def agrees(self, name: str) -> bool:
-        """Whether a run's losses are the reference's up to rounding."""
+        """Whether a training's losses are the reference's up to rounding."""
         return self.difference(name) <= self.allowed  # false for NaN
 
 
@@ -120,26 +120,27 @@ def train(task: Task, steps: int) -> Result:
     """Train the task with every implementation.
 
     How far may two correct implementations drift apart? Each rounds in its own way, and training
-    amplifies the differences. One more run measures by how much: the reference again, from weights
-    moved by one rounding. ``ALLOWANCE`` times its largest difference is allowed. Small mistakes are
-    far beyond that: AdamW with eps 1e-7 for 1e-8, or beta2 0.9901 for 0.99, was over 100 times off.
+    amplifies the differences. One more training measures by how much: the reference again, from
+    weights moved by one rounding. ``ALLOWANCE`` times its largest difference is allowed. Small
+    mistakes are far beyond that: AdamW with eps 1e-7 for 1e-8, or beta2 0.9901 for 0.99, was over
+    100 times off.
     """
     names = [name for name in IMPLEMENTATIONS if task.torch_fused or name != FUSED]
     reference = FUSED if task.torch_fused else FOREACH
-    runs = {name: Run(task, name, steps) for name in names}
-    nudged = Run(task, reference, steps, nudged=True)
+    trainings = {name: Training(task, name, steps) for name in names}
+    nudged = Training(task, reference, steps, nudged=True)
     batches = islice(task.batches, steps)
     for batch in tqdm(batches, task.name, steps, leave=False, mininterval=1, unit="step"):
-        for run in (*runs.values(), nudged):
-            run.step(batch)
+        for training in (*trainings.values(), nudged):
+            training.step(batch)
     with torch.no_grad():
-        scores = {name: task.score(run.model) for name, run in runs.items()}
-    allowed = ALLOWANCE * largest_difference(nudged, runs[reference])
-    return Result(task, runs, scores, reference, allowed)
+        scores = {name: task.score(training.model) for name, training in trainings.items()}
+    allowed = ALLOWANCE * largest_difference(nudged, trainings[reference])
+    return Result(task, trainings, scores, reference, allowed)
 
 
-def largest_difference(a: Run, b: Run) -> float:
-    """The largest difference of two runs' losses at the same step; NaN if any loss is."""
+def largest_difference(a: Training, b: Training) -> float:
+    """The largest difference of two trainings' losses at the same step; NaN if any loss is."""
     return (torch.tensor(a.losses) - torch.tensor(b.losses)).abs().max().item()
 
 
