@@ -172,7 +172,10 @@ setup(
     ext_modules=[
         cpp_extension.CppExtension(
             "fusedopt._C",
-            ["csrc/bindings/module.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))],
+            [
+                "csrc/bindings/module.cpp",
+                *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
+            ],
             depends=HEADERS,
             extra_compile_args={"cxx": ["-std=c++20", *HOST_FLAGS]},
             extra_link_args=["-fopenmp"],
