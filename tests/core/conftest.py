@@ -1,3 +1,5 @@
+"""What the tests of the core share: the core itself, and builds of it with faults."""
+
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
