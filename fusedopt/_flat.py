@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedopt._extension import _C
-from fusedopt._memory import check_overlap
+from fusedopt._overlap import check_overlap
 
 
 class Slot(NamedTuple):

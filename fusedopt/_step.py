@@ -14,8 +14,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from fusedopt._extension import _C
 from fusedopt._flat import FlatBuffer, FlatParameters, find_buffer
-from fusedopt._memory import check_overlap
-from fusedopt._state import OptimizerState, plain
+from fusedopt._overlap import check_overlap
 from fusedopt._storage import (
     CODE,
     MASTER,
@@ -35,6 +34,7 @@ from fusedopt._storage import (
     split,
     storage_of,
 )
+from fusedopt._watched_state import OptimizerState, plain
 
 _COMBINATIONS = _C.combinations()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedopt._extension import _C
-from fusedopt._memory import is_dense
+from fusedopt._overlap import is_dense
 
 BLOCK: int = _C.block
 """Elements that share a scale."""
