@@ -26,7 +26,7 @@ __all__ = [
     "memory_report",
 ]
 
-# Pickles of version 0.1 name classes by the modules that these were then.
+# Pickles of version 0.1 name the modules that classes were in then. Now they name the package.
 for _name, _module in {
     "fusedopt.adam": adam,
     "fusedopt.rmsprop": rmsprop,

@@ -128,6 +128,8 @@ class FlatParameters:
     Keep the object as long as the parameters are in use: it is what keeps the layout known.
     """
 
+    __module__ = "fusedopt"
+
     def __init__(
         self,
         params: nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]],

@@ -55,6 +55,8 @@ class MemoryReport:
             parameter.
     """
 
+    __module__ = "fusedopt"
+
     groups: tuple[Memory, ...]
     total: Memory
     alternatives: dict[str, int] = field(default_factory=dict)

@@ -1,6 +1,8 @@
-"""Pickles of whole optimizers: those of version 0.1.0 load, and step on to the same bits."""
+"""Pickles of optimizers: those of version 0.1.0 step on, and new ones name no file of ours."""
 
 import copy
+import importlib
+import inspect
 import pickle
 from pathlib import Path
 from typing import Any
@@ -70,3 +72,27 @@ def test_steps_on_to_the_same_bits(name: str, way: str, again: str | None) -> No
 def test_a_memory_report() -> None:
     report, text = pickle.loads((OLD / "memory_report.pickle").read_bytes())
     assert type(report) is fusedopt.MemoryReport and str(report) == text
+
+
+PUBLIC = [value for name in fusedopt.__all__ if inspect.isclass(value := getattr(fusedopt, name))]
+
+
+@pytest.mark.parametrize("cls", PUBLIC, ids=lambda cls: cls.__name__)
+def test_new_pickles_name_the_package(cls: type) -> None:
+    assert pickle.dumps(cls, protocol=0).split()[:2] == [b"cfusedopt", cls.__name__.encode()]
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("adam", ["Adam", "AdamW"]),
+        ("rmsprop", ["RMSprop"]),
+        ("sgd", ["SGD"]),
+        ("_flat", ["FlatParameters"]),
+        ("_report", ["MemoryReport"]),
+    ],
+)
+def test_old_names_of_modules(module: str, names: list[str]) -> None:
+    found = importlib.import_module(f"fusedopt.{module}")
+    for name in names:
+        assert getattr(found, name) is getattr(fusedopt, name)

@@ -64,6 +64,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
     See docs/precision.md for state_dtype, master_bits and rounding, and the keys that they add.
     """
 
+    __module__ = "fusedopt"
     _rule = "adam"
 
     def __init__(
@@ -120,6 +121,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
     default.
     """
 
+    __module__ = "fusedopt"
     _rule = "adam"
 
     def __init__(

@@ -63,6 +63,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     See docs/precision.md for state_dtype, master_bits and rounding, and the keys that they add.
     """
 
+    __module__ = "fusedopt"
     _rule = "rmsprop"
     _unsafe_in_int8 = {
         "centered": "square_avg - grad_avg^2 is a small difference, of which codes leave nothing"

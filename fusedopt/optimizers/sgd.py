@@ -59,6 +59,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     See docs/precision.md for state_dtype, master_bits and rounding, and the keys that they add.
     """
 
+    __module__ = "fusedopt"
     _rule = "sgd"
 
     def __init__(
