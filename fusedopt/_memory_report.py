@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt._step import FusedOptimizer
+from fusedopt._optimizer import FusedOptimizer
 from fusedopt._storage import MASTERS
 
 CHOICES: dict[str, dict[str, Any]] = {

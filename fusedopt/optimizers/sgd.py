@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fusedopt._step import FusedOptimizer
+from fusedopt._optimizer import FusedOptimizer
 from fusedopt._storage import storage_options
 
 
