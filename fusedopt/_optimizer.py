@@ -12,9 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from fusedopt._checkpoint import check_scales, lacking_in
+from fusedopt._codes import order_of
 from fusedopt._extension import _C
 from fusedopt._flat import FlatBuffer, FlatParameters, find_buffer
+from fusedopt._masters import master_of, split
 from fusedopt._overlap import check_overlap
+from fusedopt._states import check_part, convert
 from fusedopt._storage import (
     CODE,
     MASTER,
@@ -22,16 +26,9 @@ from fusedopt._storage import (
     ORDER,
     REMAINDER,
     Storage,
-    check_part,
-    check_scales,
-    convert,
     is_part,
-    lacking_in,
     layout_of,
-    master_of,
-    order_of,
     related,
-    split,
     storage_of,
 )
 from fusedopt._watched_state import OptimizerState, plain
