@@ -15,7 +15,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from fusedopt._checkpoint import check_scales, lacking_in
 from fusedopt._codes import order_of
 from fusedopt._extension import _C
-from fusedopt._flat import FlatBuffer, FlatParameters, find_buffer
+from fusedopt._flat import FlatGradients, FlatParameters, are_flat, find_buffer
 from fusedopt._masters import master_of, split
 from fusedopt._overlap import check_overlap
 from fusedopt._states import check_part, convert
@@ -58,7 +58,7 @@ class FusedOptimizer(Optimizer):
     _plan_state: OptimizerState | None = None  # the state, and its count of changes, of the plan
     _plan_changes = -1
     _flats: tuple[FlatParameters, ...] = ()
-    _flat_gradients: tuple[list[FlatBuffer], list[tuple[Tensor, FlatBuffer]], bool] | None = None
+    _flat_gradients: FlatGradients | None = None  # None: not known yet
     _warned_detached = False
     _loading: Mapping[Any, Any] | None = None  # the states that load_state_dict is about to set
     _own_defaults: Mapping[str, Any] = {}
@@ -108,25 +108,12 @@ class FusedOptimizer(Optimizer):
                 )
             _C.state_names(type(self).__name__, self._rule, added, group)  # reads all options
             self._check_params([group])
-            if self._flat and not self._are_flat(added["params"]):
+            if self._flat and not are_flat(added["params"], type(self).__name__):
                 self._flats += (FlatParameters(added["params"], gradients=True),)
         except Exception:
             self.param_groups.pop()
             raise
         self._plan = None
-
-    def _are_flat(self, params: list[Tensor]) -> bool:
-        """Whether flat=True finds the parameters in flat buffers with flat gradients already."""
-        buffers = [find_buffer(param) for param in params]
-        held = [b is not None and b.holds(p) for b, p in zip(buffers, params, strict=True)]
-        flat = [b is not None and b.holds_gradient(p) for b, p in zip(buffers, params, strict=True)]
-        if any(held) and not all(flat):
-            raise ValueError(
-                f"{type(self).__name__}: flat=True, but some of the parameters are in "
-                "FlatParameters already, with others that are not, or without gradients; make one "
-                "FlatParameters(..., gradients=True) of all of them instead"
-            )
-        return all(flat)
 
     def _check_params(self, groups: Iterable[int]) -> None:
         params: dict[int, tuple[Tensor, str]] = {}
@@ -790,35 +777,17 @@ class FusedOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients; flat ones are filled with zero and stay, whatever set_to_none."""
         if self._flat_gradients is None:
-            self._flat_gradients = self._find_flat_gradients()
-        buffers, shared, everything = self._flat_gradients
-        if not everything:
+            self._flat_gradients = FlatGradients.of(p for _, p, _ in self._named_params())
+        flat = self._flat_gradients
+        if not flat.are_all:
             super().zero_grad(set_to_none)
-        if not buffers and not shared:
+        if not flat.buffers and not flat.shared:
             return
         with torch.autograd.profiler.record_function(self._zero_grad_profile_name):
-            intact = [buffer.zero_grad() for buffer in buffers]
-            for param, buffer in shared:
-                buffer.zero_grad_of(param)
-        if not all(intact):
+            intact = flat.zero()
+        if not intact:
             self._flat_gradients = None
             self.zero_grad(set_to_none)
-
-    def _find_flat_gradients(
-        self,
-    ) -> tuple[list[FlatBuffer], list[tuple[Tensor, FlatBuffer]], bool]:
-        """Flat buffers of this optimizer alone; parameters in others; whether these are all."""
-        mine = {id(param): param for _, param, _ in self._named_params()}
-        found = {key: find_buffer(param) for key, param in mine.items()}
-        flat = {
-            key: buffer
-            for key, buffer in found.items()
-            if buffer is not None and buffer.holds_gradient(mine[key])
-        }
-        distinct = {id(buffer): buffer for buffer in flat.values()}
-        own = {key: b for key, b in distinct.items() if all(flat.get(p) is b for p in b.slots)}
-        shared = [(mine[key], b) for key, b in flat.items() if id(b) not in own]
-        return list(own.values()), shared, len(flat) == len(mine)
 
 
 def _values(counts: Mapping[int, Tensor]) -> dict[int, float]:
