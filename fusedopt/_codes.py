@@ -20,18 +20,25 @@ def order_of(param: Tensor) -> Tensor | None:
     return None if layout.is_contiguous() else torch.tensor(layout.stride())
 
 
-def encode(value: Tensor, param: Tensor, square: bool) -> tuple[Tensor, Tensor]:
+def is_same_order(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return bool((a.cpu() == b.cpu()).all())
+
+
+def encode(value: Tensor, param: Tensor, never_negative: bool) -> tuple[Tensor, Tensor]:
     """Codes and scales of a state, on the CPU."""
     laid = torch.empty_strided(param.shape, layout_of(param).stride(), dtype=torch.float32)
     laid.copy_(value.detach())
-    return _C.encode(in_memory_order(laid).contiguous(), square)
+    return _C.encode(in_memory_order(laid).contiguous(), never_negative)
 
 
 def decode(
-    codes: Tensor, scales: Tensor, order: Tensor | None, param: Tensor, square: bool
+    codes: Tensor, scales: Tensor, order: Tensor | None, param: Tensor, never_negative: bool
 ) -> Tensor:
     """A state in float32, on the CPU."""
-    flat = _C.decode(codes.cpu().contiguous(), scales.cpu().contiguous(), param.numel(), square)
+    codes, scales = codes.cpu().contiguous(), scales.cpu().contiguous()
+    flat = _C.decode(codes, scales, param.numel(), never_negative)
     if order is None:
         return flat.view(param.shape)
     return flat.as_strided(param.shape, order.tolist())

@@ -1,7 +1,8 @@
-"""How a parameter and its states are stored: dtypes, codes of one byte, master weights."""
+"""What a group's options mean for how a parameter and its states are stored."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -13,16 +14,33 @@ from fusedopt._overlap import is_dense
 BLOCK: int = _C.block
 """Elements that share a scale."""
 
-CODE, SCALE, REMAINDER, MASTER, ORDER = (
-    "_code",
-    "_scale",
-    "master_remainder",
-    "master",
-    "code_stride",
+# What the keys of a state are made of, besides the names that a rule gives its states.
+CODE = "_code"  # behind a name: that state in codes
+SCALE = "_scale"  # behind a name: the scales of the codes
+ORDER = (
+    "code_stride"  # the strides whose order the codes are in, where these are not the usual ones
 )
+REMAINDER = "master_remainder"  # beside a bfloat16 parameter
+MASTER = "master"  # beside a float16 parameter
 MASTERS = frozenset({REMAINDER, MASTER})
-_COMBINATIONS = _C.combinations()
+
 REMAINDERS = {32: torch.int16, 24: torch.int8}
+"""The dtype of remainders, by the bits of the master."""
+
+# What a storage puts in place of a rule's states, or beside them, and the dtypes that it may have.
+PARTS: Mapping[str, tuple[torch.dtype, ...]] = {
+    CODE: (torch.uint8,),
+    SCALE: (torch.float32,),
+    ORDER: (torch.int64,),
+    REMAINDER: tuple(REMAINDERS.values()),
+    MASTER: (torch.float32,),
+}
+
+COMBINATIONS = _C.combinations()
+"""The dtypes of parameter, gradient and states that there are kernels for."""
+
+# A checkpoint changes none of these: how an optimizer stores things is its own choice.
+OWN_OPTIONS = ("state_dtype", "min_8bit_size", "master_bits", "rounding")
 
 
 def storage_options(
@@ -32,7 +50,7 @@ def storage_options(
     rounding: str,
     seed: int,
 ) -> dict[str, Any]:
-    """What a parameter group says of storage. A checkpoint changes none of it but the seed."""
+    """What a parameter group says of storage."""
     return {
         "state_dtype": state_dtype,
         "min_8bit_size": min_8bit_size,
@@ -49,6 +67,10 @@ class Spec:
     dtype: torch.dtype
     shape: tuple[int, ...] | None = None
 
+    def bytes_for(self, param: Tensor) -> int:
+        elements = param.numel() if self.shape is None else prod(self.shape)
+        return elements * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class Storage:
@@ -64,37 +86,53 @@ class Storage:
     master_bits: int
     stochastic: bool
 
+    @property
+    def codes(self) -> bool:
+        return self.state == torch.uint8
+
     def keys(self, names: tuple[str, ...], param: Tensor) -> tuple[str, ...]:
         """The keys of a state, of which ``names`` are the rule's, in the order of a plan."""
         keys: list[str] = ["step"] if self.stochastic or "step" in names else []
         for name in names:
             if name != "step":
-                keys += [name] if self.state != torch.uint8 else [name + CODE, name + SCALE]
+                keys += [name + CODE, name + SCALE] if self.codes else [name]
         if self.master_bits:
-            keys.append(REMAINDER if param.dtype == torch.bfloat16 else MASTER)
+            keys.append(master_key(param))
         return tuple(keys)
 
     def spec(self, key: str, param: Tensor) -> Spec:
         """What the tensor of a key has to be."""
-        if key.endswith(CODE):
-            return Spec(torch.uint8, shape_of(key, param))
-        if key.endswith(SCALE):
-            return Spec(torch.float32, shape_of(key, param))
-        if key == REMAINDER:
-            return Spec(REMAINDERS.get(self.master_bits, torch.int16))
-        if key == MASTER:
-            return Spec(torch.float32)
-        return Spec(self.state.to_complex() if param.is_complex() else self.state)
+        part = part_of(key)
+        if key == "step":
+            return Spec(torch.float32, ())
+        if part is None:
+            return Spec(self.state.to_complex() if param.is_complex() else self.state)
+        if part in MASTERS:
+            return Spec(REMAINDERS[self.master_bits] if part == REMAINDER else torch.float32)
+        return Spec(PARTS[part][0], shape_of(key, param))
+
+
+def master_key(param: Tensor) -> str:
+    """The key of what is stored for a parameter's master weights."""
+    return REMAINDER if param.dtype == torch.bfloat16 else MASTER
+
+
+def part_of(key: str) -> str | None:
+    """Which of a storage's own parts a key names; None for the name of a rule's state."""
+    if key in PARTS:
+        return key
+    return next((part for part in (CODE, SCALE) if key.endswith(part)), None)
 
 
 def shape_of(key: str, param: Tensor) -> tuple[int, ...]:
     """The shape of the tensor of a key, which for most is the parameter's."""
+    part = part_of(key)
     blocks = -(-param.numel() // BLOCK)
-    if key.endswith(CODE):
+    if part == CODE:
         return blocks, BLOCK
-    if key.endswith(SCALE):
+    if part == SCALE:
         return (blocks,)
-    return (param.dim(),) if key == ORDER else tuple(param.shape)
+    return (param.dim(),) if part == ORDER else tuple(param.shape)
 
 
 def layout_of(param: Tensor) -> Tensor:
@@ -103,11 +141,12 @@ def layout_of(param: Tensor) -> Tensor:
 
 
 def storage_of(
-    group: Mapping[str, Any], param: Tensor, what: str, unsafe: Mapping[str, str]
+    group: Mapping[str, Any], param: Tensor, numel: int, what: str, unsafe: Mapping[str, str]
 ) -> Storage:
     """What a group's options mean for a parameter.
 
     Args:
+        numel: how many elements the whole parameter has.
         what: optimizer and parameter, for errors.
         unsafe: options with which states must not be codes, and why.
 
@@ -126,7 +165,7 @@ def storage_of(
     wanted = group.get("state_dtype")
     if isinstance(wanted, str) and wanted == "int8":
         _check_codes(group, param, real, what, unsafe)
-        state = torch.float32 if param.numel() < smallest else torch.uint8
+        state = torch.float32 if numel < smallest else torch.uint8
     else:
         state = _float(wanted, param, real, what)
         if master_bits and state == torch.float16:
@@ -196,7 +235,7 @@ def _check_codes(
 def _float(wanted: Any, param: Tensor, real: torch.dtype, what: str) -> torch.dtype:
     default = torch.float64 if real == torch.float64 else torch.float32
     dtype = default if wanted is None else wanted
-    accepted = dict.fromkeys(s for p, _, s in _COMBINATIONS if p == real)
+    accepted = dict.fromkeys(s for p, _, s in COMBINATIONS if p == real)
     if real == torch.float32 and not param.is_complex():
         accepted[torch.bfloat16] = None
     if not isinstance(dtype, torch.dtype) or dtype not in accepted:
@@ -208,17 +247,12 @@ def _float(wanted: Any, param: Tensor, real: torch.dtype, what: str) -> torch.dt
     return dtype
 
 
-def is_part(key: str) -> bool:
-    """Whether a key is one of a storage's own, and not the name of a rule's state."""
-    return key in MASTERS | {ORDER} or key.endswith((CODE, SCALE))
-
-
 def related(keys: Iterable[str]) -> set[str]:
     """These keys of a state, and all that a state of another storage would have in their place."""
     result = {*MASTERS, ORDER}
     for key in keys:
         result.add(key)
-        if key != "step" and key not in MASTERS | {ORDER}:
+        if key != "step" and key not in PARTS:
             name = key.removesuffix(CODE).removesuffix(SCALE)
             result |= {name, name + CODE, name + SCALE}
     return result

@@ -104,7 +104,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             "decoupled_weight_decay": decoupled_weight_decay,
         }
         options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
-        self._init(options, flat, max_grad_norm, differentiable, args)
+        self._init(options, flat, max_grad_norm, args, differentiable)
 
 
 class AdamW(FusedOptimizer, torch.optim.AdamW):
@@ -159,4 +159,4 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
             "fused": fused,
         }
         options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
-        self._init(options, flat, max_grad_norm, differentiable, args)
+        self._init(options, flat, max_grad_norm, args, differentiable)

@@ -106,4 +106,4 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         }
         options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
         options["eps_inside_sqrt"] = eps_inside_sqrt
-        self._init(options, flat, max_grad_norm, differentiable, args)
+        self._init(options, flat, max_grad_norm, args, differentiable)

@@ -97,4 +97,4 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         }
         options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
         options["capturable"] = capturable
-        self._init(options, flat, max_grad_norm, differentiable, args)
+        self._init(options, flat, max_grad_norm, args, differentiable)
