@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fusedopt._step import FusedOptimizer
+from fusedopt._optimizer import FusedOptimizer
 from fusedopt._storage import storage_options
 
 
@@ -63,6 +63,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     See docs/precision.md for state_dtype, master_bits and rounding, and the keys that they add.
     """
 
+    __module__ = "fusedopt"
     _rule = "rmsprop"
     _unsafe_in_int8 = {
         "centered": "square_avg - grad_avg^2 is a small difference, of which codes leave nothing"
@@ -105,4 +106,4 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         }
         options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
         options["eps_inside_sqrt"] = eps_inside_sqrt
-        self._init(options, flat, max_grad_norm, differentiable, args)
+        self._init(options, flat, max_grad_norm, args, differentiable)

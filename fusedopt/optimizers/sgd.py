@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fusedopt._step import FusedOptimizer
+from fusedopt._optimizer import FusedOptimizer
 from fusedopt._storage import storage_options
 
 
@@ -59,6 +59,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     See docs/precision.md for state_dtype, master_bits and rounding, and the keys that they add.
     """
 
+    __module__ = "fusedopt"
     _rule = "sgd"
 
     def __init__(
@@ -96,4 +97,4 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         }
         options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
         options["capturable"] = capturable
-        self._init(options, flat, max_grad_norm, differentiable, args)
+        self._init(options, flat, max_grad_norm, args, differentiable)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fusedopt._step import FusedOptimizer
+from fusedopt._optimizer import FusedOptimizer
 from fusedopt._storage import storage_options
 
 
@@ -64,6 +64,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
     See docs/precision.md for state_dtype, master_bits and rounding, and the keys that they add.
     """
 
+    __module__ = "fusedopt"
     _rule = "adam"
 
     def __init__(
@@ -103,7 +104,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             "decoupled_weight_decay": decoupled_weight_decay,
         }
         options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
-        self._init(options, flat, max_grad_norm, differentiable, args)
+        self._init(options, flat, max_grad_norm, args, differentiable)
 
 
 class AdamW(FusedOptimizer, torch.optim.AdamW):
@@ -120,6 +121,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
     default.
     """
 
+    __module__ = "fusedopt"
     _rule = "adam"
 
     def __init__(
@@ -157,4 +159,4 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
             "fused": fused,
         }
         options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
-        self._init(options, flat, max_grad_norm, differentiable, args)
+        self._init(options, flat, max_grad_norm, args, differentiable)

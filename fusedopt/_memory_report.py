@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt._step import FusedOptimizer
+from fusedopt._members import list_members
+from fusedopt._optimizer import FusedOptimizer
 from fusedopt._storage import MASTERS
 
 CHOICES: dict[str, dict[str, Any]] = {
@@ -54,6 +55,8 @@ class MemoryReport:
         alternatives: what all would take, by the choice; of the choices that are possible for every
             parameter.
     """
+
+    __module__ = "fusedopt"
 
     groups: tuple[Memory, ...]
     total: Memory
@@ -132,13 +135,11 @@ def _bytes_beside(optimizer: FusedOptimizer, options: dict[str, Any]) -> int | N
     """Of states and masters with these options; None where some parameter cannot have them."""
     choice = {"state_dtype": None, "master_bits": None, "rounding": "nearest"} | options
     total = 0
-    seen: set[int] = set()
     try:
-        for param, specs in optimizer._specs(choice):
-            if id(param) in seen:
-                continue
-            seen.add(id(param))
-            total += sum(size * dtype.itemsize for size, dtype in specs)
+        groups = optimizer._groups([{**group, **choice} for group in optimizer.param_groups])
+        for member in list_members(groups):
+            if not member.duplicate:
+                total += sum(member.spec(key).bytes_for(member.local) for key in member.keys)
     except (TypeError, ValueError):
         return None
     return total
