@@ -213,23 +213,23 @@ def add_member(
         first_count: of its steps on the device, where its state has none.
         lineage: a number that it shares with those that have taken the same steps on the device.
     """
-    storage = _C.Storage(
-        member.storage.state,
-        member.storage.master_bits,
-        member.storage.stochastic,
-        "step" in member.keys,
-        member.group.options.get("seed", 0),
-        member.ordinal,
-    )
     plan.add(
-        member.param,
-        member.name,
-        member.duplicate,
-        states,
-        first,
-        flat_grad,
-        storage,
-        member.counts_on_device,
-        first_count,
-        lineage,
+        _C.Member(
+            param=member.param,
+            local=member.local,
+            name=member.name,
+            duplicate=member.duplicate,
+            states=states,
+            first=first,
+            flat_grad=flat_grad,
+            state_type=member.storage.state,
+            master_bits=member.storage.master_bits,
+            stochastic=member.storage.stochastic,
+            counts_steps="step" in member.keys,
+            seed=member.group.options.get("seed", 0),
+            ordinal=member.ordinal,
+            on_device=member.counts_on_device,
+            first_count=first_count,
+            lineage=lineage,
+        )
     )

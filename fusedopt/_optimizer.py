@@ -282,10 +282,10 @@ class FusedOptimizer(Optimizer):
         make_first_counts(self._first_counts, members, new)
         lineage = lineages(self.state, self._first_counts, members, self._workspace.captured)
 
-        plan = _C.Plan(type(self).__name__, self._rule, self._workspace)
+        plan = _C.Plan(type(self).__name__, self._workspace)
         remaining = iter(members)
         for group in groups:
-            plan.add_group(group.options, bool(group.options.get("capturable")))
+            plan.add_group(group.rule, group.options, bool(group.options.get("capturable")))
             for member in islice(remaining, len(group.params)):
                 param, keys = member.param, member.keys
                 values = self.state.get(param, {})

@@ -16,6 +16,10 @@ def rule_info(rule: str) -> "RuleInfo":
     return _C.rules()[rule]
 
 
+def is_never_negative(rule: str, name: str) -> bool:
+    return rule_info(rule)["kinds"].get(name) == "average_of_squares"
+
+
 def state_keys(rules: Iterable[str]) -> set[str]:
     """All keys that states have by these rules, whatever the options and the storage."""
     variants = [names for rule in rules for names in rule_info(rule)["variants"]]

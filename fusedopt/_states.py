@@ -1,5 +1,6 @@
 """States of members: made, checked, and brought into the form in which a step walks over them."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from fusedopt._codes import decode, encode, is_same_order, order_of
 from fusedopt._extension import _C
 from fusedopt._masters import convert_master
 from fusedopt._members import Member
-from fusedopt._rules import rule_info
+from fusedopt._rules import is_never_negative, rule_info
 from fusedopt._storage import (
     CODE,
     MASTERS,
@@ -51,7 +52,8 @@ def complete_states(
         present = {k: values[k] for k in keys if k in values}
         wanted[param] = {k: v for k, v in present.items() if not fits(member, k, v)}
         if id(param) in new:
-            wanted[param].update({k: None for k in keys if k not in present})
+            begun = convert(initial_state(member), member)
+            wanted[param].update({k: begun.get(k) for k in keys if k not in present})
             has_codes = any(part_of(key) == CODE for key in keys)
             if has_codes and (order := order_of(member.local)) is not None:
                 wanted[param][ORDER] = order
@@ -60,15 +62,23 @@ def complete_states(
             state[param] = {**state.get(param, {}), **values}
 
 
-def initial_value(member: Member, key: str) -> Tensor | float:
-    """What the tensor of a key begins with: zero, for all rules."""
-    return 0.0
+def initial_state(member: Member) -> dict[str, Tensor]:
+    """The states, by the rule's names, that begin with something other than zero."""
+    made: dict[str, Tensor] = {}
+    for name in member.names:
+        beginning = rule_info(member.rule)["beginnings"].get(name, "zero")
+        if beginning == "parameter":
+            made[name] = member.local.detach().clone()
+        elif beginning != "zero":
+            value = float(member.group.options[beginning])
+            made[name] = torch.full_like(member.local, value, requires_grad=False)
+    return made
 
 
 def allocate(
     members: Sequence[Member], wanted: Mapping[Tensor, Mapping[str, Any]]
 ) -> dict[Tensor, dict[str, Any]]:
-    """State tensors for these parameters and keys, with the values given (None: as they begin).
+    """State tensors for these parameters and keys, with the values given (None: zero).
 
     Those of one key lie in one buffer per device and dtype, in the order of the parameters.
     """
@@ -77,25 +87,21 @@ def allocate(
     for member in members:
         if member.duplicate:
             continue
-        for key, value in wanted.get(member.param, {}).items():
+        for key in wanted.get(member.param, {}):
             if key == ORDER:
                 continue
-            if value is None:
-                made[member.param][key] = initial_value(member, key)
             # One buffer per dtype of the parameters, so that it has the layout of theirs.
             kind = key, home_of(member, key), member.spec(key).dtype, member.local.dtype
             together.setdefault(kind, []).append(member)
     for (key, device, dtype, _), alike in together.items():
         values = [made[member.param][key] for member in alike]
         if key == "step":
-            tensors = _C.flat_steps([float(value) for value in values], device)
+            tensors = _C.flat_steps([float(value or 0) for value in values], device)
         else:
             _, tensors = _C.flat_tensors([_like(member, key) for member in alike], dtype)
         for member, value, tensor in zip(alike, values, tensors, strict=True):
-            if key != "step" and isinstance(value, Tensor):
+            if key != "step" and value is not None:
                 tensor.copy_(value.detach())
-            elif key != "step" and value != 0:
-                tensor.fill_(value)
             made[member.param][key] = tensor
     return made
 
@@ -199,7 +205,7 @@ def convert(values: Mapping[str, Any], member: Member) -> dict[str, Any]:
     not wanted is dropped, so that the parameter is the master rounded as it was.
     """
     local, codes = member.local, member.storage.codes
-    never_negative = rule_info(member.rule)["never_negative"]
+    squares = functools.partial(is_never_negative, member.rule)
     result = {k: v for k, v in values.items() if part_of(k) is None}
     order, old_order = order_of(local), values.get(ORDER)
     for name in dict.fromkeys(k.removesuffix(CODE) for k in values if part_of(k) == CODE):
@@ -210,10 +216,10 @@ def convert(values: Mapping[str, Any], member: Member) -> dict[str, Any]:
             result |= {name + CODE: code, name + SCALE: scale}
             result.pop(name, None)
         elif name not in result:
-            result[name] = decode(code, scale, old_order, local, name in never_negative)
+            result[name] = decode(code, scale, old_order, local, squares(name))
     if codes:
         for name in [k for k in result if part_of(k) is None and k != "step"]:
-            code, scale = encode(result.pop(name), local, name in never_negative)
+            code, scale = encode(result.pop(name), local, squares(name))
             result |= {name + CODE: code, name + SCALE: scale}
         if order is not None and any(part_of(k) == CODE for k in result):
             result[ORDER] = order

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,20 +20,31 @@ SCALE = "_scale"  # behind a name: the scales of the codes
 ORDER = (
     "code_stride"  # the strides whose order the codes are in, where these are not the usual ones
 )
-REMAINDER = "master_remainder"  # beside a bfloat16 parameter
-MASTER = "master"  # beside a float16 parameter
-MASTERS = frozenset({REMAINDER, MASTER})
 
-REMAINDERS = {32: torch.int16, 24: torch.int8}
-"""The dtype of remainders, by the bits of the master."""
+
+class ParamFormat(NamedTuple):
+    """A way of storing parameters, as the compiled module declares it."""
+
+    dtype: torch.dtype  # of the parameter
+    master_bits: int  # 0: there is no master
+    stochastic: bool  # whether the parameter is rounded at random
+    master_key: str  # of what is stored of the master; "" where there is none
+    master_dtype: torch.dtype  # of that; the parameter's where there is none
+
+
+PARAM_FORMATS = [ParamFormat(*declared) for declared in _C.param_formats()]
+WITH_MASTER = {(f.dtype, f.master_bits): f for f in PARAM_FORMATS if f.master_bits}
+MASTERS = frozenset(f.master_key for f in WITH_MASTER.values())
 
 # What a storage puts in place of a rule's states, or beside them, and the dtypes that it may have.
 PARTS: Mapping[str, tuple[torch.dtype, ...]] = {
     CODE: (torch.uint8,),
     SCALE: (torch.float32,),
     ORDER: (torch.int64,),
-    REMAINDER: tuple(REMAINDERS.values()),
-    MASTER: (torch.float32,),
+    **{
+        key: tuple(f.master_dtype for f in WITH_MASTER.values() if f.master_key == key)
+        for key in MASTERS
+    },
 }
 
 COMBINATIONS = _C.combinations()
@@ -108,13 +119,13 @@ class Storage:
         if part is None:
             return Spec(self.state.to_complex() if param.is_complex() else self.state)
         if part in MASTERS:
-            return Spec(REMAINDERS[self.master_bits] if part == REMAINDER else torch.float32)
+            return Spec(WITH_MASTER[param.dtype, self.master_bits].master_dtype)
         return Spec(PARTS[part][0], shape_of(key, param))
 
 
 def master_key(param: Tensor) -> str:
     """The key of what is stored for a parameter's master weights."""
-    return REMAINDER if param.dtype == torch.bfloat16 else MASTER
+    return next(f.master_key for f in WITH_MASTER.values() if f.dtype == param.dtype)
 
 
 def part_of(key: str) -> str | None:
@@ -179,14 +190,14 @@ def storage_of(
 def _master_bits(wanted: Any, param: Tensor, real: torch.dtype, what: str) -> int:
     if wanted is None:
         return 0
-    if not isinstance(wanted, int) or wanted not in (24, 32):
+    if not isinstance(wanted, int) or wanted not in {bits for _, bits in WITH_MASTER}:
         raise ValueError(f"{what}: master_bits={wanted!r}; expected None, 32 or 24")
-    if param.is_complex() or real not in (torch.bfloat16, torch.float16):
+    if param.is_complex() or real not in {dtype for dtype, _ in WITH_MASTER}:
         raise ValueError(
             f"{what}: master_bits={wanted} for a parameter of dtype {param.dtype}, which is as "
             "exact as its master would be; put it into a group with master_bits=None"
         )
-    if real == torch.float16 and wanted != 32:
+    if (real, wanted) not in WITH_MASTER:
         raise ValueError(
             f"{what}: master_bits={wanted} for a float16 parameter, whose bits are not those of a "
             "float32; use master_bits=32"
@@ -204,7 +215,7 @@ def _stochastic(wanted: Any, master_bits: int, param: Tensor, what: str) -> bool
             f'{what}: rounding="stochastic" with master_bits={master_bits}: the master keeps what '
             "rounding cuts off; use one of the two"
         )
-    if param.dtype != torch.bfloat16:
+    if param.dtype not in {f.dtype for f in PARAM_FORMATS if f.stochastic}:
         raise ValueError(
             f'{what}: rounding="stochastic" for a parameter of dtype {param.dtype}; it is for '
             'bfloat16 ones: put this one into a group with rounding="nearest"'

@@ -39,6 +39,12 @@ at::Tensor on_cpu(const at::Tensor& tensor, at::ScalarType dtype) {
   return tensor.detach().to(at::kCPU, dtype).contiguous();
 }
 
+// Values in the order of a contiguous tensor, on the device and with the strides of another one.
+at::Tensor laid_like(const at::Tensor& like, const at::Tensor& values) {
+  if (like.is_contiguous()) return values.to(like.device());
+  return at::empty_like(like, like.options().dtype(values.scalar_type())).copy_(values);
+}
+
 // -- codes ---------------------------------------------------------------------------------------
 
 // A state in memory order, as a step would store it in codes, but each element rounded to nearest.
@@ -121,7 +127,7 @@ at::Tensor join_master(const at::Tensor& param, const at::Tensor& stored) {
       for (int64_t i = begin; i < end; ++i) to[i] = Format::decode(high[i], rest[i]);
     });
   });
-  return values.to(param.device());
+  return laid_like(param, values);
 }
 
 // A parameter of this dtype, and what is stored of its master, from master weights.
@@ -141,7 +147,7 @@ std::pair<at::Tensor, at::Tensor> split_master(const at::Tensor& master, at::Sca
       for (int64_t i = begin; i < end; ++i) Format::encode(from[i], high[i], rest[i]);
     });
   });
-  return {params.to(master.device()), stored.to(master.device())};
+  return {laid_like(master, params), laid_like(master, stored)};
 }
 
 // What makes a parameter, as it is, as nearly its master as it can; zero where it is another
@@ -163,7 +169,7 @@ at::Tensor remainder_of(const at::Tensor& master, const at::Tensor& param, int m
       });
     }
   });
-  return stored.to(param.device());
+  return laid_like(param, stored);
 }
 
 }  // namespace

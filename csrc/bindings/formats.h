@@ -17,8 +17,8 @@ struct ParamFormatInfo {
   at::ScalarType param;
   int master_bits;  // 0: no master
   bool stochastic;
-  const char* master_key;                // in a parameter's state
-  std::optional<at::ScalarType> master;  // the dtype of that
+  const char* master_key;  // in a parameter's state
+  at::ScalarType master;   // the dtype of that; the parameter's where there is none
 };
 
 template <class Element>
@@ -39,7 +39,8 @@ const std::vector<ParamFormatInfo>& param_formats() {
     for_each_type(ParamFormats{}, [&](auto format) {
       using Format = decltype(format);
       ParamFormatInfo info{scalar_type_of<typename Format::Param>(), Format::master_bits,
-                           Format::stochastic, Format::master_key, std::nullopt};
+                           Format::stochastic, Format::master_key,
+                           scalar_type_of<typename Format::Param>()};
       if constexpr (!std::is_same<typename Format::Master, NoMaster>::value)
         info.master = scalar_type_of<typename Format::Master>();
       made.push_back(info);

@@ -4,8 +4,6 @@
 // The Python module fusedopt._C: the one translation unit of this folder, which is the only one
 // that knows torch. It turns parameters and gradients into spans, and hands them to the core with a
 // stream or a parallel loop.
-#include "torch.h"  // first, as core/arithmetic.h makes errors of warnings
-
 #include "conversions.h"
 #include "flat.h"
 #include "plan.h"

@@ -20,8 +20,8 @@ static_assert(kBlock == 2 * kRandomPairs, "a block's random bits come from hashe
 // the block's first quarter, and so on. Thus bytes become lanes of 32 bits by shifts.
 constexpr int kWords = kBlock / 4;
 
-// How the elements of a span are stored. Where the span begins, there a parameter begins: blocks,
-// and elements in random numbers, are counted from there.
+// How the elements of a span are stored. It begins where a parameter begins: blocks, and elements
+// in random numbers, are counted from there.
 struct Coding {
   float* scales[kMaxStates];  // of the blocks, for states in codes
   void* master;               // the part of the master that is not in the parameter
@@ -39,9 +39,9 @@ FUSEDOPT_HD uint32_t canonical_bits(float value) {
 FUSEDOPT_HD uint32_t magnitude_bits(float value) { return float_to_bits(value) & 0x7fffffffu; }
 FUSEDOPT_HD float absolute(float value) { return bits_to_float(magnitude_bits(value)); }
 
-// The bfloat16 towards zero of a float32, or the one beyond it where the bits cut off and these 16
-// bits make a whole: at random for weights, dithered for averages of squares, which move by less
-// than half a distance in a step and would stay where they are.
+// Cuts a float32 to bfloat16 after adding 16 bits: it is rounded up where these and the bits cut
+// off carry. At random for weights; dithered for averages of squares, which change by less than
+// half a step and would never move.
 FUSEDOPT_HD bfloat16 cut_to_bfloat16(float value, uint32_t addend) {
   return {uint16_t((canonical_bits(value) + addend) >> 16)};  // nothing is carried out of a NaN
 }
@@ -182,11 +182,11 @@ constexpr uint8_t param_format = place_in<Format>(ParamFormats{});
 
 // -- states in codes -----------------------------------------------------------------------------
 
-// A code stands for a root, which is q / 128 with a sign or (q + 2) / 256 without, and thus for a
-// multiple of the block's scale. The root is that of a quarter of a float32's bits: equal to the
-// fourth root at powers of 16, straight lines in between. So it takes a shift, precision falls off
-// with magnitude as slowly as a fourth root's does, and dithering a root dithers what it stands
-// for, as there is a straight line between two roots. The offset is that of 2^n times the root.
+// A code stands for a root, q / 128 with a sign or (q + 2) / 256 without, of a multiple of the
+// block's scale. In place of a fourth root it is a quarter of a float32's bits (less an offset):
+// straight lines with a bend at each power of two. So it takes a shift, and small numbers lose
+// precision as slowly as with a fourth root. Between two codes a number and its root have the same
+// relative place, so dithering one dithers the other. The offset is that of 2^n times the root.
 constexpr int32_t root_offset(int n) { return 0x3f800000 - (0x3f800000 >> 2) + (n << 23); }
 
 template <int n>
@@ -205,9 +205,9 @@ struct Scale {
 };
 
 // Where a block has an Inf or NaN its scale is negative, the block is "careful", and the code below
-// stands for such an element. Thus it does not reach others of the block. An average of squares is
-// Inf then: it is one that has overflowed, or else the other state is NaN. What is so large that
-// its scale would overflow counts as infinite.
+// stands for such an element, which so affects no other one. An average of squares is then stored
+// as Inf: it has overflowed, or the other state is NaN. What is so large that its scale would
+// overflow counts as infinite.
 FUSEDOPT_HD bool is_careful(float scale) { return (float_to_bits(scale) >> 31) != 0; }
 FUSEDOPT_HD bool is_finite(uint32_t magnitude) { return magnitude < 0x7f770000u; }
 

@@ -101,7 +101,7 @@ FUSEDOPT_HD void narrow(float value, float16& out) {
   out.bits = uint16_t(magnitude > 0x7f800000u ? 0x7e00u : signed_bits);
 }
 
-// Stands for what only the Coding of a span tells, see codes.h.
+// The dtype of spans whose Coding says how elements are stored, see codes.h.
 struct coded {};
 template <>
 struct ElementTraits<coded> {

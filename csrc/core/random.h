@@ -66,10 +66,10 @@ FUSEDOPT_HD constexpr uint32_t reversed(uint32_t x) {
 // Bits of a fraction to round by, as many as a float32's fraction has.
 constexpr int kDitherBits = 23;
 
-// Fractions in [0, 2^kDitherBits) to round by: up where the fraction that is cut off and this one
-// make a whole. Those of 2^n steps of an element lie one in each of 2^n equal parts, and so do
-// those of a block's elements in one step. Thus a value that stays is right in the mean of steps,
-// with far less noise than chance has.
+// Thresholds in [0, 2^kDitherBits): a number is rounded up where threshold and cut-off fraction sum
+// to a whole. Over 2^n steps of an element, or over a block in one step, one lies in each of 2^n
+// equal parts. So a value that stays is right on average, with far less noise than random
+// thresholds have.
 FUSEDOPT_HD uint32_t dither_of_block(int64_t block, uint32_t step) {
   return (reversed(step) ^ uint32_t(mix(uint64_t(block) * kGolden))) >> (32 - kDitherBits);
 }

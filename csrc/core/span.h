@@ -62,7 +62,7 @@ struct Span {
   int64_t offset;        // elements in the spans before this one
   int32_t kernel;        // see registry.h
   int32_t row;           // index into the hyper table
-  const Coding* coding;  // see codes.h; null: the kernel says how elements are stored
+  const Coding* coding;  // see codes.h; null: stored in the kernel's dtypes
 };
 
 // One row of the hyper table, as bytes: a Rule::Row<float> or, for float64 parameters, <double>.

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// The loops compiled for AVX-512.
 #include "cpu.h"
 
 #if defined(__x86_64__)

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// The loops compiled for any processor of the architecture.
 #if defined(__x86_64__) && !defined(__FMA__)
 #define FUSEDOPT_EMULATE_FMA
 #endif

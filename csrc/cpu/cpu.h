@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// Steps and norms on the CPU, and the instruction sets that have loops for them.
 #pragma once
 
 #include <algorithm>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
-// The loops over the elements of a span and of a gradient. Included once by each instruction set's
+//
+// The loops over the elements of a span. Included once by each instruction set's
 // file, inside that set's target region, with FUSEDOPT_ISA naming the set's namespace: no symbol
 // made here is shared between instruction sets.
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
 // The loop over a span with a Coding: a block at a time is decoded to float32 in the L1 cache,
 // updated there, and encoded again. Included by update.h. What does not depend on the rule is a
 // function of its own, so that all kernels of an instruction set share it.

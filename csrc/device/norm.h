@@ -26,40 +26,40 @@ struct NormArgs {
 };
 static_assert(sizeof(NormArgs) <= kMaxArgumentBytes, "more than a launch takes");
 
-// What one thread of a warp has to add up in a chunk of count elements, into slots.
+// What one thread of a warp has to add up in a chunk of count elements, into the sums of its lanes.
 template <class Grad>
-FUSEDOPT_HD void norm_slots(const Grad* grad, int64_t count, uint32_t thread, double* slots) {
-  constexpr int width = kSlots<Grad>;
+FUSEDOPT_HD void add_squares(const Grad* grad, int64_t count, uint32_t thread, double* lanes) {
+  constexpr int width = kQuadElements<Grad>;
   constexpr int kUnroll = 8;
-  const int64_t lanes = kWarp * width;
+  const int64_t stride = kWarp * width;
   grad += thread * width;
   count -= thread * width;
   int64_t at = 0;
   if (reinterpret_cast<uintptr_t>(grad) % 16 == 0) {
-    for (; at + (kUnroll - 1) * lanes + width <= count; at += kUnroll * lanes) {
+    for (; at + (kUnroll - 1) * stride + width <= count; at += kUnroll * stride) {
       Pack<Grad, width> packs[kUnroll];
       FUSEDOPT_UNROLL
-      for (int u = 0; u < kUnroll; ++u) packs[u].load(grad + at + u * lanes);
+      for (int u = 0; u < kUnroll; ++u) packs[u].load(grad + at + u * stride);
       FUSEDOPT_UNROLL
       for (int u = 0; u < kUnroll; ++u) {
         FUSEDOPT_UNROLL
-        for (int j = 0; j < width; ++j) add_square(slots[j], packs[u].get(j));
+        for (int j = 0; j < width; ++j) add_square(lanes[j], packs[u].get(j));
       }
     }
   }
-  for (; at < count; at += lanes) {
+  for (; at < count; at += stride) {
     FUSEDOPT_UNROLL
     for (int j = 0; j < width; ++j)
-      if (at + j < count) add_square(slots[j], grad[at + j]);
+      if (at + j < count) add_square(lanes[j], grad[at + j]);
   }
 }
 
 template <class Grad>
 FUSEDOPT_HD double norm_thread(const void* grad, int64_t begin, int64_t count, uint32_t thread) {
-  double slots[kSlots<Grad>] = {};
-  norm_slots(static_cast<const Grad*>(grad) + begin, count, thread, slots);
-  tree_sum<kSlots<Grad>>(slots);
-  return slots[0];
+  double sums[kQuadElements<Grad>] = {};
+  add_squares(static_cast<const Grad*>(grad) + begin, count, thread, sums);
+  tree_sum<kQuadElements<Grad>>(sums);
+  return sums[0];
 }
 
 // A thread's share in the sum of a chunk, given by its number in this launch.

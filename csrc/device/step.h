@@ -12,7 +12,7 @@
 
 namespace fusedopt {
 
-// The step on one device. Nothing but spans and rows has to be there for a plain one.
+// The step on one device. A plain one needs only spans and rows.
 struct DeviceStep {
   const Span* spans = nullptr;
   size_t span_count = 0;

@@ -39,7 +39,7 @@ FUSEDOPT_HD void store_aligned(void* to, Word word) {
 }
 
 // A lane's elements of one stream as they are stored, a pair in the lower bits of a word. They are
-// loaded before any is decoded, so that all streams are on their way at a time.
+// loaded before any is decoded, so that the loads of all streams overlap.
 struct LanePairs {
   uint64_t pairs[kPairs] = {};
 

@@ -91,7 +91,7 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
     "sum of squares": {
         "tail of the loop's sum": (NORM_LOOP, LOOP_TAIL, LOOP_TAIL.replace("< count", "< 0")),
         "tail of the tile's sum": (NORM_TILE, "if (at + j < count)", "if (at + width <= count)"),
-        "packs skipped": (NORM_TILE, "at += kUnroll * lanes)", "at += (kUnroll + 1) * lanes)"),
+        "packs skipped": (NORM_TILE, "at += kUnroll * stride)", "at += (kUnroll + 1) * stride)"),
         "end of a chunk": (DISPATCH, "min(kNormChunk,", "min(kNormChunk - 1,"),
         "chunk of a piece": (
             DISPATCH,
@@ -107,8 +107,8 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         ),
         "lanes of 16 bits": (
             NORM_LOOP,
-            "slots = kSlots<Grad>",
-            "slots = sizeof(Grad) == 8 ? 2 : 4",
+            "quad = kQuadElements<Grad>",
+            "quad = sizeof(Grad) == 8 ? 2 : 4",
         ),
         "lanes added otherwise": (NORM, "(i + half) * stride", "(2 * half - 1 - i) * stride"),
         "total in another order": (NORM, "[i % kTotalLanes]", "[i * kTotalLanes / count]"),

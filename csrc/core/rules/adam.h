@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// The rule of Adam, AMSGrad and AdamW.
 #pragma once
 
 #include "average.h"

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// Moving averages, which several rules share.
 #pragma once
 
 #include "../arithmetic.h"
 
-// Pieces that several rules share.
 namespace fusedopt {
 
 // weight * value + (1 - weight) * average. The first form rounds once at the average's magnitude
-// and keeps the two weights summing to exactly one; the second is exact for weight = 1. A caller
-// that knows the weight to be below 0.5 says so by small.
+// and keeps the two weights summing to exactly one; the second is exact for weight = 1.
+// small: the caller knows that the weight is below 0.5.
 template <bool small, class T>
 FUSEDOPT_HD T moving_average(T average, T value, T weight, T one_minus_weight) {
   return small || weight < T(0.5) ? multiply_add(weight, value - average, average)

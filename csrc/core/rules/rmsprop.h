@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// The rule of RMSprop.
 #pragma once
 
 #include "average.h"

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// The rule of stochastic gradient descent.
 #pragma once
 
 #include "average.h"
@@ -32,7 +34,7 @@ struct Sgd {
     T nesterov, first;
   };
 
-  // Nothing is worth a loop of its own.
+  // No row is common enough for a loop of its own.
   template <class T>
   FUSEDOPT_HD static bool usual(const Row<T>&) {
     return false;
