@@ -231,15 +231,19 @@ class FusedOptimizer(Optimizer):
 
         plan = self._plan
         state = self.state
-        if plan is None or state is not self._plan_state or state.changes != self._plan_changes:
+        if (
+            plan is None
+            or state is not self._plan_state
+            or state.changes.count != self._plan_changes
+        ):
             plan = self._make_plan()
         missing = self._take_step(plan)
-        # A new plan for what changed outside, then one with the state that is missing.
-        for _ in range(2):
-            if missing is None:
-                return loss
+        if missing is not None:
+            # A new plan for what changed outside, then one with the state that is missing.
             missing = self._step_anew(missing)
-        assert missing is None, "a plan that was just made must fit"
+            if missing is not None:
+                missing = self._step_anew(missing)
+            assert missing is None, "a plan that was just made must fit"
         return loss
 
     def _take_step(self, plan: _C.Plan) -> list[int] | None:
@@ -302,7 +306,7 @@ class FusedOptimizer(Optimizer):
         self._plan = plan
         self._scales_in_step = None
         self._plan_state = self.state
-        self._plan_changes = self.state.changes
+        self._plan_changes = self.state.changes.count
         self._flat_gradients = None
         return plan
 
