@@ -100,14 +100,14 @@ class FusedOptimizer(Optimizer):
         """The rule that a group's parameters are updated by."""
         return self._rule
 
+    def _group(self, index: int, options: dict[str, Any]) -> Group:
+        rule = self._rule_of(options)
+        return Group(type(self).__name__, index, options, rule, self._unsafe_in_int8)
+
     def _groups(self, param_groups: Iterable[dict[str, Any]] | None = None) -> list[Group]:
         """The parameter groups, or what these would be as such."""
-        name = type(self).__name__
         all_options = self.param_groups if param_groups is None else param_groups
-        return [
-            Group(name, index, options, self._rule_of(options), self._unsafe_in_int8)
-            for index, options in enumerate(all_options)
-        ]
+        return [self._group(index, options) for index, options in enumerate(all_options)]
 
     def _params(self) -> Iterator[Tensor]:
         for group in self.param_groups:
@@ -123,7 +123,7 @@ class FusedOptimizer(Optimizer):
             for key, default in self._own_defaults.items():
                 param_group.setdefault(key, default)
         super().add_param_group(param_group)
-        added = self._groups()[index]
+        added = self._group(index, self.param_groups[index])
         try:
             if not added.params:
                 raise ValueError(
