@@ -100,14 +100,14 @@ class FusedOptimizer(Optimizer):
         """The rule that a group's parameters are updated by."""
         return self._rule
 
+    def _group(self, index: int, options: dict[str, Any]) -> Group:
+        rule = self._rule_of(options)
+        return Group(type(self).__name__, index, options, rule, self._unsafe_in_int8)
+
     def _groups(self, param_groups: Iterable[dict[str, Any]] | None = None) -> list[Group]:
         """The parameter groups, or what these would be as such."""
-        name = type(self).__name__
         all_options = self.param_groups if param_groups is None else param_groups
-        return [
-            Group(name, index, options, self._rule_of(options), self._unsafe_in_int8)
-            for index, options in enumerate(all_options)
-        ]
+        return [self._group(index, options) for index, options in enumerate(all_options)]
 
     def _params(self) -> Iterator[Tensor]:
         for group in self.param_groups:
@@ -123,7 +123,7 @@ class FusedOptimizer(Optimizer):
             for key, default in self._own_defaults.items():
                 param_group.setdefault(key, default)
         super().add_param_group(param_group)
-        added = self._groups()[index]
+        added = self._group(index, self.param_groups[index])
         try:
             if not added.params:
                 raise ValueError(
@@ -231,15 +231,19 @@ class FusedOptimizer(Optimizer):
 
         plan = self._plan
         state = self.state
-        if plan is None or state is not self._plan_state or state.changes != self._plan_changes:
+        if (
+            plan is None
+            or state is not self._plan_state
+            or state.changes.count != self._plan_changes
+        ):
             plan = self._make_plan()
         missing = self._take_step(plan)
-        # A new plan for what changed outside, then one with the state that is missing.
-        for _ in range(2):
-            if missing is None:
-                return loss
+        if missing is not None:
+            # A new plan for what changed outside, then one with the state that is missing.
             missing = self._step_anew(missing)
-        assert missing is None, "a plan that was just made must fit"
+            if missing is not None:
+                missing = self._step_anew(missing)
+            assert missing is None, "a plan that was just made must fit"
         return loss
 
     def _take_step(self, plan: _C.Plan) -> list[int] | None:
@@ -302,7 +306,7 @@ class FusedOptimizer(Optimizer):
         self._plan = plan
         self._scales_in_step = None
         self._plan_state = self.state
-        self._plan_changes = self.state.changes
+        self._plan_changes = self.state.changes.count
         self._flat_gradients = None
         return plan
 

@@ -17,7 +17,8 @@ def element_addresses(tensor: Tensor) -> Tensor:
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one run of memory, in any order."""
-    return torch.ops.aten.is_non_overlapping_and_dense(tensor)  # type: ignore[no-any-return]
+    # Most are contiguous, which takes a tenth of the time to find out.
+    return tensor.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
 
 
 def check_overlap(tensors: Sequence[Tensor], what: str, describe: Callable[[Tensor], str]) -> None:

@@ -1,5 +1,6 @@
 """What a group's options mean for how a parameter and its states are stored."""
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -128,6 +129,7 @@ def master_key(param: Tensor) -> str:
     return next(f.master_key for f in WITH_MASTER.values() if f.dtype == param.dtype)
 
 
+@functools.cache
 def part_of(key: str) -> str | None:
     """Which of a storage's own parts a key names; None for the name of a rule's state."""
     if key in PARTS:

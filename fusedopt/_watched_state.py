@@ -25,7 +25,7 @@ def _counted(name: str) -> Callable[..., Any]:
     original = getattr(dict, name)
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self._changes.count += 1
+        self.changes.count += 1
         return original(self, *args, **kwargs)
 
     method.__name__ = name
@@ -33,7 +33,7 @@ def _counted(name: str) -> Callable[..., Any]:
 
 
 class _CountingDict(dict):  # type: ignore[type-arg]
-    _changes: Changes
+    changes: Changes
 
     __delitem__ = _counted("__delitem__")
     clear = _counted("clear")
@@ -49,7 +49,7 @@ class ParameterState(_CountingDict):
     """The state of one parameter: torch's own keys, live tensors. Copies of it are plain dicts."""
 
     def __init__(self, values: Mapping[str, Any], changes: Changes) -> None:
-        self._changes = changes
+        self.changes = changes
         dict.update(self, values)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -60,7 +60,7 @@ class OptimizerState(_CountingDict, defaultdict[Tensor, Any]):
     """The state of all parameters, `optimizer.state`. Copies of it are plain dictionaries."""
 
     def __init__(self, values: Mapping[Any, Any]) -> None:
-        self._changes = Changes()
+        self.changes = Changes()
         for param, state in values.items():
             self[param] = state
 
@@ -70,9 +70,9 @@ class OptimizerState(_CountingDict, defaultdict[Tensor, Any]):
         return state
 
     def __setitem__(self, param: Any, state: Any) -> None:
-        self._changes.count += 1
+        self.changes.count += 1
         if isinstance(param, Tensor) and isinstance(state, Mapping):
-            state = ParameterState(state, self._changes)
+            state = ParameterState(state, self.changes)
         dict.__setitem__(self, param, state)
 
     def setdefault(self, param: Any, default: Any = None) -> Any:
@@ -93,10 +93,6 @@ class OptimizerState(_CountingDict, defaultdict[Tensor, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return defaultdict, (dict, plain(self))
-
-    @property
-    def changes(self) -> int:
-        return self._changes.count
 
 
 def plain(state: Mapping[Any, Any]) -> dict[Any, Any]:
