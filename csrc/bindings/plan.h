@@ -182,9 +182,10 @@ class Plan {
       if (!table_.read(PyList_GET_ITEM(groups.ptr(), g), g)) return false;
     PyObject** next = params_.data();
     for (size_t g = 0; g < table_.groups().size(); ++g) {
-      PyObject** params = params_of(groups, g);
+      PyObject* params = params_of(groups, g);
       if (params == nullptr) return false;
-      next = std::copy(params, params + table_.groups()[g].size, next);
+      PyObject** items = PySequence_Fast_ITEMS(params);
+      next = std::copy(items, items + table_.groups()[g].size, next);
     }
     return true;
   }
@@ -198,21 +199,21 @@ class Plan {
         throw py::index_error(optimizer_ + ": there is no parameter " + text(at));
       const Entry& e = entries_[at];
       if (!table_.read(PyList_GET_ITEM(groups.ptr(), e.group), e.group)) return false;
-      PyObject** params = params_of(groups, e.group);
+      PyObject* params = params_of(groups, e.group);
       if (params == nullptr) return false;
-      params_[at] = params[e.in_group];
+      params_[at] = PySequence_Fast_GET_ITEM(params, e.in_group);
     }
     return true;
   }
 
-  // The parameters of a group; null where there are more or fewer than there were.
-  PyObject** params_of(const py::list& groups, size_t g) const {
+  // The list of parameters of a group; null where there are more or fewer than there were.
+  PyObject* params_of(const py::list& groups, size_t g) const {
     PyObject* params = PyDict_GetItem(PyList_GET_ITEM(groups.ptr(), g), params_key_.ptr());
     if (params == nullptr || !(PyList_Check(params) || PyTuple_Check(params)))
       throw py::type_error(optimizer_ + ": group " + text(g) +
                            ": params is not a list of parameters");
     const bool as_many = size_t(PySequence_Fast_GET_SIZE(params)) == table_.groups()[g].size;
-    return as_many ? PySequence_Fast_ITEMS(params) : nullptr;
+    return as_many ? params : nullptr;
   }
 
   // Calls a method with ranges of the walk, in several threads where there is work for them.

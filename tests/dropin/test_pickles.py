@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from training import assert_same_bits, params_of
+from support.training import assert_same_bits, params_of
 
 import fusedopt
 

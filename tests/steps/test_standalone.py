@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
-from training import (
+from support.training import (
     assert_equal,
     assert_same_bits,
     assert_unchanged,
