@@ -108,7 +108,8 @@ def add_cuda(extension: Extension, home: Path, archs: list[int]) -> None:
     cpp_extension.CUDA_HOME = str(home)  # a CPU build of torch leaves it None
     # A CPU build of torch gives ninja no header dependencies for nvcc. A changed header changes
     # this checksum, and ninja compiles again what has a new command line.
-    used = [Path(header) for header in HEADERS if not header.startswith("csrc/cpu/")]
+    others = ("csrc/cpu/", "csrc/bindings/")
+    used = [Path(header) for header in HEADERS if not header.startswith(others)]
     checksum = zlib.crc32(b"".join(header.read_bytes() for header in used))
     targets = [(arch, f"sm_{arch}") for arch in archs]
     targets += [(archs[-1], f"compute_{archs[-1]}")]  # PTX, for GPUs yet to come
@@ -150,6 +151,8 @@ class Build(cpp_extension.BuildExtension):
         ]
         if cuda:
             add_cuda(extension, home=cuda[0], archs=cuda[2])
+        else:
+            extension.sources += ["csrc/cuda/none.cpp"]
         try:
             super().build_extensions()
         except RuntimeError as error:  # ninja has already printed what the compiler said
@@ -169,7 +172,10 @@ setup(
     ext_modules=[
         cpp_extension.CppExtension(
             "fusedopt._C",
-            ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))],
+            [
+                "csrc/bindings/module.cpp",
+                *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
+            ],
             depends=HEADERS,
             extra_compile_args={"cxx": ["-std=c++20", *HOST_FLAGS]},
             extra_link_args=["-fopenmp"],

@@ -3,12 +3,16 @@
 >>> optimizer = fusedopt.AdamW(model.parameters(), lr=3e-4)
 """
 
+import sys
+
+from fusedopt import _memory_report
 from fusedopt._extension import _C
 from fusedopt._flat import FlatParameters
-from fusedopt._report import MemoryReport, memory_report
-from fusedopt.adam import Adam, AdamW
-from fusedopt.rmsprop import RMSprop
-from fusedopt.sgd import SGD
+from fusedopt._memory_report import MemoryReport, memory_report
+from fusedopt.optimizers import adam, rmsprop, sgd
+from fusedopt.optimizers.adam import Adam, AdamW
+from fusedopt.optimizers.rmsprop import RMSprop
+from fusedopt.optimizers.sgd import SGD
 
 __version__ = _C.version
 __all__ = [
@@ -21,6 +25,15 @@ __all__ = [
     "isa",
     "memory_report",
 ]
+
+# Pickles of version 0.1 name the modules that classes were in then. Now they name the package.
+for _name, _module in {
+    "fusedopt.adam": adam,
+    "fusedopt.rmsprop": rmsprop,
+    "fusedopt.sgd": sgd,
+    "fusedopt._report": _memory_report,
+}.items():
+    sys.modules[_name] = _module
 
 
 def isa() -> str:

@@ -1,14 +1,15 @@
 """Parameters, and on request their gradients, in one buffer per device and dtype."""
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fusedopt._extension import _C
-from fusedopt._memory import check_overlap
+from fusedopt._overlap import check_overlap
 
 
 class Slot(NamedTuple):
@@ -102,6 +103,59 @@ def find_buffer(param: Tensor) -> FlatBuffer | None:
     return left
 
 
+def are_flat(params: Sequence[Tensor], optimizer: str) -> bool:
+    """Whether parameters are in flat buffers with flat gradients already.
+
+    Raises:
+        ValueError: where only some are, so that an optimizer could not have all of them flat.
+    """
+    buffers = [find_buffer(param) for param in params]
+    held = [b is not None and b.holds(p) for b, p in zip(buffers, params, strict=True)]
+    flat = [b is not None and b.holds_gradient(p) for b, p in zip(buffers, params, strict=True)]
+    if any(held) and not all(flat):
+        raise ValueError(
+            f"{optimizer}: flat=True, but some of the parameters are in FlatParameters already, "
+            "with others that are not, or without gradients; make one "
+            "FlatParameters(..., gradients=True) of all of them instead"
+        )
+    return all(flat)
+
+
+@dataclass(frozen=True)
+class FlatGradients:
+    """Those of some parameters whose gradients are flat.
+
+    Attributes:
+        buffers: whose parameters are all among them.
+        shared: the others, and the buffer of each, which has further parameters.
+        are_all: whether every parameter has a flat gradient.
+    """
+
+    buffers: list[FlatBuffer]
+    shared: list[tuple[Tensor, FlatBuffer]]
+    are_all: bool
+
+    @classmethod
+    def of(cls, params: Iterable[Tensor]) -> "FlatGradients":
+        mine = {id(param): param for param in params}
+        flat = {
+            key: buffer
+            for key, param in mine.items()
+            if (buffer := find_buffer(param)) is not None and buffer.holds_gradient(param)
+        }
+        distinct = {id(buffer): buffer for buffer in flat.values()}
+        own = {key: b for key, b in distinct.items() if all(flat.get(p) is b for p in b.slots)}
+        shared = [(mine[key], b) for key, b in flat.items() if id(b) not in own]
+        return cls([*own.values()], shared, len(flat) == len(mine))
+
+    def zero(self) -> bool:
+        """Fill them with zero; whether all parameters of the buffers are where they were put."""
+        intact = [buffer.zero_grad() for buffer in self.buffers]
+        for param, buffer in self.shared:
+            buffer.zero_grad_of(param)
+        return all(intact)
+
+
 class FlatParameters:
     """Moves parameters into one contiguous buffer per (device, dtype) and makes them views of it.
 
@@ -128,6 +182,8 @@ class FlatParameters:
     Keep the object as long as the parameters are in use: it is what keeps the layout known.
     """
 
+    __module__ = "fusedopt"
+
     def __init__(
         self,
         params: nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
@@ -143,9 +199,9 @@ class FlatParameters:
             by_kind.setdefault(kind, []).append(param)
         if not by_kind:
             raise ValueError("FlatParameters: got no parameters")
-        everything = [p for members in by_kind.values() for p in members]
+        everything = [p for alike in by_kind.values() for p in alike]
         check_overlap(everything, "FlatParameters", lambda p: names[id(p)])
-        self._buffers = [FlatBuffer(members, gradients) for members in by_kind.values()]
+        self._buffers = [FlatBuffer(alike, gradients) for alike in by_kind.values()]
 
     @property
     def buffers(self) -> list[Tensor]:

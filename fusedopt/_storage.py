@@ -1,28 +1,61 @@
-"""How a parameter and its states are stored: dtypes, codes of one byte, master weights."""
+"""What a group's options mean for how a parameter and its states are stored."""
 
-from collections.abc import Container, Iterable, Mapping
+import functools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedopt._extension import _C
-from fusedopt._memory import is_dense
+from fusedopt._overlap import is_dense
 
 BLOCK: int = _C.block
 """Elements that share a scale."""
 
-CODE, SCALE, REMAINDER, MASTER, ORDER = (
-    "_code",
-    "_scale",
-    "master_remainder",
-    "master",
-    "code_stride",
+# What the keys of a state are made of, besides the names that a rule gives its states.
+CODE = "_code"  # behind a name: that state in codes
+SCALE = "_scale"  # behind a name: the scales of the codes
+ORDER = (
+    "code_stride"  # the strides whose order the codes are in, where these are not the usual ones
 )
-MASTERS = frozenset({REMAINDER, MASTER})
-_COMBINATIONS = _C.combinations()
-REMAINDERS = {32: torch.int16, 24: torch.int8}
+
+
+class ParamFormat(NamedTuple):
+    """A way of storing parameters, as the compiled module declares it."""
+
+    dtype: torch.dtype  # of the parameter
+    master_bits: int  # 0: there is no master
+    stochastic: bool  # whether the parameter is rounded at random
+    master_key: str  # of what is stored of the master; "" where there is none
+    master_dtype: torch.dtype  # of that; the parameter's where there is none
+
+
+PARAM_FORMATS = [ParamFormat(*declared) for declared in _C.param_formats()]
+WITH_MASTER = {(f.dtype, f.master_bits): f for f in PARAM_FORMATS if f.master_bits}
+MASTERS = frozenset(f.master_key for f in WITH_MASTER.values())
+# A master is stored as a whole, or as what the parameter lacks of it.
+(WHOLE_MASTER,) = {f.master_key for f in WITH_MASTER.values() if f.master_dtype == torch.float32}
+(REMAINDER,) = MASTERS - {WHOLE_MASTER}
+
+# What a storage puts in place of a rule's states, or beside them, and the dtypes that it may have.
+PARTS: Mapping[str, tuple[torch.dtype, ...]] = {
+    CODE: (torch.uint8,),
+    SCALE: (torch.float32,),
+    ORDER: (torch.int64,),
+    **{
+        key: tuple(f.master_dtype for f in WITH_MASTER.values() if f.master_key == key)
+        for key in MASTERS
+    },
+}
+
+COMBINATIONS = _C.combinations()
+"""The dtypes of parameter, gradient and states that there are kernels for."""
+
+# A checkpoint changes none of these: how an optimizer stores things is its own choice.
+OWN_OPTIONS = ("state_dtype", "min_8bit_size", "master_bits", "rounding")
 
 
 def storage_options(
@@ -32,7 +65,7 @@ def storage_options(
     rounding: str,
     seed: int,
 ) -> dict[str, Any]:
-    """What a parameter group says of storage. A checkpoint changes none of it but the seed."""
+    """What a parameter group says of storage."""
     return {
         "state_dtype": state_dtype,
         "min_8bit_size": min_8bit_size,
@@ -49,6 +82,10 @@ class Spec:
     dtype: torch.dtype
     shape: tuple[int, ...] | None = None
 
+    def bytes_for(self, param: Tensor) -> int:
+        elements = param.numel() if self.shape is None else prod(self.shape)
+        return elements * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class Storage:
@@ -64,37 +101,54 @@ class Storage:
     master_bits: int
     stochastic: bool
 
+    @property
+    def codes(self) -> bool:
+        return self.state == torch.uint8
+
     def keys(self, names: tuple[str, ...], param: Tensor) -> tuple[str, ...]:
         """The keys of a state, of which ``names`` are the rule's, in the order of a plan."""
         keys: list[str] = ["step"] if self.stochastic or "step" in names else []
         for name in names:
             if name != "step":
-                keys += [name] if self.state != torch.uint8 else [name + CODE, name + SCALE]
+                keys += [name + CODE, name + SCALE] if self.codes else [name]
         if self.master_bits:
-            keys.append(REMAINDER if param.dtype == torch.bfloat16 else MASTER)
+            keys.append(master_key(param))
         return tuple(keys)
 
     def spec(self, key: str, param: Tensor) -> Spec:
         """What the tensor of a key has to be."""
-        if key.endswith(CODE):
-            return Spec(torch.uint8, shape_of(key, param))
-        if key.endswith(SCALE):
-            return Spec(torch.float32, shape_of(key, param))
-        if key == REMAINDER:
-            return Spec(REMAINDERS.get(self.master_bits, torch.int16))
-        if key == MASTER:
-            return Spec(torch.float32)
-        return Spec(self.state.to_complex() if param.is_complex() else self.state)
+        part = part_of(key)
+        if key == "step":
+            return Spec(torch.float32, ())
+        if part is None:
+            return Spec(self.state.to_complex() if param.is_complex() else self.state)
+        if part in MASTERS:
+            return Spec(WITH_MASTER[param.dtype, self.master_bits].master_dtype)
+        return Spec(PARTS[part][0], shape_of(key, param))
+
+
+def master_key(param: Tensor) -> str:
+    """The key of what is stored for a parameter's master weights."""
+    return next(f.master_key for f in WITH_MASTER.values() if f.dtype == param.dtype)
+
+
+@functools.cache
+def part_of(key: str) -> str | None:
+    """Which of a storage's own parts a key names; None for the name of a rule's state."""
+    if key in PARTS:
+        return key
+    return next((part for part in (CODE, SCALE) if key.endswith(part)), None)
 
 
 def shape_of(key: str, param: Tensor) -> tuple[int, ...]:
     """The shape of the tensor of a key, which for most is the parameter's."""
+    part = part_of(key)
     blocks = -(-param.numel() // BLOCK)
-    if key.endswith(CODE):
+    if part == CODE:
         return blocks, BLOCK
-    if key.endswith(SCALE):
+    if part == SCALE:
         return (blocks,)
-    return (param.dim(),) if key == ORDER else tuple(param.shape)
+    return (param.dim(),) if part == ORDER else tuple(param.shape)
 
 
 def layout_of(param: Tensor) -> Tensor:
@@ -103,11 +157,12 @@ def layout_of(param: Tensor) -> Tensor:
 
 
 def storage_of(
-    group: Mapping[str, Any], param: Tensor, what: str, unsafe: Mapping[str, str]
+    group: Mapping[str, Any], param: Tensor, numel: int, what: str, unsafe: Mapping[str, str]
 ) -> Storage:
     """What a group's options mean for a parameter.
 
     Args:
+        numel: how many elements the whole parameter has.
         what: optimizer and parameter, for errors.
         unsafe: options with which states must not be codes, and why.
 
@@ -126,7 +181,7 @@ def storage_of(
     wanted = group.get("state_dtype")
     if isinstance(wanted, str) and wanted == "int8":
         _check_codes(group, param, real, what, unsafe)
-        state = torch.float32 if param.numel() < smallest else torch.uint8
+        state = torch.float32 if numel < smallest else torch.uint8
     else:
         state = _float(wanted, param, real, what)
         if master_bits and state == torch.float16:
@@ -140,14 +195,14 @@ def storage_of(
 def _master_bits(wanted: Any, param: Tensor, real: torch.dtype, what: str) -> int:
     if wanted is None:
         return 0
-    if not isinstance(wanted, int) or wanted not in (24, 32):
+    if not isinstance(wanted, int) or wanted not in {bits for _, bits in WITH_MASTER}:
         raise ValueError(f"{what}: master_bits={wanted!r}; expected None, 32 or 24")
-    if param.is_complex() or real not in (torch.bfloat16, torch.float16):
+    if param.is_complex() or real not in {dtype for dtype, _ in WITH_MASTER}:
         raise ValueError(
             f"{what}: master_bits={wanted} for a parameter of dtype {param.dtype}, which is as "
             "exact as its master would be; put it into a group with master_bits=None"
         )
-    if real == torch.float16 and wanted != 32:
+    if (real, wanted) not in WITH_MASTER:
         raise ValueError(
             f"{what}: master_bits={wanted} for a float16 parameter, whose bits are not those of a "
             "float32; use master_bits=32"
@@ -165,7 +220,7 @@ def _stochastic(wanted: Any, master_bits: int, param: Tensor, what: str) -> bool
             f'{what}: rounding="stochastic" with master_bits={master_bits}: the master keeps what '
             "rounding cuts off; use one of the two"
         )
-    if param.dtype != torch.bfloat16:
+    if param.dtype not in {f.dtype for f in PARAM_FORMATS if f.stochastic}:
         raise ValueError(
             f'{what}: rounding="stochastic" for a parameter of dtype {param.dtype}; it is for '
             'bfloat16 ones: put this one into a group with rounding="nearest"'
@@ -196,7 +251,7 @@ def _check_codes(
 def _float(wanted: Any, param: Tensor, real: torch.dtype, what: str) -> torch.dtype:
     default = torch.float64 if real == torch.float64 else torch.float32
     dtype = default if wanted is None else wanted
-    accepted = dict.fromkeys(s for p, _, s in _COMBINATIONS if p == real)
+    accepted = dict.fromkeys(s for p, _, s in COMBINATIONS if p == real)
     if real == torch.float32 and not param.is_complex():
         accepted[torch.bfloat16] = None
     if not isinstance(dtype, torch.dtype) or dtype not in accepted:
@@ -208,204 +263,12 @@ def _float(wanted: Any, param: Tensor, real: torch.dtype, what: str) -> torch.dt
     return dtype
 
 
-# -- checks -------------------------------------------------------------------------------------
-
-
-def is_part(key: str) -> bool:
-    """Whether a key is one of a storage's own, and not the name of a rule's state."""
-    return key in MASTERS | {ORDER} or key.endswith((CODE, SCALE))
-
-
 def related(keys: Iterable[str]) -> set[str]:
     """These keys of a state, and all that a state of another storage would have in their place."""
     result = {*MASTERS, ORDER}
     for key in keys:
         result.add(key)
-        if key != "step" and key not in MASTERS | {ORDER}:
+        if key != "step" and key not in PARTS:
             name = key.removesuffix(CODE).removesuffix(SCALE)
             result |= {name, name + CODE, name + SCALE}
     return result
-
-
-def check_part(key: str, value: Tensor, param: Tensor, where: str) -> None:
-    """Raise ValueError where a tensor cannot be that of the parameter."""
-    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
-    shape = shape_of(key, param)
-    if key == ORDER:
-        dtypes = (torch.int64,)
-    elif key == REMAINDER:
-        dtypes = (torch.int16, torch.int8)
-    elif key.endswith(CODE):
-        dtypes = (torch.uint8,)
-    if value.dtype not in dtypes or tuple(value.shape) != shape:
-        raise ValueError(
-            f"{where} is of dtype {value.dtype} and shape {tuple(value.shape)}; expected "
-            f"{' or '.join(map(str, dtypes))} and {shape}"
-        )
-    if key == ORDER:
-        strides = value.tolist()
-        sizes = tuple(param.shape)
-        reach = sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
-        if param.numel() > 0 and (min(strides, default=0) < 0 or reach != param.numel() - 1):
-            raise ValueError(f"{where} is {strides}, which are no strides of a dense {sizes}")
-
-
-def check_scales(values: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError where a scale is no number."""
-    for key, value in values.items():
-        if key.endswith(SCALE) and not bool(value.isfinite().all()):
-            raise ValueError(f"{where} has a {key} that is not finite; is the checkpoint damaged?")
-
-
-def lacking_in(values: Mapping[str, Any], needed: Iterable[str]) -> list[str]:
-    """What a state with any of its rule's keys has to have besides."""
-    lacking = []
-    for key in values:
-        for one, other in ((CODE, SCALE), (SCALE, CODE)):
-            if key.endswith(one) and key.removesuffix(one) + other not in values:
-                lacking.append(key.removesuffix(one) + other)
-    if not values.keys() - MASTERS - {ORDER}:
-        return lacking
-    stored = values.keys() | {key.removesuffix(CODE) for key in values}
-    return sorted({*lacking, *(set(needed) - stored)})
-
-
-# -- conversions --------------------------------------------------------------------------------
-
-
-def in_memory_order(tensor: Tensor) -> Tensor:
-    """The elements of a dense tensor one behind the other as they lie in memory."""
-    strides = tensor.stride()
-    order = sorted(range(tensor.dim()), key=lambda d: -strides[d])
-    return tensor.permute(order).reshape(-1)
-
-
-def order_of(param: Tensor) -> Tensor | None:
-    """The strides that the codes of a parameter are in the order of; None: the usual ones."""
-    layout = layout_of(param)
-    return None if layout.is_contiguous() else torch.tensor(layout.stride())
-
-
-def encode(value: Tensor, param: Tensor, square: bool) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a state, on the CPU."""
-    laid = torch.empty_strided(param.shape, layout_of(param).stride(), dtype=torch.float32)
-    laid.copy_(value.detach())
-    return _C.encode(in_memory_order(laid).contiguous(), square)
-
-
-def decode(
-    codes: Tensor, scales: Tensor, order: Tensor | None, param: Tensor, square: bool
-) -> Tensor:
-    """A state in float32, on the CPU."""
-    flat = _C.decode(codes.cpu().contiguous(), scales.cpu().contiguous(), param.numel(), square)
-    if order is None:
-        return flat.view(param.shape)
-    return flat.as_strided(param.shape, order.tolist())
-
-
-def bits_of(values: Tensor) -> Tensor:
-    """Those of a float32 or bfloat16, the latter's as the upper half, as int64."""
-    if values.dtype == torch.bfloat16:
-        return (values.view(torch.int16).long() & 0xFFFF) << 16
-    return values.view(torch.int32).long() & 0xFFFFFFFF
-
-
-def floats_of(bits: Tensor) -> Tensor:
-    """The float32 of these bits."""
-    bits = bits & 0xFFFFFFFF
-    return torch.where(bits >= 2**31, bits - 2**32, bits).int().view(torch.float32)
-
-
-def master_of(param: Tensor, values: Mapping[str, Any]) -> Tensor | None:
-    """The master weights in a state, as float32; None where it has none."""
-    if values.get(MASTER) is not None:
-        exact = values[MASTER].detach().to(param.device, torch.float32)
-        changed = exact.to(torch.float16).view(torch.int16) != param.detach().view(torch.int16)
-        return torch.where(changed, param.detach().float(), exact)
-    if values.get(REMAINDER) is None:
-        return None
-    remainder = values[REMAINDER].to(param.device)
-    unit = 1 if remainder.dtype == torch.int16 else 256
-    return floats_of(bits_of(param.detach()) + remainder.long() * unit)
-
-
-def split(master: Tensor, master_bits: int) -> tuple[Tensor, Tensor]:
-    """Master weights as bfloat16 and remainder, ties away from zero."""
-    bits = bits_of(torch.where(master.isnan(), torch.nan, master))
-    if master_bits == 24:
-        bits = (bits + 0x80) & 0xFFFFFF00
-    high = (bits + 0x8000) >> 16
-    remainder = bits - (high << 16)
-    if master_bits == 24:
-        remainder >>= 8
-    high = torch.where(high >= 2**15, high - 2**16, high).to(torch.int16)
-    return high.view(torch.bfloat16), remainder.to(REMAINDERS[master_bits])
-
-
-def remainder_of(master: Tensor, param: Tensor, master_bits: int) -> Tensor:
-    """What makes a parameter as nearly the master as it can; zero where it is another number."""
-    difference = bits_of(master) - bits_of(param.detach())
-    unit = 1 if master_bits == 32 else 256
-    remainder = (difference + unit // 2) // unit
-    limits = torch.iinfo(REMAINDERS[master_bits])
-    near = difference.abs() <= 2**15
-    remainder = torch.where(near, remainder.clamp(limits.min, limits.max), 0)
-    return remainder.to(REMAINDERS[master_bits])
-
-
-def convert(
-    values: Mapping[str, Any], param: Tensor, storage: Storage, squares: Container[str]
-) -> dict[str, Any]:
-    """A state in the form that a storage wants, of whatever storage it was.
-
-    What has that form already is passed on as it is. States are decoded, or encoded with each
-    element rounded to nearest; a remainder is rounded to the bits that there are, and one that is
-    not wanted is dropped, so that the parameter is the master rounded as it was.
-
-    Args:
-        squares: the names of states that are never negative.
-    """
-    result = {k: v for k, v in values.items() if not is_part(k)}
-    order = order_of(param)
-    old_order = values.get(ORDER)
-    same_order = (order is None) == (old_order is None) and (
-        order is None or bool((order == old_order.cpu()).all())  # type: ignore[union-attr]
-    )
-    codes = storage.state == torch.uint8
-    for name in dict.fromkeys(k.removesuffix(CODE) for k in values if k.endswith(CODE)):
-        code, scale = values[name + CODE], values.get(name + SCALE)
-        if scale is None or name in result and not codes:
-            continue
-        if codes and same_order:
-            result |= {name + CODE: code, name + SCALE: scale}
-            result.pop(name, None)
-        elif name not in result:
-            result[name] = decode(code, scale, old_order, param, name in squares)
-    if codes:
-        for name in [k for k in result if not is_part(k) and k != "step"]:
-            code, scale = encode(result.pop(name), param, name in squares)
-            result |= {name + CODE: code, name + SCALE: scale}
-        if order is not None and any(k.endswith(CODE) for k in result):
-            result[ORDER] = order
-    return result | _convert_master(values, param, storage)
-
-
-def _convert_master(
-    values: Mapping[str, Any], param: Tensor, storage: Storage
-) -> dict[str, Tensor]:
-    if not storage.master_bits:
-        return {}
-    key = REMAINDER if param.dtype == torch.bfloat16 else MASTER
-    value = values.get(key)
-    if value is not None and value.dtype == storage.spec(key, param).dtype:
-        return {key: value}
-    if not values:
-        return {}
-    if key == MASTER:  # a remainder says nothing of a float16
-        return {key: param.detach().float()}
-    # The parameter is its own master, unless there is another one.
-    master = param.detach().float() if value is None else master_of(param, {REMAINDER: value})
-    if values.get(MASTER) is not None:
-        master = values[MASTER].to(param.device)
-    assert master is not None
-    return {key: remainder_of(master, param, storage.master_bits)}

@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def conclude(results: list[Result]) -> bool:
-    """Print what the runs show; returns whether the losses agree."""
+    """Print what the trainings show; returns whether the losses agree."""
     disagreements = [text for result in results for text in disagreements_in(result)]
     if disagreements:
         print("", *disagreements, sep="\nDIFFERENT LOSSES: ", file=sys.stderr)
@@ -104,7 +104,7 @@ def why_no_gpu() -> str | None:
 
 
 def describe(device: torch.device) -> str:
-    """The device, for people."""
+    """The device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     reason = why_no_gpu() or "by choice"
@@ -126,7 +126,7 @@ def table(rows: list[list[str]]) -> str:
 def losses_table(result: Result) -> str:
     """Training losses at a few steps, and the largest difference over all of them."""
     reference, ours, flat = (
-        result.runs[name].losses for name in (result.reference, OURS, OURS_FLAT)
+        result.trainings[name].losses for name in (result.reference, OURS, OURS_FLAT)
     )
     last = len(reference) - 1
     shown = sorted({round(last * row / (LOSS_ROWS - 1)) for row in range(LOSS_ROWS)})
@@ -142,14 +142,14 @@ def losses_table(result: Result) -> str:
 def times_table(result: Result) -> str:
     """Step times, training times and scores of every implementation."""
     rows = [["", "optimizer step", "middle half of steps", "all training", result.task.score_name]]
-    for name, run in result.runs.items():
-        low, high = run.step_quartiles
+    for name, training in result.trainings.items():
+        low, high = training.step_quartiles
         rows.append(
             [
                 name,
-                f"{1e3 * run.step_median:.3f} ms",
+                f"{1e3 * training.step_median:.3f} ms",
                 f"{1e3 * low:.3f} - {1e3 * high:.3f} ms",
-                f"{run.training_seconds:.2f} s",
+                f"{training.training_seconds:.2f} s",
                 f"{result.scores[name]:.4f}",
             ]
         )
@@ -177,8 +177,9 @@ def disagreements_in(result: Result) -> list[str]:
 
 def speed(result: Result, name: str) -> str:
     """How fast an implementation's steps are next to torch's fastest and torch's unfused ones."""
+    medians = {one: training.step_median for one, training in result.trainings.items()}
     compared = " and ".join(
-        f"{faster(result.runs[other].step_median / result.runs[name].step_median)} {other}"
+        f"{faster(medians[other] / medians[name])} {other}"
         for other in dict.fromkeys((result.fastest_torch, UNFUSED))
     )
     return f"{result.task.name}: {name} does an {result.task.optimizer} step {compared}."

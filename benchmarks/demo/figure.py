@@ -8,8 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.demo.training import OURS, OURS_FLAT, Result
-
-TORCH_COLOUR, OUR_COLOUR = "#b8b8b8", "#c2410c"
+from benchmarks.report.colours import OUR_COLOUR, TORCH_COLOUR
 
 
 def draw(results: list[Result], path: Path) -> None:
@@ -26,7 +25,7 @@ def draw(results: list[Result], path: Path) -> None:
 
 def draw_losses(result: Result, axes: Axes) -> None:
     """The loss curves of torch and of fusedopt, one over the other."""
-    reference, ours = result.runs[result.reference].losses, result.runs[OURS].losses
+    reference, ours = result.trainings[result.reference].losses, result.trainings[OURS].losses
     steps = range(1, len(ours) + 1)
     axes.plot(steps, reference, color=TORCH_COLOUR, linewidth=5, label=result.reference)
     axes.plot(steps, ours, color=OUR_COLOUR, linewidth=1, label=OURS)
@@ -39,9 +38,9 @@ def draw_losses(result: Result, axes: Axes) -> None:
 
 def draw_step_times(result: Result, axes: Axes) -> None:
     """A bar for each implementation's median step, a line for half of all steps."""
-    names = list(result.runs)
-    medians = [1e3 * run.step_median for run in result.runs.values()]
-    quartiles = [run.step_quartiles for run in result.runs.values()]
+    names = list(result.trainings)
+    medians = [1e3 * training.step_median for training in result.trainings.values()]
+    quartiles = [training.step_quartiles for training in result.trainings.values()]
     errors = [
         [median - 1e3 * low for median, (low, _) in zip(medians, quartiles, strict=True)],
         [1e3 * high - median for median, (_, high) in zip(medians, quartiles, strict=True)],

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.models.data import Batch, image_batches, load_digits, load_text, text_batches
+from benchmarks.models.batch import Batch, accuracy, cross_entropy
+from benchmarks.models.digits import image_batches, load_digits
 from benchmarks.models.networks import GPT, digits_classifier
+from benchmarks.models.text import load_text, text_batches
 
 CONTEXT = 64
 TEXT_BATCH = 8
@@ -23,15 +24,15 @@ class Task:
     """What is trained on what.
 
     Attributes:
-        name: for people, short.
-        title: for people.
+        name: what tables call it.
+        title: what the demo prints above its tables.
         optimizer: the class's name, the same in ``torch.optim`` and in ``fusedopt``.
         options: its arguments.
         weight_decay: of matrices and kernels; biases and norms have none.
         torch_fused: whether torch has a fused step for it.
         model: the model before training.
         batches: endless training batches.
-        score_name: what ``score`` returns, for people.
+        score_name: what ``score`` returns, in words.
         score: judges a trained model on data it has not seen.
     """
 
@@ -82,31 +83,3 @@ def digits_task(seed: int, device: torch.device) -> Task:
         score_name="test accuracy",
         score=lambda model: accuracy(model, test),
     )
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices and kernels, none for biases and norms."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-
-
-def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean loss in nats, per character or per image."""
-    logits, targets = predict(model, batch)
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
-
-
-def accuracy(model: nn.Module, batch: Batch) -> float:
-    """The fraction of images that get the right class."""
-    logits, labels = predict(model, batch)
-    return (logits.argmax(dim=-1) == labels).double().mean().item()
-
-
-def predict(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The model's logits and the targets, both on the model's device."""
-    device = next(model.parameters()).device
-    inputs, targets = batch
-    return model(inputs.to(device)), targets.to(device)

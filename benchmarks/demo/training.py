@@ -1,6 +1,6 @@
 """Train one task with several optimizer implementations in lockstep, and time their steps.
 
-All runs of a task start from the same weights and see the same batches; step n of each is done
+All trainings of a task start from the same weights and see the same batches; step n of each is done
 before step n + 1 of any. So every implementation meets the same state of the machine, and every
 timed optimizer step follows a real backward pass.
 """
@@ -15,13 +15,13 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 import fusedopt
-from benchmarks.demo.tasks import Task, cross_entropy, parameter_groups
-from benchmarks.models.data import Batch
+from benchmarks.demo.tasks import Task
+from benchmarks.models.batch import Batch, cross_entropy
+from benchmarks.models.parameters import nudge, parameter_groups
 
 UNFUSED, FOREACH, FUSED = "torch for-loop", "torch foreach", "torch fused"
 OURS, OURS_FLAT = "fusedopt", "fusedopt flat=True"
@@ -33,10 +33,10 @@ IMPLEMENTATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     OURS_FLAT: (fusedopt, {"flat": True}),
 }
 WARM_UP = 10  # steps at the start, where states are made: left out of the step times
-ALLOWANCE = 10  # losses may differ by so many times what the nudge makes of them
+ALLOWANCE = 10  # losses may differ by so many times what the moved weights make of them
 
 
-class Run:
+class Training:
     """One training of a copy of a task's model, with its losses and times.
 
     Attributes:
@@ -85,18 +85,18 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """All runs of a task.
+    """All trainings of a task.
 
     Attributes:
         task: what was trained.
-        runs: one by each implementation, by name.
+        trainings: one by each implementation, by name.
         scores: the task's score of each, by name.
         reference: the torch.optim implementation whose losses the others are compared with.
         allowed: the difference of losses that is put down to rounding.
     """
 
     task: Task
-    runs: dict[str, Run]
+    trainings: dict[str, Training]
     scores: dict[str, float]
     reference: str
     allowed: float
@@ -104,54 +104,48 @@ class Result:
     @property
     def fastest_torch(self) -> str:
         """The torch.optim implementation with the shortest median step."""
-        names = [name for name in self.runs if name not in (OURS, OURS_FLAT)]
-        return min(names, key=lambda name: self.runs[name].step_median)
+        names = [name for name in self.trainings if name not in (OURS, OURS_FLAT)]
+        return min(names, key=lambda name: self.trainings[name].step_median)
 
     def difference(self, name: str) -> float:
-        """The largest difference of a run's losses from the reference's; NaN if there is one."""
-        return largest_difference(self.runs[name], self.runs[self.reference])
+        """The largest difference of one's losses from the reference's; NaN if any loss is."""
+        return largest_difference(self.trainings[name], self.trainings[self.reference])
 
     def agrees(self, name: str) -> bool:
-        """Whether a run's losses are the reference's, but for rounding."""
+        """Whether a training's losses are the reference's up to rounding."""
         return self.difference(name) <= self.allowed  # false for NaN
 
 
 def train(task: Task, steps: int) -> Result:
     """Train the task with every implementation.
 
-    How far may two right implementations drift apart? Each rounds in its own way, and training
-    amplifies it. So one more run measures the amplification: the reference again, but from weights
-    moved by one rounding. ``ALLOWANCE`` times its largest difference is allowed. Small mistakes are
-    far outside: AdamW with eps 1e-7 for 1e-8, or beta2 0.9901 for 0.99, was over 100 times off.
+    How far may two correct implementations drift apart? Each rounds in its own way, and training
+    amplifies the differences. One more training measures by how much: the reference again, from
+    weights moved by one rounding. ``ALLOWANCE`` times its largest difference is allowed. Small
+    mistakes are far beyond that: AdamW with eps 1e-7 for 1e-8, or beta2 0.9901 for 0.99, was over
+    100 times off.
     """
     names = [name for name in IMPLEMENTATIONS if task.torch_fused or name != FUSED]
     reference = FUSED if task.torch_fused else FOREACH
-    runs = {name: Run(task, name, steps) for name in names}
-    nudged = Run(task, reference, steps, nudged=True)
+    trainings = {name: Training(task, name, steps) for name in names}
+    nudged = Training(task, reference, steps, nudged=True)
     batches = islice(task.batches, steps)
     for batch in tqdm(batches, task.name, steps, leave=False, mininterval=1, unit="step"):
-        for run in (*runs.values(), nudged):
-            run.step(batch)
+        for training in (*trainings.values(), nudged):
+            training.step(batch)
     with torch.no_grad():
-        scores = {name: task.score(run.model) for name, run in runs.items()}
-    allowed = ALLOWANCE * largest_difference(nudged, runs[reference])
-    return Result(task, runs, scores, reference, allowed)
+        scores = {name: task.score(training.model) for name, training in trainings.items()}
+    allowed = ALLOWANCE * largest_difference(nudged, trainings[reference])
+    return Result(task, trainings, scores, reference, allowed)
 
 
-def largest_difference(a: Run, b: Run) -> float:
-    """Of the losses of two runs at the same step; NaN if any is."""
+def largest_difference(a: Training, b: Training) -> float:
+    """The largest difference of two trainings' losses at the same step; NaN if any loss is."""
     return (torch.tensor(a.losses) - torch.tensor(b.losses)).abs().max().item()
 
 
-@torch.no_grad()
-def nudge(model: nn.Module) -> None:
-    """Move every weight to the next larger floating-point number."""
-    for parameter in model.parameters():
-        parameter.copy_(parameter.nextafter(torch.full_like(parameter, torch.inf)))
-
-
 def now() -> float:
-    """Seconds on a clock, when the GPU, if any, has done all it was given."""
+    """The clock in seconds, once the GPU, if there is one, has finished its work."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()

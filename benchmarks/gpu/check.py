@@ -35,14 +35,14 @@ RESULTS = Path("benchmarks") / "results"
 PERFORMANCE = Path("docs") / "performance.md"
 LOG = Path("build") / "gpu-check.log"
 TOTAL_SECONDS = 520.0
-TOLD_SHARE = 0.85  # of its limit, for a command that is told to keep within one
+TOLD_SHARE = 0.85  # of its limit, which a command that keeps to a limit is told
 
 NATIVE = {"FUSEDOPT_CUDA": "1", "FUSEDOPT_CUDA_ARCHS": "native"}
 HAS_CUDA = (
     "import sys; from fusedopt._extension import _C; "
     "sys.exit(None if _C.has_cuda else 'fusedopt was built without CUDA')"
 )
-UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor has bounds of its own then
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that each tensor has bounds of its own
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Checker:
         return None if too_long.is_set() else status, "".join(lines)
 
     def copy(self) -> None:
-        """Copy what has been made since the start into the folder of results."""
+        """Copy the files that were written since the start into the folder of results."""
         if self._out is None:
             return
         for path in self._keep:
@@ -187,7 +187,7 @@ class Checker:
 
 
 def end_group(process: subprocess.Popen[str]) -> None:
-    """End a process and its children, if any is left."""
+    """End a process and all its children that are still running."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -210,7 +210,7 @@ def sanitizer_step(
     """Small steps of everything under one tool of compute-sanitizer."""
     sanitizer = find_sanitizer()
     checked = (sys.executable, "-m", "benchmarks.gpu.sanitize")
-    # torch probes for features, and expects errors of it: they are no findings.
+    # torch probes for features and expects errors from some calls: these are not reported.
     watch = (sanitizer or "", "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "1")
     return Step(
         tool,
@@ -245,7 +245,7 @@ def make_steps(results: Path, pytest_arguments: Sequence[str]) -> list[Step]:
         Step("tests", [tests, examples], 210, 60),
         sanitizer_step("memcheck", UNCACHED),
         sanitizer_step("initcheck", UNCACHED),
-        # torch's own kernels are none of our business here.
+        # torch's own kernels are left out.
         sanitizer_step("racecheck", options=("--kernel-name", "kernel_substring=fusedopt")),
         Step("benchmark", [benchmark], 240, 150, told=True),
         Step("table", [table], 20, 5),

@@ -1,8 +1,8 @@
 """Small steps of everything, for a memory checker to watch: ``python -m benchmarks.gpu.sanitize``.
 
 Every optimizer takes a few steps with empty, tiny, odd-sized and misaligned tensors, in every kind
-of storage, eagerly and, unless memory is not cached (see below), as a CUDA graph. Whether results
-are right is for the tests to say.
+of storage, eagerly and, unless memory is not cached (see below), as a CUDA graph. The tests check
+that results are right; here only accesses to memory matter.
 
 With PYTORCH_NO_CUDA_MEMORY_CACHING=1 each tensor has memory of its own, so that a checker sees
 every access beyond its end.
@@ -35,7 +35,7 @@ OPTIMIZERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("RMSprop", {"momentum": 0.9, "centered": True}),
 )
 INT8 = {"state_dtype": "int8", "min_8bit_size": 0}
-STORAGE: tuple[tuple[torch.dtype, dict[str, Any]], ...] = (  # of parameters, and beside them
+STORAGE: tuple[tuple[torch.dtype, dict[str, Any]], ...] = (  # the dtype of parameters, and options
     (torch.float32, {}),
     (torch.float64, {}),
     (torch.bfloat16, {}),
@@ -70,7 +70,7 @@ def make_params(dtype: torch.dtype, device: torch.device) -> list[Parameter]:
 
 
 def set_grads(params: list[Parameter]) -> None:
-    """New gradients; into their place where there are gradients."""
+    """New gradients, written into the old ones where there are any."""
     for param in params:
         grad = random(param.numel(), param.dtype, param.device)
         if param.grad is None:

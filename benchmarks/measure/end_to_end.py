@@ -4,10 +4,10 @@ Small models are trained on real data by AdamW of torch.optim and of fusedopt, f
 on the same batches. Every round takes one sample of each implementation, so that all of them see
 the same drift of the machine, and ratios are taken per round. A sample is the second of two
 iterations in a row: as in any training, it finds in the caches and in the allocator what an
-iteration of the same implementation left there. After another's it would pay for that one: memory
-that was given back to the system has to be mapped again, which can take as long as a step. An
-iteration is ``zero_grad()``, the forward pass, the backward pass and ``step()``; the first and the
-last are the optimizer's part.
+iteration of the same implementation left there. Right after another implementation's it would be
+slower for reasons that are not its own: memory that the other gave back to the system has to be
+mapped again, which can take as long as a step. An iteration is ``zero_grad()``, the forward pass,
+the backward pass and ``step()``; the first and the last are the optimizer's part.
 """
 
 from __future__ import annotations
@@ -19,23 +19,21 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.measure.progress import Progress
+from benchmarks.models.batch import Batch
 from benchmarks.models.networks import GPT
-from benchmarks.report.case import FLAT, OURS, Json, percent, ratio, samples, times
+from benchmarks.models.text import load_text, text_batches
+from benchmarks.report.case import DEFAULT, FLAT, FUSED, ITERATION, OPTIMIZER, OURS, Json
 
-# What benchmarks.report imports from here must not need scikit-learn or a compiled fusedopt, so
-# benchmarks.models.data and the optimizers are imported where they are used.
+# Neither scikit-learn nor a compiled fusedopt is needed before something is trained: digits and
+# optimizers are imported where they are used.
 
-Batch = tuple[Tensor, Tensor]  # inputs and what the model should make of them
-
-DEFAULT, FUSED = "torch-default", "torch-fused"
 # The module of each implementation's AdamW, and its arguments besides OPTIONS.
 IMPLEMENTATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     DEFAULT: ("torch.optim", {}),
@@ -44,10 +42,6 @@ IMPLEMENTATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     FLAT: ("fusedopt", {"flat": True}),
 }
 OPTIONS: dict[str, Any] = {"lr": 3e-4}
-
-# The keys of a workload's samples.
-ITERATION = "iteration_seconds"
-OPTIMIZER = "optimizer_seconds"
 
 ROUNDS, SECONDS = 101, 30.0  # for callers: at most, per workload
 MIN_ROUNDS = 5
@@ -75,13 +69,9 @@ def gpt(width: int, heads: int, blocks: int, batch: int = 8, context: int = 64) 
     """The demo's character-level GPT on the demo's text."""
 
     def model() -> nn.Module:
-        from benchmarks.models.data import load_text
-
         return GPT(len(load_text().vocabulary), context, width, heads, blocks)
 
     def batches() -> Iterator[Batch]:
-        from benchmarks.models.data import load_text, text_batches
-
         return text_batches(load_text().train, batch, context, SEED)
 
     return Workload(model, batches, f"{batch} x {context} characters")
@@ -97,7 +87,7 @@ def mlp(width: int, hidden: int, batch: int) -> Workload:
         return nn.Sequential(*layers, nn.Linear(width, 10))
 
     def batches() -> Iterator[Batch]:
-        from benchmarks.models.data import image_batches, load_digits
+        from benchmarks.models.digits import image_batches, load_digits
 
         train, _ = load_digits(SEED)
         return image_batches(train, batch, SEED)
@@ -144,7 +134,7 @@ class Training:
         return Iteration(loss.item(), after - start, (cleared - start) + (after - before))
 
     def sample(self, batches: tuple[Batch, Batch]) -> Iteration:
-        """Train on two batches; what is known of the second iteration."""
+        """Train on two batches; the second iteration."""
         for batch in batches:
             iteration = self.iterate(batch)
         return iteration
@@ -153,7 +143,7 @@ class Training:
 def measure_training(rounds: int, seconds: float, progress: Progress) -> list[Json]:
     """Measure all workloads, each for so many rounds or seconds at most.
 
-    RuntimeError where an implementation's losses are not those of torch's default.
+    RuntimeError if an implementation's losses are not those of torch's default.
     """
     measured = []
     for name, workload in WORKLOADS.items():
@@ -165,7 +155,7 @@ def measure_training(rounds: int, seconds: float, progress: Progress) -> list[Js
 def measure_workload(
     name: str, workload: Workload, rounds: int, seconds: float, progress: Progress
 ) -> Json:
-    """What is known of a workload, with one sample per round.
+    """The samples of a workload, one per round, and its size.
 
     Each round starts with another of the implementations.
     """
@@ -177,7 +167,7 @@ def measure_workload(
     wholes: dict[str, list[float]] = {one: [] for one in names}
     parts: dict[str, list[float]] = {one: [] for one in names}
     gc.collect()
-    gc.disable()  # its pauses belong to nobody
+    gc.disable()  # a pause would count for whatever is timed just then
     try:
         start = time.perf_counter()
         for step in range(-WARM_UP, rounds):
@@ -218,39 +208,3 @@ def check_losses(workload: str, step: int, done: dict[str, Iteration]) -> None:
                 f"{workload}, {name}: the loss at step {step} is {iteration.loss:.7g}, but with "
                 f"{DEFAULT} it is {expected:.7g}"
             )
-
-
-def share_of_iteration(workload: Json, name: str) -> float | None:
-    """Median over the rounds of the optimizer's part; None where it was not measured."""
-    parts, wholes = samples(workload, name, OPTIMIZER), samples(workload, name, ITERATION)
-    if parts is None or wholes is None:
-        return None
-    return median(part / whole for part, whole in zip(parts, wholes, strict=True))
-
-
-def milliseconds(seconds: list[float] | None) -> str:
-    """The median."""
-    return "-" if seconds is None else f"{1e3 * median(seconds):.4g}"
-
-
-def training_rows(training: list[Json]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a table: iterations' times, the optimizer's shares, fusedopt's speed-ups."""
-    shared, compared = (DEFAULT, FUSED, OURS), (DEFAULT, FUSED)
-    head = [
-        *("workload", "parameters", "tensors"),
-        *(f"{name} ms" for name in IMPLEMENTATIONS),
-        *(f"optimizer, {name}" for name in shared),
-        *(f"{OURS} vs {name}" for name in compared),
-    ]
-    rows = [
-        [
-            workload["workload"],
-            f"{workload['parameters']:,}",
-            str(workload["tensors"]),
-            *(milliseconds(samples(workload, name, ITERATION)) for name in IMPLEMENTATIONS),
-            *(percent(share_of_iteration(workload, name)) for name in shared),
-            *(times(ratio(workload, name, OURS, ITERATION)) for name in compared),
-        ]
-        for workload in training
-    ]
-    return head, rows

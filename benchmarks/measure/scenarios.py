@@ -34,8 +34,8 @@ class OptimizerSetup:
         max_grad_norm: where not None, the gradients are clipped by their global norm as well.
         loss_scale: where not None, what a GradScaler multiplied the gradients by: each call
             unscales, clips, steps, updates the scaler and resets the gradients.
-        masters: whether the weights are known better than ``dtype`` tells, in whatever way an
-            implementation has for that; states are then its choice, too.
+        masters: whether weights are kept with more precision than ``dtype`` has, in whatever way
+            an implementation offers; the dtype of its states is then its own choice, too.
     """
 
     name: str
@@ -49,10 +49,10 @@ class OptimizerSetup:
 
     @property
     def bytes_per_parameter(self) -> int:
-        """Bytes a step must move at least: reads p, g and states, writes p and states.
+        """The bytes that a step must move: it reads p, g and states, and writes p and states.
 
-        Before it can clip, it must have read all gradients for their norm. With masters: float32
-        states, and the half of a float32 that is not in the parameter, are read and written.
+        To clip, it reads all gradients once more before, for their norm. With masters, it reads and
+        writes float32 states and the half of a float32 that is not in the parameter.
         """
         if self.masters:
             return 3 * self.dtype.itemsize + 2 * 2 + 2 * 4 * self.states
@@ -92,9 +92,9 @@ class Scenario:
         return sum(prod(shape) for shape in self.tensors)
 
     def fitting(self, elements: int) -> Scenario:
-        """This scenario, or one like it with at most so many elements, which its note says.
+        """This scenario or, with a note, one like it that has at most so many elements.
 
-        Fewer layers or, of a single tensor, a smaller one. ValueError where that is not enough.
+        It has fewer layers or, with a single tensor, a smaller one. ValueError if neither helps.
         """
         if self.elements <= elements:
             return self
@@ -112,11 +112,11 @@ class Scenario:
 
 
 KI, MI, GI = 2**10, 2**20, 2**30
-# Given to everybody, as the defaults of other packages are not torch's.
+# Given to all implementations, as other packages have other defaults than torch.
 ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 RMSPROP = {"alpha": 0.99, "eps": 1e-8}
-# AdamW does not mind the scale of a gradient, so that nobody could see whether it was clipped. Next
-# to an eps of the size of the clipped gradients it does.
+# A step of AdamW hardly depends on the scale of its gradients, so that a missing clip would go
+# unnoticed. With an eps as large as the clipped gradients it does depend on it.
 ADAMW_CLIP = {**ADAMW, "eps": 1e-4}
 
 OPTIMIZERS = {
@@ -142,10 +142,10 @@ OPTIMIZERS = {
 }
 PLAIN = ("AdamW", "SGD", "RMSprop")
 
-# Where tensors are as large as this, memory alone counts: how they lie and how a step is launched
-# do not.
+# With tensors as large as this only the memory's bandwidth counts, not how tensors lie or how a
+# step is launched.
 HUGE = ("fusedopt-flat", "fusedopt-graph", "torch-fused-graph")
-# Far from the floor with any large tensor; next to a large model they have no room, either.
+# Far slower than the floor with any large tensor, and without room next to a large model.
 FAR_FROM_THE_FLOOR = (
     *("torch-forloop", "torch-foreach", "torch-optimi"),
     *("bitsandbytes", "bitsandbytes-8bit", "torchao-8bit", "torchao-4bit", "torchao-fp8"),
@@ -194,7 +194,7 @@ SUITES: dict[str, dict[str, tuple[str, ...]]] = {
         "500-groups": ("AdamW",),
     },
 }
-# What is left of the CPU's suite where a result has to be there soon.
+# The part of the CPU's suite that is measured with --quick.
 QUICK_SUITE: dict[str, tuple[str, ...]] = {
     "1x64Mi": ("AdamW", "AdamW-bf16"),
     "1000x1Ki": ("AdamW",),
@@ -218,7 +218,7 @@ PATTERN = re.compile(r"([1-9]\d*)x([1-9]\d*)(|[KMG]i?)(-groups)?")
 def find_scenario(name: str) -> Scenario:
     """The scenario of this name, or the one that a name like 200x100K or 500x4Ki-groups describes.
 
-    That is so many tensors of so many elements, each in a group of its own or all in one.
+    200 tensors of 100,000 elements in one group; 500 of 4,096, each in a group of its own.
     """
     if name in SCENARIOS:
         return SCENARIOS[name]
@@ -239,7 +239,7 @@ def choose_cases(
     scenarios: list[str] | None,
     quick: bool = False,
 ) -> list[tuple[OptimizerSetup, Scenario]]:
-    """The cases that these choices ask for, None being no choice.
+    """The cases that these choices ask for; None where nothing was chosen.
 
     Optimizers and scenarios that were both chosen are all combined. Otherwise the device's suite
     says what goes with what, and a scenario that is not in it gets the plain optimizers.

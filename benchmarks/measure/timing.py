@@ -3,7 +3,7 @@
 A sample is one number of calls in a row, divided by their number. On a GPU it has three times:
 
 - wall: until the device has done all calls, with one synchronization after the last. This is what a
-  step takes in a loop, be it the host or the device that is late.
+  step takes in a loop, whichever of host and device is the slower one.
 - host: until the last call returned, which is how long the host is busy.
 - device: between CUDA events before the first call and after the last. The device is kept waiting
   until the host has enqueued all of them, so that this is the time of the kernels without gaps
@@ -21,29 +21,29 @@ from collections.abc import Callable
 import torch
 from torch.utils.benchmark import Timer
 
-from benchmarks.measure.implementations import Work
 from benchmarks.measure.progress import Progress
+from benchmarks.measure.work import Work
 from benchmarks.report.case import DEVICE, HOST, WALL
 
-# However long they take: medians of fewer rounds say little on a machine that others use, too.
+# At least so many, however long they take: on a shared machine, medians of fewer rounds say little.
 MIN_ROUNDS = {"cpu": 11, "cuda": 3}
 MIN_SAMPLE_SECONDS = {"cpu": 0.01, "cuda": 0.005}
-# Libraries may bring OpenMP runtimes of their own, whose idle threads spin for milliseconds and
-# take the processor away from whoever is timed next.
+# Libraries may bring OpenMP runtimes of their own. Their idle threads spin for milliseconds, which
+# would slow down whatever is timed next.
 SETTLE_SECONDS = {"cpu": 0.02, "cuda": 0.0}
-# A launch takes a host 2 us or more, and a stream's queue holds about 1,000 of them: so what a host
-# enqueues in this time fits in.
+# A launch takes the host 2 us or more, and a stream's queue holds about 1,000: all that a host
+# enqueues in this time fits into the queue.
 QUEUE_SECONDS = 0.002
-CYCLES_PER_SECOND = 2e9  # of a GPU, about; what matters is only that the device waits long enough
+CYCLES_PER_SECOND = 2e9  # of a GPU, roughly: the device only has to wait long enough
 
 Sample = dict[str, float]  # seconds per call: WALL, on a GPU HOST and DEVICE as well
 Clock = Callable[[Work, int], Sample]
 
 
 def time_on_cpu(work: Work, calls: int) -> Sample:
-    """One sample of so many calls; of one, where each has to be prepared.
+    """One sample of so many calls; of a single one where each has to be prepared.
 
-    Timer warms up with two calls, which a call of some milliseconds does not need.
+    torch's Timer warms up with two calls, so it is left out where one call is enough.
     """
     if work.prepare is None and calls > 1:
         timer = Timer(
@@ -58,7 +58,7 @@ def time_on_cpu(work: Work, calls: int) -> Sample:
 
 
 def time_on_cuda(work: Work, calls: int) -> Sample:
-    """One sample of so many calls on the current device; of one, where each has to be prepared."""
+    """One sample of so many calls on the current device; of a single one where it is prepared."""
     if work.prepare is not None:
         calls = 1
         work.prepare()
@@ -94,7 +94,7 @@ def measure(
 ) -> dict[str, dict[str, list[float]]]:
     """Samples by what was timed and by name, one per round, until rounds or seconds run out.
 
-    Each round has an order of its own, so that none always runs after the same one.
+    Each round has an order of its own, so that no work always follows the same other one.
     """
     clock = CLOCKS[device_type]
     least = MIN_SAMPLE_SECONDS[device_type]
@@ -102,7 +102,7 @@ def measure(
     calls = {name: math.ceil(least / clock(work, 1)[WALL]) for name, work in works.items()}
     samples: dict[str, dict[str, list[float]]] = {}
     gc.collect()
-    gc.disable()  # its pauses belong to nobody
+    gc.disable()  # a pause would count for whatever is timed just then
     try:
         start = time.perf_counter()
         for done in range(rounds):

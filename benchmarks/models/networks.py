@@ -1,4 +1,4 @@
-"""The models that the demo trains: plain PyTorch modules."""
+"""The models that are trained: a small GPT and a classifier of digits, plain PyTorch modules."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class GPT(nn.Module):
 def digits_classifier(channels: int = 16, classes: int = 10) -> nn.Sequential:
     """A small convolutional network: (batch, 1, 8, 8) images -> (batch, classes) logits.
 
-    It is smooth (GELU and strides, no ReLU and maximum), so that the last bits of its weights stay
-    last bits of its loss.
+    It is smooth (GELU and strides instead of ReLU and max-pooling), so that a change in the last
+    bits of its weights changes only the last bits of its loss.
     """
     return nn.Sequential(
         nn.Conv2d(1, channels, kernel_size=3, padding=1),

@@ -1,4 +1,4 @@
-"""What tables and targets read from a measured case, and how they write it."""
+"""What all tables and plots share: the keys of results, figures made of them, and their text."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ FLOOR = "read-modify-write"
 OURS = "fusedopt"
 FLAT = "fusedopt-flat"
 GRAPH = "fusedopt-graph"
+DEFAULT, FUSED = "torch-default", "torch-fused"
 
 # The keys of a case's samples by what was timed; the last two on GPUs only.
 WALL = "seconds"
 HOST = "host_seconds"
 DEVICE = "device_seconds"
+# The keys of the samples of whole training iterations.
+ITERATION = "iteration_seconds"
+OPTIMIZER = "optimizer_seconds"
 
 Json = dict[str, Any]
 
@@ -34,7 +38,7 @@ def ratio(case: Json, name: str, to: str, timed: str = WALL) -> float | None:
 
 
 def share_of_copy(case: Json, name: str) -> float | None:
-    """The bytes that a step must move over its time on the device, by those of a copy over its."""
+    """A step's bytes per second on the device, as a share of a copy's."""
     times_copy = ratio(case, COPY, name, DEVICE)
     if times_copy is None:
         return None
@@ -44,7 +48,7 @@ def share_of_copy(case: Json, name: str) -> float | None:
 
 
 def of_what(case: Json) -> str:
-    """The scenario, with what there is to say about it."""
+    """The scenario's name, and its note if it has one."""
     note = case.get("note")
     return f"{case['scenario']} ({note})" if note else str(case["scenario"])
 
@@ -73,3 +77,30 @@ def duration(seconds: float | None) -> str:
     if seconds >= 1:
         return f"{seconds:.3g} s"
     return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} us"
+
+
+def where(results: Json) -> str:
+    """One line: on which machine, when, and at which commit the figures were measured."""
+    source = results["provenance"]
+    commit = f"commit {source['commit'][:10]}" if source["commit"] else "no commit"
+    dirty = " with changes" if source["commit"] and source["dirty"] else ""
+    when = f"Python {source['python']}, {source['date'][:10]}, {commit}{dirty}"
+    if on_gpu(results):
+        return (
+            f"{source['device']}, a copy: {source['copy_bandwidth'] / 1e12:.2f} TB/s, "
+            f"driver {source['driver']}, CUDA {source['cuda']}, torch {source['torch']}, {when}"
+        )
+    isa = f" ({source['isa']})" if source.get("isa") else ""
+    later: dict[str, list[str]] = {}
+    for case in results["cases"]:
+        if case.get("provenance"):
+            name = f"{case['optimizer']} {of_what(case)}"
+            later.setdefault(str(case["provenance"]["commit"])[:10], []).append(name)
+    again = "".join(
+        f"; measured again at commit {commit_of}: {', '.join(names)}"
+        for commit_of, names in later.items()
+    )
+    return (
+        f"{source['processor']}{isa}, threads: {source['threads']} of {source['cores']}, "
+        f"torch {source['torch']}, {when}{again}"
+    )

@@ -1,7 +1,8 @@
 """What became slower between two runs: ``python -m benchmarks.report new.json --compare old.json``.
 
-Machines differ, and one machine from hour to hour. So a time counts as a multiple of the
-read-modify-write's in the same round, and two runs differ only where most of their rounds do.
+Machines differ in speed, and so does one machine from hour to hour. So each time is taken as a
+multiple of the read-modify-write's in the same round, and two runs count as different only where
+the middle halves of their rounds do not overlap.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from benchmarks.report.case import (
     times,
 )
 
-SLOWER = 1.05  # what the medians have to differ by
-LEAST_ROUNDS = 11  # with fewer, the middle halves of two runs are apart by chance too often
+SLOWER = 1.05  # a median that counts as slower is more than so many times the other
+LEAST_ROUNDS = 11  # with fewer, the middle halves of two runs lie apart by chance too often
 ALIKE = ("processor", "device", "isa", "threads", "torch")  # what two runs should have in common
 
 
 def multiples(case: Json, name: str) -> list[float] | None:
-    """The time of each round as a multiple of the floor's; None where there is none."""
+    """The time of each round as a multiple of the floor's; None where one was not measured."""
     timed = DEVICE if DEVICE in case else WALL
     step, floor = samples(case, name, timed), samples(case, FLOOR, timed)
     if step is None or floor is None:
@@ -36,7 +37,7 @@ def multiples(case: Json, name: str) -> list[float] | None:
 
 
 def is_slower(old: list[float], new: list[float]) -> bool:
-    """Whether the median is beyond chance: higher, and the middle halves do not overlap."""
+    """Whether the new median is higher by more than chance: the middle halves do not overlap."""
     apart = quantiles(new, method="inclusive")[0] > quantiles(old, method="inclusive")[2]
     return apart and median(new) > SLOWER * median(old)
 

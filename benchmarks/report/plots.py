@@ -9,9 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from benchmarks.demo.figure import OUR_COLOUR, TORCH_COLOUR
-from benchmarks.report.__main__ import where
-from benchmarks.report.case import COPY, FLOOR, OURS, WALL, Json, duration, of_what, ratio
+from benchmarks.report.case import COPY, FLOOR, OURS, WALL, Json, duration, of_what, ratio, where
+from benchmarks.report.colours import OUR_COLOUR, TORCH_COLOUR
 from benchmarks.report.training_figure import draw_training
 
 COLOURS = {

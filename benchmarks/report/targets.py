@@ -30,7 +30,7 @@ class Target:
     scenario: str
 
     def title(self, case: Json) -> str:
-        """What is measured; the case has no figures if there was none."""
+        """What is measured; the case is empty where it was not."""
         return f"{self.optimizer} {of_what({'scenario': self.scenario, **case})}"
 
     def row(self, case: Json) -> tuple[list[str], bool]:
@@ -40,7 +40,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Faster(Target):
-    """At least how many times as fast fusedopt is than the fastest of some implementations."""
+    """How many times as fast fusedopt has to be as the fastest of some implementations."""
 
     against: tuple[str, ...]
     at_least: float
@@ -57,7 +57,7 @@ class Faster(Target):
 
 @dataclass(frozen=True)
 class Share(Target):
-    """At least what share of a copy's bandwidth a step reaches on the device."""
+    """The share of a copy's bandwidth that a step has to reach on the device."""
 
     at_least: float
 
@@ -71,7 +71,7 @@ class Share(Target):
 
 @dataclass(frozen=True)
 class Within(Target):
-    """How long a step takes at most, until the device is done."""
+    """How long a step may take, until the device is done."""
 
     implementation: str
     at_most: float
@@ -86,7 +86,7 @@ class Within(Target):
 
 @dataclass(frozen=True)
 class OfFloor(Target):
-    """How many times as long as the floor a step takes at most."""
+    """How many times as long as the floor a step may take."""
 
     at_most: float
     implementation: str = OURS
@@ -146,7 +146,7 @@ IMPORT_AT_MOST = 0.05  # seconds, beyond torch
 
 
 def allocated_row(results: Json) -> tuple[list[str], bool]:
-    """The same cells for the memory that steps allocate, in all cases."""
+    """The same for the memory that steps allocate, in all cases."""
     allocated = [
         count
         for case in results["cases"]
@@ -160,7 +160,7 @@ def allocated_row(results: Json) -> tuple[list[str], bool]:
 
 
 def import_row(results: Json) -> tuple[list[str], bool]:
-    """The same cells for the time to import fusedopt."""
+    """The same for the time to import fusedopt."""
     taken = results.get("import_seconds")
     measured = median(taken) if taken else None
     met = measured is not None and measured <= IMPORT_AT_MOST

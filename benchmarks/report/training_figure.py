@@ -1,4 +1,4 @@
-"""A plot of whole training iterations: what each implementation's optimizer adds to the rest."""
+"""A plot of whole training iterations: the time of the optimizer, and of the rest."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from statistics import median
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.demo.figure import OUR_COLOUR, TORCH_COLOUR
-from benchmarks.measure.end_to_end import ITERATION, OPTIMIZER
-from benchmarks.report.case import Json
+from benchmarks.report.case import ITERATION, OPTIMIZER, Json
+from benchmarks.report.colours import OUR_COLOUR, TORCH_COLOUR
 
 WIDTH, HEIGHT_OF_TITLE, HEIGHT_OF_BAR = 10, 0.8, 0.32  # in inches
 

@@ -1,11 +1,11 @@
 """What storage choices cost in quality and save in memory.
 
-    python -m benchmarks.studies.precision            trains, measures memory, writes all
+    python -m benchmarks.studies.precision            trains, measures memory, writes everything
     python -m benchmarks.studies.precision --tables   only writes tables and plot again
 
 Trains the demo's models, a small GPT on text and a classifier of digits, with AdamW and each choice
-of storage, several seeds each, and compares the final losses. Memory is that of a process which
-holds parameters, gradients and an optimizer that took two steps, before and after.
+of storage, several seeds each, and compares the final losses. Memory is what a process grows by
+when it makes parameters, gradients and an optimizer, and takes two steps.
 """
 
 from __future__ import annotations
@@ -26,10 +26,22 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 import fusedopt
-from benchmarks.demo.tasks import parameter_groups
-from benchmarks.report.__main__ import block, with_block
+from benchmarks.measure.provenance import provenance
+from benchmarks.models.parameters import parameter_groups
 from benchmarks.report.case import Json
-from benchmarks.studies.codes import BETAS, DECAYS, EPS, LAST, RATES, SEEDS, STEPS, work
+from benchmarks.report.colours import OUR_COLOUR, TORCH_COLOUR
+from benchmarks.report.files import write_json
+from benchmarks.report.pages import block, with_block
+from benchmarks.studies.trainings import (
+    BETAS,
+    DECAYS,
+    EPS,
+    LAST,
+    RATES,
+    SEEDS,
+    STEPS,
+    model_and_data,
+)
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parents[1] / "results" / "precision.json"
@@ -68,7 +80,7 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def train(task: str, seed: int, choice: str, steps: int) -> dict[str, float]:
     """The losses of one training: mean of the last ones, and that of data not trained on."""
     dtype, options = CHOICES[choice]
-    one = work(task, seed)
+    one = model_and_data(task, seed)
     model = one.model.to(dtype)
     optimizer = fusedopt.AdamW(
         parameter_groups(model, DECAYS[task]), lr=RATES[task], betas=BETAS, eps=EPS, **options
@@ -102,15 +114,15 @@ def train_all(seeds: int, steps: dict[str, int]) -> list[Json]:
 
 
 def resident() -> int:
-    """The bytes that this process has in memory."""
+    """The bytes of this process that are in memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
 
 
 def bytes_per_parameter(choice: str) -> float:
-    """What a process grows by, for each element of large parameters, when it trains them."""
+    """The bytes that a process grows by for each element when it trains large parameters."""
     dtype, options = CHOICES[choice]
-    torch.zeros(1000).add_(1)  # starts threads and allocators
+    torch.zeros(1000).add_(1)  # so that threads and allocators have started before
     fusedopt.AdamW([nn.Parameter(torch.zeros(2**16, dtype=dtype))], **options).step()
     before = resident()
     params = [nn.Parameter(torch.full((ELEMENTS // 8,), 0.5, dtype=dtype)) for _ in range(8)]
@@ -123,7 +135,7 @@ def bytes_per_parameter(choice: str) -> float:
 
 
 def memory_of_all() -> dict[str, float]:
-    """Each measured in a process of its own."""
+    """Bytes per parameter of each choice, each measured in a process of its own."""
     measured = {}
     for choice in tqdm(CHOICES, "memory"):
         command = [sys.executable, "-m", "benchmarks.studies.precision", "--memory-of", choice]
@@ -136,7 +148,7 @@ def memory_of_all() -> dict[str, float]:
 
 
 def differences(results: Json, row: Json, key: str) -> list[float]:
-    """Of losses from those of float32 with the same seeds."""
+    """Losses minus those of float32 with the same seeds."""
     base = next(
         r for r in results["training"] if (r["task"], r["choice"]) == (row["task"], FLOAT32)
     )
@@ -167,8 +179,6 @@ def draw(results: Json, path: Path) -> None:
     """Bytes against the difference from float32, one panel a task."""
     from matplotlib.figure import Figure
 
-    from benchmarks.demo.figure import OUR_COLOUR, TORCH_COLOUR
-
     tasks = list(results["settings"]["steps"])
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     axes = figure.subplots(1, len(tasks), sharey=True)
@@ -198,14 +208,12 @@ def draw(results: Json, path: Path) -> None:
 
 
 def page(results: Json, text: str) -> str:
-    """The documentation with this table."""
+    """The page of the documentation, with this table in its place."""
     return with_block(text, "precision", block("precision", table(results)))
 
 
 def study(options: argparse.Namespace) -> Json:
     """Measure everything."""
-    from benchmarks.run import provenance
-
     steps = {task: min(most, options.steps) for task, most in STEPS.items()}
     return {
         "provenance": provenance(torch.device("cpu"), []),
@@ -224,6 +232,7 @@ def study(options: argparse.Namespace) -> Json:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the study, or only write or check its table; the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.studies.precision",
         description=__doc__,
@@ -240,8 +249,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(bytes_per_parameter(options.memory_of))
         return 0
     if not (options.tables or options.check):
-        from benchmarks.run import write_json
-
         torch.set_num_threads(1)  # such small models gain nothing from more
         write_json(options.output, study(options))
     results = json.loads(options.output.read_text())

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// What a step multiplies its gradients by, and whether it takes place at all.
 #pragma once
 
 #include <cstdint>
 
-#include "rules/average.h"
+#include "arithmetic.h"
 
-// What a step multiplies its gradients by, and whether it takes place at all: where a gradient
-// scaler or clipping has a say, the host need not know either.
+// With a gradient scaler or clipping, the host may know neither.
 namespace fusedopt {
 
 // In the memory of the device.
@@ -27,7 +28,7 @@ FUSEDOPT_HD void get_grad_factor(const Control& control, double& factor) {
   factor = control.grad_factor;
 }
 
-// What the factor is made of. Addresses are those of the device; null: there is no such thing.
+// What the factor is made of. Addresses are those of the device; null: not used.
 struct FactorSource {
   double factor = 1;                  // that of the host
   const float* grad_scale = nullptr;  // by which the gradients are too large

@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// Dtypes, their conversions to and from what a rule computes in, and which go together.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "macros.h"
 
-// Storage types and their conversions to and from the type that a rule computes in. All conversions
-// are integer code without branches: they vectorise on every instruction set, give the same bits on
-// every device, and do not depend on the denormal mode. NaN is stored as the canonical quiet NaN.
+// All conversions are integer code without branches: they vectorise on every instruction set, give
+// the same bits on every device, and do not depend on the denormal mode. NaN is stored as the
+// canonical quiet NaN.
 namespace fusedopt {
 
 enum class DType : uint8_t { float32, float64, bfloat16, float16 };
@@ -25,25 +28,25 @@ struct float16 {
   uint16_t bits;
 };
 
-template <class Storage>
-struct StorageTraits;
+template <class Element>
+struct ElementTraits;
 template <>
-struct StorageTraits<float> {
+struct ElementTraits<float> {
   using Compute = float;
   static constexpr DType dtype = DType::float32;
 };
 template <>
-struct StorageTraits<double> {
+struct ElementTraits<double> {
   using Compute = double;
   static constexpr DType dtype = DType::float64;
 };
 template <>
-struct StorageTraits<bfloat16> {
+struct ElementTraits<bfloat16> {
   using Compute = float;
   static constexpr DType dtype = DType::bfloat16;
 };
 template <>
-struct StorageTraits<float16> {
+struct ElementTraits<float16> {
   using Compute = float;
   static constexpr DType dtype = DType::float16;
 };
@@ -98,26 +101,41 @@ FUSEDOPT_HD void narrow(float value, float16& out) {
   out.bits = uint16_t(magnitude > 0x7f800000u ? 0x7e00u : signed_bits);
 }
 
-// Stands for what only the Coding of a span tells, see coding.h.
+// The dtype of spans whose Coding says how elements are stored, see codes.h.
 struct coded {};
 template <>
-struct StorageTraits<coded> {
+struct ElementTraits<coded> {
   using Compute = float;
 };
 
-// The storage types of one kernel. Only the combinations listed here are instantiated.
+// The dtypes of one kernel. Only the combinations listed here are instantiated.
 template <class Param_, class Grad_, class State_>
 struct Types {
   using Param = Param_;
   using Grad = Grad_;
   using State = State_;
-  using Compute = typename StorageTraits<Param>::Compute;
+  using Compute = typename ElementTraits<Param>::Compute;
 };
 
 template <class... Members>
 struct TypeList {
   static constexpr int size = sizeof...(Members);
 };
+
+// Calls visit(Member{}) for each member of a TypeList, in order.
+template <class... Members, class Visitor>
+void for_each_type(TypeList<Members...>, Visitor visit) {
+  (visit(Members{}), ...);
+}
+
+// The place of a type in a list.
+template <class Type, class... Members>
+constexpr int place_in(TypeList<Members...>) {
+  int place = 0;
+  bool found = false;
+  ((found = found || std::is_same<Type, Members>::value, place += found ? 0 : 1), ...);
+  return place;
+}
 
 using Combinations = TypeList<
     // parameter, gradient, states

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// Words that mean different things to the compilers of the host and of the device.
 #pragma once
 
 // FUSEDOPT_HD marks the code that runs on the host and on the device. It is always inlined, so that

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// The sum of the squares of all gradients, and the order of its additions.
 #pragma once
 
 #include "control.h"
 #include "dtype.h"
 #include "span.h"
 
-// The sum of the squares of all gradients, in float64. The order of its additions depends on the
-// sizes of the gradients only, so that it has the same bits with any number of threads, on every
-// instruction set and device, and whether parameters are flat or not:
+// It is in float64. The order depends on the sizes of the gradients only, so that the sum has the
+// same bits with any number of threads, on every instruction set and device, and whether parameters
+// are flat or not:
 //
 //   chunk   kNormChunk elements of one gradient, summed up by lanes: lane i of n adds up the
 //           elements i, i + n, i + 2n ...; the lanes are then added as a tree
@@ -27,10 +29,10 @@ struct GradSpan {
 
 inline int64_t norm_chunks(int64_t numel) { return (numel + kNormChunk - 1) / kNormChunk; }
 
-// Lanes of a chunk: those of a warp, with as many elements each as 16 bytes hold.
+// Lanes of a chunk: those of a warp, with as many elements each as a 16-byte access has.
 constexpr int kWarp = 32;
 template <class Grad>
-constexpr int kSlots = int(16 / sizeof(Grad));
+constexpr int kQuadElements = int(16 / sizeof(Grad));
 
 // Adds up values[0], values[stride] ... into values[0]; count is a power of two.
 template <int count>

@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// Random bits and fractions to round by, without a state.
 #pragma once
 
 #include <cstdint>
 
 #include "macros.h"
 
-// Random bits without a state: a function of the seed, the parameter, its step and the element's
-// place in it, so that they depend on no thread, no device and no order.
+// They are a function of the seed, the parameter, its step and the element's place in it, so that
+// they depend on no thread, no device and no order.
 namespace fusedopt {
 
 // The finalizer of SplitMix64 (Steele, Lea and Flood, 2014).
@@ -22,6 +24,9 @@ constexpr uint64_t kGolden = 0x9e3779b97f4a7c15u;  // 2^64 divided by the golden
 FUSEDOPT_HD uint64_t random_key(uint64_t seed, uint64_t ordinal) {
   return mix(mix(seed + kGolden) + ordinal * kGolden);
 }
+
+// One hash has the random bits of two elements of a block, so many places apart.
+constexpr int kRandomPairs = 128;
 
 // Those of one block of a parameter in one step.
 struct RandomBlock {
@@ -42,10 +47,10 @@ struct RandomBlock {
     return x ^ (x >> 16);
   }
 
-  // The 16 bits of an element: those of two elements, half a block apart, come from one hash.
+  // The 16 bits of an element.
   FUSEDOPT_HD uint32_t of_place(int place) const {
-    const uint32_t both = bits(uint32_t(place) % 128);
-    return place < 128 ? both & 0xffffu : both >> 16;
+    const uint32_t both = bits(uint32_t(place) % kRandomPairs);
+    return place < kRandomPairs ? both & 0xffffu : both >> 16;
   }
 };
 
@@ -58,15 +63,18 @@ FUSEDOPT_HD constexpr uint32_t reversed(uint32_t x) {
   return (x >> 1 & 0x55555555u) | (x & 0x55555555u) << 1;
 }
 
-// Fractions in [0, 2^23) to round by: up where the fraction that is cut off and this one make a
-// whole. Those of 2^n steps of an element lie one in each of 2^n equal parts, and so do those of a
-// block's elements in one step. Thus a value that stays is right in the mean of steps, with far
-// less noise than chance has.
+// Bits of a fraction to round by, as many as a float32's fraction has.
+constexpr int kDitherBits = 23;
+
+// Thresholds in [0, 2^kDitherBits): a number is rounded up where threshold and cut-off fraction sum
+// to a whole. Over 2^n steps of an element, or over a block in one step, one lies in each of 2^n
+// equal parts. So a value that stays is right on average, with far less noise than random
+// thresholds have.
 FUSEDOPT_HD uint32_t dither_of_block(int64_t block, uint32_t step) {
-  return (reversed(step) ^ uint32_t(mix(uint64_t(block) * kGolden))) >> 9;
+  return (reversed(step) ^ uint32_t(mix(uint64_t(block) * kGolden))) >> (32 - kDitherBits);
 }
 FUSEDOPT_HD constexpr uint32_t dither(uint32_t of_block, uint32_t place) {
-  return of_block ^ (reversed(place) >> 9);
+  return of_block ^ (reversed(place) >> (32 - kDitherBits));
 }
 
 }  // namespace fusedopt

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// The lists of rules and of dtypes without their types: names and numbers of all kernels.
 #pragma once
 
 #include <cstring>
@@ -9,15 +11,19 @@
 #include "rules/list.h"
 #include "span.h"
 
-// The rule list without its types, for callers that know a rule only by its name. A kernel is one
-// (variant, combination of dtypes), numbered variant by variant in the order of the lists; behind
-// the combinations comes the kernel of spans with a Coding.
+// A kernel is one (variant, combination of dtypes), numbered variant by variant in the order of the
+// lists; behind the combinations comes the kernel of spans with a Coding.
 namespace fusedopt {
 
+// An Option, for callers that know a rule only by its name.
+struct OptionInfo {
+  const char* key;
+  int element;
+  bool on_device;
+};
+
 struct VariantInfo {
-  int states;
-  const char* const* state_names;
-  bool (*never_negative)(int state);
+  std::vector<State> states;
   // Whether an element that is zero in all streams stays so, as padding has to.
   bool (*zero_stays_zero)(const HyperRow& row, bool float64);
 };
@@ -25,9 +31,8 @@ struct VariantInfo {
 struct RuleInfo {
   const char* name;
   bool counts_steps;
-  int option_count;
-  const OptionKey* options;
-  int first_variant;  // index into Registry::variants
+  std::vector<OptionInfo> options;
+  int first_variant, variant_count;  // in Registry::variants
   int (*variant)(const double* options);
   void (*row)(const double* options, double step, bool first, bool float64, HyperRow& out);
   // Multiplies what the row multiplies gradients by.
@@ -49,22 +54,22 @@ struct Registry {
   int coded_kernel(int variant) const { return kernel(variant, int(combinations.size())); }
 };
 
-// Calls visit(Member{}) for each member of a TypeList, in order.
-template <class... Members, class Visitor>
-void for_each_type(TypeList<Members...>, Visitor visit) {
-  (visit(Members{}), ...);
-}
-
 namespace detail {
+
+template <class Rule, int i = 0>
+FUSEDOPT_HD void set_options(const double* values, typename Rule::Options& options) {
+  if constexpr (i < option_count<Rule>) {
+    constexpr auto value = Rule::options[i].value;
+    options.*value = values[i];
+    set_options<Rule, i + 1>(values, options);
+  }
+}
 
 template <class Rule>
 FUSEDOPT_HD typename Rule::Options options_from(const double* values) {
-  constexpr size_t count = sizeof(Rule::options) / sizeof(OptionKey);
-  static_assert(sizeof(typename Rule::Options) == count * sizeof(double),
-                "Options and its keys must agree");
-  static_assert(count <= kMaxOptions, "raise kMaxOptions");
+  static_assert(names_each_option_once<Rule>(), "an Option for each member of Options");
   typename Rule::Options options;
-  memcpy(&options, values, sizeof options);
+  set_options<Rule>(values, options);
   return options;
 }
 
@@ -74,7 +79,6 @@ FUSEDOPT_HD void fill_row(const double* values, double step, bool first, bool fl
   using Wide = typename Rule::template Row<double>;
   using Narrow = typename Rule::template Row<float>;
   constexpr size_t count = sizeof(Wide) / sizeof(double);
-  static_assert(sizeof(Wide) <= sizeof(HyperRow), "HyperRow is too small");
   static_assert(sizeof(Narrow) == count * sizeof(float), "a Row holds values of type T only");
   const Wide row = Rule::row(options_from<Rule>(values), step, first);
   double wide[count];
@@ -136,27 +140,28 @@ inline const Registry& registry() {
     Registry r;
     for_each_type(Combinations{}, [&](auto types) {
       using T = decltype(types);
-      r.combinations.push_back({StorageTraits<typename T::Param>::dtype,
-                                StorageTraits<typename T::Grad>::dtype,
-                                StorageTraits<typename T::State>::dtype});
+      r.combinations.push_back({ElementTraits<typename T::Param>::dtype,
+                                ElementTraits<typename T::Grad>::dtype,
+                                ElementTraits<typename T::State>::dtype});
     });
     for_each_type(Rules{}, [&](auto rule) {
       using Rule = decltype(rule);
       RuleInfo info;
       info.name = Rule::name;
       info.counts_steps = Rule::counts_steps;
-      info.option_count = int(sizeof(Rule::options) / sizeof(OptionKey));
-      info.options = Rule::options;
+      for (const auto& option : Rule::options)
+        info.options.push_back({option.key, option.element, option.on_device});
       info.first_variant = int(r.variants.size());
+      info.variant_count = Rule::Variants::size;
       info.variant = [](const double* o) { return Rule::variant(detail::options_from<Rule>(o)); };
       info.row = detail::make_row<Rule>;
       info.scale_gradient = detail::scale_gradient<Rule>;
       r.rules.push_back(info);
       for_each_type(typename Rule::Variants{}, [&](auto variant) {
         using Variant = decltype(variant);
-        static_assert(Variant::states <= kMaxStates, "raise kMaxStates");
-        r.variants.push_back({Variant::states, Variant::state_names, Variant::never_negative,
-                              detail::zero_stays_zero<Variant>});
+        const State* const states = Variant::states;
+        r.variants.push_back(
+            {{states, states + Variant::state_count}, detail::zero_stays_zero<Variant>});
       });
     });
     return r;

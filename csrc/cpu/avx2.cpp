@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// The loops compiled for AVX2.
 #include "cpu.h"
 
 #if defined(__x86_64__)
@@ -13,7 +15,8 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 #define FUSEDOPT_ISA avx2
-#include "loop.h"
+#include "norm.h"
+#include "update.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

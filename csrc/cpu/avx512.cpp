@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// The loops compiled for AVX-512.
 #include "cpu.h"
 
 #if defined(__x86_64__)
@@ -14,7 +16,8 @@
 #pragma GCC target("fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #endif
 #define FUSEDOPT_ISA avx512
-#include "loop.h"
+#include "norm.h"
+#include "update.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

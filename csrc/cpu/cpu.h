@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// Steps and norms on the CPU, and the instruction sets that have loops for them.
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
-#include "../core/coding.h"
+#include "../core/codes.h"
 #include "../core/norm.h"
 #include "../core/registry.h"
 

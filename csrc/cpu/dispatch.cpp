@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// A step, and a norm, cut into pieces for the loops of an instruction set.
 #include <algorithm>
 
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
-
 #include "cpu.h"
+#include "floating_point.h"
 
 namespace fusedopt {
 namespace cpu {
@@ -18,28 +17,6 @@ constexpr int64_t kGrain = 32768;
 // Where a span is cut, it is cut at a multiple of this, so that every piece stays aligned and has
 // its blocks to itself.
 constexpr int64_t kCut = kBlock;
-
-// Default rounding and no flushing of denormals for as long as it lives: whether a thread flushes
-// them is a setting of its own, and results must not depend on which thread computes them.
-class DefaultFloatingPoint {
- public:
-#if defined(__x86_64__)
-  DefaultFloatingPoint() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-  ~DefaultFloatingPoint() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#elif defined(__aarch64__)
-  DefaultFloatingPoint() {
-    asm volatile("mrs %0, fpcr" : "=r"(saved_));
-    asm volatile("msr fpcr, %0" ::"r"(uint64_t(0)));
-  }
-  ~DefaultFloatingPoint() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
-
- private:
-  uint64_t saved_;
-#endif
-};
 
 const Loops& loops(Isa isa) {
   switch (isa) {

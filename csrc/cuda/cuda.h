@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// Launches on a CUDA device, for the bindings.
 #pragma once
 
-#include "../core/device_step.h"
+#include "../device/step.h"
 
 namespace fusedopt {
 namespace cuda {
@@ -10,8 +12,10 @@ namespace cuda {
 // Whether the stream is being captured into a graph. Streams are cudaStream_t.
 bool is_capturing(void* stream);
 
-// Launches a step on the current device. Null, or what went wrong.
-const char* step(const DeviceStep& step, void* stream);
+// Launches the norm of a step's gradients, or its update, on the current device. Null, or what went
+// wrong.
+const char* norm(const DeviceStep& step, void* stream);
+const char* update(const DeviceStep& step, void* stream);
 
 }  // namespace cuda
 }  // namespace fusedopt

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// The CUDA kernels: __global__ wrappers around the bodies in device/, and their launches.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -144,10 +146,22 @@ bool is_capturing(void* stream) {
   return false;
 }
 
-const char* step(const DeviceStep& step, void* stream) {
-  const cudaError_t error =
-      launch_step<cudaError_t>(step, Launcher(static_cast<cudaStream_t>(stream)));
+namespace {
+
+const char* text_of(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+
+const char* norm(const DeviceStep& step, void* stream) {
+  Launcher launcher(static_cast<cudaStream_t>(stream));
+  return text_of(launch_norm<cudaError_t>(step, launcher));
+}
+
+const char* update(const DeviceStep& step, void* stream) {
+  Launcher launcher(static_cast<cudaStream_t>(stream));
+  return text_of(launch_update<cudaError_t>(step, launcher));
 }
 
 }  // namespace cuda

@@ -134,7 +134,9 @@ def build(
     sources = [HERE / "core_api.cpp"]
     if target != "core.so":
         sources.insert(0, HERE / "sanitize.cpp")  # which includes the other one
-    csrc_files = [path for part in ("core", "cpu") for path in (ROOT / "csrc" / part).rglob("*.*")]
+    csrc_files = [
+        path for part in ("core", "cpu", "device") for path in (ROOT / "csrc" / part).rglob("*.*")
+    ]
     others = [HERE / "host_launcher.h", Path(__file__), *sorted(csrc_files)]
     key = checksum([*sources, *others], target, flags, faults, small)
     folder = CACHE / f"{name}-{key}"
@@ -148,7 +150,7 @@ def build(
     with tempfile.TemporaryDirectory(prefix="making-", dir=CACHE) as scratch:
         csrc, work = Path(scratch, "csrc").resolve(), Path(scratch, "out")
         work.mkdir()
-        for part in ("core", "cpu"):
+        for part in ("core", "cpu", "device"):
             shutil.copytree(ROOT / "csrc" / part, csrc / part)
         if small:
             make_small(csrc, faults)

@@ -20,7 +20,7 @@ from .checks import (
     options_of,
 )
 from .coding import BLOCK, PARAM_CODES, STATE_CODES, Coding
-from .library import BACKWARD, CODING, DTYPES, FORWARD, SPAN, THREADED, Core, Kernel
+from .library import BACKWARD, DTYPES, FORWARD, THREADED, Core, Kernel
 from .memory import UNSIGNED, Fill, extreme, to_bits, usual
 from .options import RULES
 
@@ -100,18 +100,20 @@ class CodedStreams:
         self.memory = memory[begin : begin + total]
         self.memory[:] = random.integers(0, 256, total, np.uint8)
 
-        self.codings = np.zeros(len(spans), CODING)
+        self.codings = np.zeros(len(spans), kernel.layout.coding)
         self.codings["key"] = random.integers(0, 2**64, len(spans), np.uint64)
         self.codings["step"] = random.integers(1, 2**24, len(spans))
         self.codings["param"] = [list(PARAM_CODES).index(code.param) for code in self.codes]
         self.codings["grad"] = [DTYPES.index(code.grad) for code in self.codes]
         self.codings["state"] = [list(STATE_CODES).index(code.state) for code in self.codes]
-        self.spans = np.zeros(len(spans), SPAN)
+        self.spans = np.zeros(len(spans), kernel.layout.span)
         self.spans["numel"] = numel
         self.spans["offset"] = np.cumsum(numel) - numel
         self.spans["kernel"] = kernel.index
         self.spans["row"] = np.arange(len(spans)) * 5 % len(rows)
-        self.spans["coding"] = self.codings.ctypes.data + CODING.itemsize * np.arange(len(spans))
+        self.spans["coding"] = self.codings.ctypes.data + self.codings.itemsize * np.arange(
+            len(spans)
+        )
         for part in self._parts:
             address = self.memory.ctypes.data + part.start
             if part.name in ("param", "grad"):
@@ -237,7 +239,7 @@ class CodedStreams:
             for arrays in zip(*(self.decoded(self.before, i) for i in range(count)), strict=True)
         ]
         starts = np.append(0, np.cumsum(self._blocks)) * BLOCK
-        spans = np.zeros(count, SPAN)
+        spans = np.zeros(count, plain.layout.span)
         spans["numel"], spans["offset"] = self._blocks * BLOCK, starts[:-1]
         spans["kernel"], spans["row"] = plain.index, self.spans["row"]
         for i, array in enumerate(streams):

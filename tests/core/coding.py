@@ -1,4 +1,4 @@
-"""What csrc/core/coding.h and random.h define, once more in numpy: how elements are stored.
+"""What csrc/core/codes.h and random.h define, once more in numpy: how elements are stored.
 
 All of it works on arrays whose last axis is a block of 256 elements.
 """

@@ -18,10 +18,6 @@ namespace {
 
 using namespace fusedopt;
 
-static_assert(sizeof(Span) == 72 && sizeof(Coding) == 56 && sizeof(HyperRow) == 128 &&
-                  sizeof(GradSpan) == 32 && sizeof(RowSource) == 88 && sizeof(CountRange) == 16,
-              "library.py lays them out as well");
-
 // The order in which the pieces of a CPU step run in threads of their own; see host_launcher.h.
 constexpr int kThreaded = -1;
 
@@ -52,15 +48,14 @@ std::string describe_core() {
   const auto& r = registry();
   const std::string rules = list(r.rules, [](const RuleInfo& rule) {
     std::vector<std::string> keys;
-    for (int i = 0; i < rule.option_count; ++i)
-      keys.push_back(list({quote(rule.options[i].key), to_string(rule.options[i].element)}));
+    for (const OptionInfo& option : rule.options)
+      keys.push_back(list({quote(option.key), to_string(option.element)}));
     return list({quote(rule.name), to_string(rule.first_variant), list(keys)});
   });
   const std::string variants = list(r.variants, [](const VariantInfo& variant) {
     std::vector<std::string> states;
-    for (int k = 0; k < variant.states; ++k)
-      states.push_back(
-          list({quote(variant.state_names[k]), to_string(int(variant.never_negative(k)))}));
+    for (const State& state : variant.states)
+      states.push_back(list({quote(state.key), to_string(int(is_never_negative(state.kind)))}));
     return list(states);
   });
   const std::string combinations = list(r.combinations, [](const CombinationInfo& c) {
@@ -73,10 +68,16 @@ std::string describe_core() {
   for (int isa = 0; isa < 3; ++isa)
     if (cpu::supported(cpu::Isa(isa)) && loops(isa) != nullptr)
       isas.push_back(list({quote(names[isa]), to_string(isa)}));
+  // What library.py lays structs out by, and the sizes that it has to come to.
+  const std::string layout = list({to_string(kMaxStates), to_string(kMaxOptions),
+                                   to_string(sizeof(HyperRow)), to_string(sizeof(Span)),
+                                   to_string(sizeof(Coding)), to_string(sizeof(GradSpan)),
+                                   to_string(sizeof(RowSource)), to_string(sizeof(CountRange))});
   const auto chunk = [](const HostKernel& kernel) { return to_string(kernel.chunk); };
   return "{\"rules\": " + rules + ", \"variants\": " + variants +
          ", \"combinations\": " + combinations + ", \"chunks\": " + list(host_kernels(), chunk) +
-         ", \"norm_chunk\": " + to_string(kNormChunk) + ", \"isas\": " + list(isas) + "}";
+         ", \"norm_chunk\": " + to_string(kNormChunk) + ", \"isas\": " + list(isas) +
+         ", \"layout\": " + layout + "}";
 }
 
 // How the next CPU step is cut: into pieces [cuts[i], cuts[i + 1]), or one piece for all.
@@ -133,7 +134,7 @@ API int tile_step(const Span* spans, size_t count, const HyperRow* rows, uint32_
   step.span_count = count;
   step.rows = rows;
   HostLauncher launcher(blocks, order);
-  launch_step<int>(step, launcher);
+  launch_update<int>(step, launcher);
   return launcher.launches();
 }
 
@@ -157,7 +158,7 @@ API int tile_step_from_memory(const Span* spans, size_t count, HyperRow* rows, i
     step.control = &control;
   }
   HostLauncher launcher(blocks, order);
-  launch_step<int>(step, launcher);
+  launch_update<int>(step, launcher);
   return launcher.launches();
 }
 
@@ -166,15 +167,16 @@ API void prepare_rows(int rule, const RowSource* sources, size_t source_count,
                       const CountRange* counts, size_t count_ranges, int skip, HyperRow* rows) {
   const float found_inf = float(skip);
   DeviceStep step;
-  step.rule = rule;
+  const std::vector<int> rules(source_count, rule);
   step.sources = sources;
+  step.source_rules = rules.data();
   step.source_count = source_count;
   step.counts = counts;
   step.count_ranges = count_ranges;
   step.factor.found_inf = &found_inf;
   step.device_rows = rows;
   HostLauncher launcher;
-  launch_step<int>(step, launcher);
+  launch_update<int>(step, launcher);
 }
 
 API double cpu_sum_of_squares(const GradSpan* gradients, size_t count, double* sums, int isa,
@@ -193,7 +195,7 @@ API double tile_sum_of_squares(const GradSpan* gradients, size_t count, double* 
   step.control = &control;
   step.sums = sums;
   HostLauncher launcher;
-  launch_step<int>(step, launcher);
+  launch_norm<int>(step, launcher);
   return control.sum_of_squares;
 }
 
@@ -243,22 +245,22 @@ API void dithers(int64_t block, uint32_t step, size_t steps, uint32_t* to) {
 
 API void encode_blocks(const float* values, int64_t count, int never_negative, uint8_t* codes,
                        float* scales) {
+  const auto encode = never_negative ? to_codes<true> : to_codes<false>;
   for (int64_t i = 0; i < count; i += kBlock)
-    encode_block(values + i, std::min<int64_t>(kBlock, count - i), never_negative, codes + i,
-                 scales + i / kBlock);
+    encode(values + i, std::min<int64_t>(kBlock, count - i), codes + i, scales + i / kBlock);
 }
 API void decode_blocks(const uint8_t* codes, const float* scales, int64_t count, int never_negative,
                        float* values) {
-  for (int64_t i = 0; i < count; ++i)
-    values[i] = decode_element(codes + i / kBlock * kBlock, int(i % kBlock), scales[i / kBlock],
-                               never_negative);
+  const auto decode = never_negative ? from_codes<true> : from_codes<false>;
+  for (int64_t i = 0; i < count; i += kBlock)
+    decode(codes + i, scales[i / kBlock], std::min<int64_t>(kBlock, count - i), values + i);
 }
 // With dithers of their own, from the scales of their blocks.
 API void encode_squares(const float* values, const float* scales, const uint32_t* dithers,
                         int64_t count, uint8_t* codes) {
   for (int64_t i = 0; i < count; ++i) {
     const float scale = scales[i / kBlock];
-    codes[i / kBlock * kBlock + byte_of(int(i % kBlock))] = uint8_t(encode_square(
+    codes[i / kBlock * kBlock + byte_of(int(i % kBlock))] = uint8_t(SquareCode::encode(
         values[i], scale == 0 ? 0 : 1 / absolute(scale), dithers[i], is_careful(scale)));
   }
 }

@@ -10,17 +10,15 @@ from .build import Fault, build
 
 FLAGS = ["-O0"]  # what the compiler makes of a fault is not the point
 
-ADAM, SGD, RMSPROP, AVERAGE = (
-    f"core/rules/{name}.h" for name in ("adam", "sgd", "rmsprop", "average")
+ADAM, SGD, RMSPROP = (f"core/rules/{name}.h" for name in ("adam", "sgd", "rmsprop"))
+ARITHMETIC, CODES, CONTROL, DTYPE, NORM, RANDOM = (
+    f"core/{name}.h" for name in ("arithmetic", "codes", "control", "dtype", "norm", "random")
 )
-TILE, NORM, NORM_TILE, CONTROL, PREPARE, DEVICE_STEP, DTYPE = (
-    f"core/{name}.h"
-    for name in ("tile", "norm", "norm_tile", "control", "prepare", "device_step", "dtype")
+LOOP, CODED_LOOP, NORM_LOOP, DISPATCH = (
+    f"cpu/{name}" for name in ("update.h", "update_coded.h", "norm.h", "dispatch.cpp")
 )
-LOOP, DISPATCH = "cpu/loop.h", "cpu/dispatch.cpp"
-CODING, RANDOM, CODED_TILE, CODED = (
-    *("core/coding.h", "core/random.h", "core/coded_tile.h"),
-    "cpu/coded.h",
+TILE, CODED_TILE, NORM_TILE, PREPARE, DEVICE_STEP = (
+    f"device/{name}.h" for name in ("update", "update_coded", "norm", "prepare", "step")
 )
 
 BIAS = "correction1 = one_minus_power(o.beta1, (long long)(step"
@@ -87,9 +85,9 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "first row in memory for all": (TILE, ROW, ROW.replace("uint32_t(from.row)", "0")),
     },
     "sum of squares": {
-        "tail of the loop's sum": (LOOP, LOOP_TAIL, LOOP_TAIL.replace("< count", "< 0")),
+        "tail of the loop's sum": (NORM_LOOP, LOOP_TAIL, LOOP_TAIL.replace("< count", "< 0")),
         "tail of the tile's sum": (NORM_TILE, "if (at + j < count)", "if (at + width <= count)"),
-        "packs skipped": (NORM_TILE, "at += kUnroll * lanes)", "at += (kUnroll + 1) * lanes)"),
+        "packs skipped": (NORM_TILE, "at += kUnroll * stride)", "at += (kUnroll + 1) * stride)"),
         "end of a chunk": (DISPATCH, "min(kNormChunk,", "min(kNormChunk - 1,"),
         "chunk of a piece": (
             DISPATCH,
@@ -103,7 +101,11 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
             "].first_chunk <= chunk",
             "].first_chunk < chunk",
         ),
-        "lanes of 16 bits": (LOOP, "slots = kSlots<Grad>", "slots = sizeof(Grad) == 8 ? 2 : 4"),
+        "lanes of 16 bits": (
+            NORM_LOOP,
+            "quad = kQuadElements<Grad>",
+            "quad = sizeof(Grad) == 8 ? 2 : 4",
+        ),
         "lanes added otherwise": (NORM, "(i + half) * stride", "(2 * half - 1 - i) * stride"),
         "total in another order": (NORM, "[i % kTotalLanes]", "[i * kTotalLanes / count]"),
         "total of the tile": (NORM_TILE, "i = thread; i", "i = thread / 2 + thread % 2 * 128; i"),
@@ -154,13 +156,13 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         ),
         "codes of the tile in order": (
             CODED_TILE,
-            "words |= uint64_t(code) << (32 * (i % 2) + 8 * (i / 2));",
+            "words |= uint64_t(code) << shift_of(i);",
             "words |= uint64_t(code) << (8 * i);",
         ),
         "squares of the tile to nearest": (
             CODED_TILE,
-            "cut_to_bfloat16(value, threshold >> 7).bits",
-            "narrowed<bfloat16>(value)",
+            "Format::template encode<never_negative>(value",
+            "Format::template encode<false>(value",
         ),
         "largest of all, not of the finite": (CODED_TILE, "!finite_only || is_", "true || is_"),
         "careless tile": (
@@ -170,50 +172,54 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         ),
         "master of the tile not stored": (
             CODED_TILE,
-            "master_size, place), master_size, lane, place.count);\n  }",
-            "master_size, place), 0, lane, place.count);\n  }",
+            "bytes.master, place), bytes.master, lane, place.count);\n  }",
+            "bytes.master, place), 0, lane, place.count);\n  }",
         ),
-        "scale of one block for all": (CODED, "coding.scales[k] + i / kBlock", "coding.scales[k]"),
-        "careless blocks": (CODED, "if (is_careful(scale)) {", "if (false) {"),
-        "infinite as the largest": (CODED, "if (careful) largest = largest_finite(from);", ""),
+        "scale of one block for all": (
+            CODED_LOOP,
+            "coding.scales[k] + i / kBlock",
+            "coding.scales[k]",
+        ),
+        "careless blocks": (CODED_LOOP, "if (is_careful(scale)) {", "if (false) {"),
+        "infinite as the largest": (CODED_LOOP, "if (careful) largest = largest_finite(from);", ""),
         "largest of positive ones": (LOOP, "magnitude_bits(value)", "float_to_bits(value)"),
         "dither of the first block": (
-            CODED,
+            CODED_LOOP,
             "dither_of_block(block.position / kBlock, coding.step)",
             "dither_of_block(0, coding.step)",
         ),
         "random bits of the first block": (
-            CODED,
+            CODED_LOOP,
             "coding.step, block.position / kBlock)",
             "coding.step, 0)",
         ),
         "the same bits for both halves": (
-            CODED,
+            CODED_LOOP,
             "random.bits(uint32_t(i)) >> 16",
             "random.bits(uint32_t(i)) & 0xffffu",
         ),
         "master of the last block": (
-            CODED,
-            "memcpy(block.master, last.master, count * size_t(master_size));",
+            CODED_LOOP,
+            "memcpy(block.master, last.master, count * size_t(bytes.master));",
             "",
         ),
-        "master not kept": (CODED, "memcpy(block.master, from, kBlock * sizeof(float));", ""),
+        "master not kept": (CODED_LOOP, "memcpy(master, from, kBlock * sizeof(float));", ""),
         "changed weights unnoticed": (
-            CODING,
+            CODES,
             "float_to_bits(param) == float_to_bits(rounded_master) ?",
             "true ?",
         ),
         "negative zero in a careful block": (
-            CODING,
+            CODES,
             "special ? kNaN : q == 0 ? 0 : code",
             "special ? kNaN : code",
         ),
         "NaN as it is": (
-            CODING,
+            CODES,
             "value != value ? 0x7fc00000u : float_to_bits(value)",
             "float_to_bits(value)",
         ),
-        "scale of denormals": (CODING, "magnitude < smallest ? smallest : magnitude", "magnitude"),
+        "scale of denormals": (CODES, "magnitude < smallest ? smallest : magnitude", "magnitude"),
         "words not mixed": (RANDOM, "x ^ second ^ (x >> 15)", "x ^ (x >> 15)"),
         "steps in order": (RANDOM, "(reversed(step) ^", "(step ^"),
     },
@@ -230,36 +236,36 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
     },
     "coded reference": {
         "no-op of the last block": (
-            CODED,
-            "memcpy(block.param, last.param, count * size_t(param_size));",
+            CODED_LOOP,
+            "memcpy(block.param, last.param, count * size_t(bytes.param));",
             "",
         ),
         "code of half the root": (
-            CODING,
+            CODES,
             "root_of<7>(magnitude * inverse) + 0.5f",
             "root_of<7>(magnitude * inverse)",
         ),
     },
     "isolation": {
-        "NaN in the scale": (CODING, "{ return magnitude < 0x7f770000u; }", "{ return true; }"),
+        "NaN in the scale": (CODES, "{ return magnitude < 0x7f770000u; }", "{ return true; }"),
         "careful block is zero": (
-            CODING,
+            CODES,
             "largest == 0 ? 0 : 1 / scale",
             "careful ? 0 : 1 / scale",
         ),
     },
     "masters": {
         "ties to even": (
-            CODING,
+            CODES,
             "(bits + 0x8000u) >> 16",
             "(bits + 0x7fffu + (bits >> 16 & 1)) >> 16",
         ),
         "remainder without a sign": (
-            CODING,
+            CODES,
             "uint32_t(int32_t(remainder))",
             "uint32_t(uint16_t(remainder))",
         ),
-        "24 bits cut off": (CODING, "(bits + 0x80u) & ~0xffu", "bits & ~0xffu"),
+        "24 bits cut off": (CODES, "(bits + 0x80u) & ~0xffu", "bits & ~0xffu"),
     },
     "random bits": {
         "step without weight": (RANDOM, "mix(key + step * kGolden)", "mix(key + step)"),
@@ -271,26 +277,30 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "both halves of a word": (RANDOM, "both & 0xffffu : both >> 16", "both >> 16 : both >> 16"),
     },
     "dither": {
-        "places in order": (RANDOM, "of_block ^ (reversed(place) >> 9)", "of_block ^ place"),
+        "places in order": (
+            RANDOM,
+            "of_block ^ (reversed(place) >> (32 - kDitherBits))",
+            "of_block ^ place",
+        ),
     },
     "dithering": {
-        "squares to nearest": (CODING, "bits_to_float(0x3f800000u ^ dither)", "1.5f"),
+        "squares to nearest": (CODES, "bits_to_float(0x3f800000u ^ dither)", "1.5f"),
         "infinite code in a careful block": (
-            CODING,
+            CODES,
             "special ? kInf : code > 254 ? 254 : code",
             "special ? kInf : code",
         ),
-        "half a code off": (CODING, "float(int32_t(code) + 2)", "(float(int32_t(code)) + 2.5f)"),
+        "half a code off": (CODES, "float(int32_t(code) + 2)", "(float(int32_t(code)) + 2.5f)"),
     },
     "codes": {
-        "scale of 64 by 63": (CODING, "least * (32.0f / 31)", "least * (64.0f / 63)"),
-        "no fourth root": (CODING, "(float_to_bits(ratio) >> 2)", "(float_to_bits(ratio) >> 3)"),
-        "sign lost": (CODING, "| (code & 0x80u) << 24;", ";"),
-        "bytes in order": (CODING, "return place % kWords * 4 + place / kWords;", "return place;"),
-        "overflowing scale": (CODING, "magnitude < 0x7f770000u", "magnitude < 0x7f7f0000u"),
+        "scale of 64 by 63": (CODES, "32.0f / 31, careful", "64.0f / 63, careful"),
+        "no fourth root": (CODES, "(float_to_bits(ratio) >> 2)", "(float_to_bits(ratio) >> 3)"),
+        "sign lost": (CODES, "| (code & 0x80u) << 24;", ";"),
+        "bytes in order": (CODES, "return place % kWords * 4 + place / kWords;", "return place;"),
+        "overflowing scale": (CODES, "magnitude < 0x7f770000u", "magnitude < 0x7f7f0000u"),
     },
     "multiply-add": {
-        "rounded twice": (AVERAGE, "halfway & to_other ? other : nearest", "nearest"),
+        "rounded twice": (ARITHMETIC, "halfway & to_other ? other : nearest", "nearest"),
     },
 }
 

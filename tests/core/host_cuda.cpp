@@ -2,7 +2,7 @@
 // Copyright the fusedopt authors
 //
 // csrc/cuda/cuda.h for a machine without a GPU: what kernels.cu launches, run on the host. With it
-// and with the CPU as its accelerator, bindings.cpp takes all of the ways of a CUDA device.
+// and with the CPU as its accelerator, the bindings take all of the ways of a CUDA device.
 #include <functional>
 
 #include "cuda/cuda.h"
@@ -62,8 +62,13 @@ namespace cuda {
 
 bool is_capturing(void*) { return capturing; }
 
-const char* step(const DeviceStep& step, void*) {
-  return launch_step<int>(step, Recorder()) == 0 ? nullptr : "the host cannot fail";
+const char* norm(const DeviceStep& step, void*) {
+  Recorder recorder;
+  return launch_norm<int>(step, recorder) == 0 ? nullptr : "the host cannot fail";
+}
+const char* update(const DeviceStep& step, void*) {
+  Recorder recorder;
+  return launch_update<int>(step, recorder) == 0 ? nullptr : "the host cannot fail";
 }
 
 }  // namespace cuda

@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "core/device_step.h"
+#include "device/step.h"
 
 // Launches a device's kernels on the host: every block and thread of them, one after the other.
 namespace fusedopt {

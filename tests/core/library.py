@@ -13,23 +13,8 @@ import numpy as np
 
 Options = Mapping[str, Any]
 
-SPAN = np.dtype(
-    [("param", "u8"), ("grad", "u8"), ("states", "u8", 3), ("numel", "i8")]
-    + [("offset", "i8"), ("kernel", "i4"), ("row", "i4"), ("coding", "u8")]
-)
-CODING = np.dtype(
-    [("scales", "u8", 3), ("master", "u8"), ("count", "u8"), ("key", "u8"), ("step", "u4")]
-    + [("param", "u1"), ("grad", "u1"), ("state", "u1")],
-    align=True,
-)
-ROW = np.dtype((np.uint8, 128))
 GRADIENT = np.dtype(
     [("grad", "u8"), ("numel", "i8"), ("first_chunk", "i8"), ("dtype", "u1")], align=True
-)
-ROW_SOURCE = np.dtype(
-    [("options", "u8", 8), ("count", "u8"), ("taken", "f4"), ("kinds", "u4"), ("row", "u4")]
-    + [("first", "?"), ("float64", "?")],
-    align=True,
 )
 COUNT_RANGE = np.dtype([("counts", "u8"), ("size", "u4")], align=True)
 
@@ -40,8 +25,28 @@ FORWARD, BACKWARD, THREADED = 0, 1, -1
 """The order of the pieces of a step; any other number is the seed of a shuffle."""
 
 
+class Layout:
+    """Structs of the core, which have room for what the rules need most of."""
+
+    def __init__(self, states: int, options: int, row: int, *sizes: int) -> None:
+        span = [("param", "u8"), ("grad", "u8"), ("states", "u8", states), ("numel", "i8")]
+        span += [("offset", "i8"), ("kernel", "i4"), ("row", "i4"), ("coding", "u8")]
+        coding = [("scales", "u8", states), ("master", "u8"), ("count", "u8"), ("key", "u8")]
+        coding += [("step", "u4"), ("param", "u1"), ("grad", "u1"), ("state", "u1")]
+        source = [("options", "u8", options), ("count", "u8"), ("taken", "f4"), ("kinds", "u4")]
+        source += [("row", "u4"), ("first", "?"), ("float64", "?")]
+        self.options = options
+        self.row = np.dtype((np.uint8, row))
+        self.span = np.dtype(span)
+        self.coding = np.dtype(coding, align=True)
+        self.row_source = np.dtype(source, align=True)
+        structs = (self.span, self.coding, GRADIENT, self.row_source, COUNT_RANGE)
+        assert [struct.itemsize for struct in structs] == list(sizes)
+
+
 @dataclass(frozen=True)
 class Kernel:
+    layout: Layout
     index: int
     rule: str
     variant: int  # among all variants of all rules
@@ -98,6 +103,7 @@ class Core:
         self._library.decode_blocks.argtypes = [c_void_p, c_void_p, c_int64, c_int, c_void_p]
         self._library.encode_squares.argtypes = [*[c_void_p] * 3, c_int64, c_void_p]
         self._description = json.loads(self._library.describe())
+        self.layout = Layout(*self._description["layout"])
         self.norm_chunk: int = self._description["norm_chunk"]
         self.isas: dict[str, int] = dict(self._description["isas"])
         self._rules = self._description["rules"]  # of each: name, first variant, option keys
@@ -116,7 +122,9 @@ class Core:
                 index = len(kernels)
                 dtypes = (param, grad, *[state] * len(states))
                 chunk = about["chunks"][index]
-                kernels.append(Kernel(index, rule, variant, names, dtypes, chunk, never_negative))
+                kernels.append(
+                    Kernel(self.layout, index, rule, variant, names, dtypes, chunk, never_negative)
+                )
         assert len(kernels) == len(about["chunks"])
         return kernels
 
@@ -153,7 +161,7 @@ class Core:
         grad_factor: float = 1,
     ) -> np.ndarray:
         """A row of hyper-parameters, as the host works it out."""
-        row = np.zeros((), ROW)
+        row = np.zeros((), self.layout.row)
         index = self.rules.index(rule)
         self._library.make_row(
             index, values.ctypes.data, step, first, grad_factor, float64, row.ctypes.data
@@ -263,7 +271,7 @@ class Core:
             )
         )
 
-    # -- codes and random bits by themselves, see coding.h and random.h ---------------------------
+    # -- codes and random bits by themselves, see codes.h and random.h ---------------------------
 
     def split(self, bits: np.ndarray, to_24: bool = False) -> tuple[np.ndarray, np.ndarray]:
         high, remainder = np.empty(len(bits), np.uint16), np.empty(len(bits), np.int16)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .library import DTYPES, GRADIENT, SPAN, Kernel
+from .library import DTYPES, GRADIENT, Kernel
 
 Fill = Callable[[np.random.Generator, str, int], np.ndarray]
 """fill(random, stream, size): the values of a stream, as float64."""
@@ -98,7 +98,7 @@ class Streams:
         self.starts = slots[:, None] + shifts
         self.arrays: list[np.ndarray] = []
         self.live: list[np.ndarray] = []
-        self.spans = np.zeros(count, SPAN)
+        self.spans = np.zeros(count, kernel.layout.span)
         for i, (stream, dtype) in enumerate(zip(kernel.streams, kernel.dtypes, strict=True)):
             unsigned = UNSIGNED[dtype]
             size = unsigned().itemsize

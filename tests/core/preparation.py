@@ -4,7 +4,7 @@ from itertools import product
 
 import numpy as np
 
-from .library import COUNT_RANGE, ROW_SOURCE, Core
+from .library import COUNT_RANGE, Core
 from .options import RULES
 
 STEPS = [*range(1, 6), 7, 10, 17, 64, 100, 255, 256, 999, 1000, 4096, 9999, 65536, 123457]
@@ -39,7 +39,7 @@ class Preparation:
         self.places = [np.arange(a, a + b) for a, b in zip(starts, sizes, strict=True)]
 
         # The values that count, those of the options and where they are in memory.
-        self.values = np.zeros((count, 8))
+        self.values = np.zeros((count, core.layout.options))
         self.values[:, : len(sets[0])] = [values for values, *_ in cases]
         kinds = np.array([kind for _, _, kind, _ in cases])[:, None]
         kinds = np.where(kinds == MIXED, random.integers(0, 3, self.values.shape), kinds)
@@ -47,7 +47,7 @@ class Preparation:
         self.values = np.where(kinds == FLOAT32, self._float32, self.values)
 
         element = np.arange(self.values.size).reshape(self.values.shape)
-        self.sources = np.zeros(count, ROW_SOURCE)
+        self.sources = np.zeros(count, core.layout.row_source)
         self.sources["options"] = np.choose(
             kinds,
             [
@@ -56,7 +56,7 @@ class Preparation:
                 (self._float64.ctypes.data + 8 * element).astype(np.uint64),
             ],
         )
-        self.sources["kinds"] = (kinds << (2 * np.arange(8))).sum(axis=1)
+        self.sources["kinds"] = (kinds << (2 * np.arange(core.layout.options))).sum(axis=1)
         self.sources["float64"] = [float64 for _, float64, _, _ in cases]
         self.sources["first"] = random.random(count) < 0.5
         self.sources["row"] = random.permutation(count)

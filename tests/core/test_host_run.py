@@ -33,8 +33,8 @@ def build_ahead() -> Path:
     flags = [flag for flag in host_flags() if flag not in ("-O3", "-std=c++17")]
     flags += ["-std=c++20", "-O1", *DEFINES, f"-I{ROOT}/csrc", f"-I{HERE}"]
     flags += [f"-isystem{path}" for path in [*include_paths(), sysconfig.get_path("include")]]
-    sources = [ROOT / "csrc/bindings.cpp", HERE / "host_cuda.cpp"]
-    headers = [*HERE.glob("*.h"), *ROOT.glob("csrc/*/*.h"), *ROOT.glob("csrc/core/rules/*.h")]
+    sources = [ROOT / "csrc/bindings/module.cpp", HERE / "host_cuda.cpp"]
+    headers = [*HERE.glob("*.h"), *ROOT.glob("csrc/**/*.h")]
     key = checksum([*sources, *sorted(headers)], flags, [loop.parent.name for loop in loops])
     module = CACHE / f"host-run-{key}" / "_C.so"
     if module.exists():

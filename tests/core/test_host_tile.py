@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from . import checks, coded, codes, coding
-from .library import CODING, DTYPES, SPAN, THREADED, Core, Kernel
+from .library import DTYPES, THREADED, Core, Kernel
 from .memory import Streams, extreme
 from .options import RULES
 
@@ -132,7 +132,7 @@ class HugeSpan:
         except OSError as error:
             pytest.skip(f"no {size} bytes of address space: {error}")
         self.param, self.grad = (np.frombuffer(m, np.uint16) for m in maps)
-        self.spans = np.zeros(2, SPAN)
+        self.spans = np.zeros(2, core.layout.span)
         self.spans["param"] = self.param.ctypes.data + np.array([0, 2 * self.BEGIN])
         self.spans["grad"] = self.grad.ctypes.data + np.array([0, 2 * self.BEGIN])
         self.spans["numel"] = self.FIRST, self.NUMEL
@@ -183,7 +183,7 @@ def test_coded_span_beyond_32_bits(core: Core) -> None:
     """Far from its beginning, a span's blocks have random numbers of their own all the same."""
     huge = HugeSpan(core)
     kernel = next(k for k in core.coded_kernels if k.variant == huge.kernel.variant)
-    own = np.zeros(1, CODING)
+    own = np.zeros(1, core.layout.coding)
     own["key"], own["step"] = core.random_key(5, 6), 7
     own["param"] = list(coding.PARAM_CODES).index("bfloat16_stochastic")
     own["grad"] = DTYPES.index("bfloat16")

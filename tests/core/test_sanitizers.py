@@ -59,11 +59,11 @@ def test_core_is_clean(whole: bool, core: Core) -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault("cpu/loop.h", "i < end; ++i", "i <= end; ++i"),
-        Fault("core/tile.h", "if (i >= 0 && i < s.numel) update", "if (i >= 0) update"),
-        Fault("core/norm_tile.h", "if (at + j < count) add_square", "add_square"),
-        Fault("core/coded_tile.h", "left < kBlock ? left : kBlock", "kBlock"),
-        Fault("cpu/coded.h", "if (end - i >= kBlock) {", "if (end > i) {"),
+        Fault("cpu/update.h", "i < end; ++i", "i <= end; ++i"),
+        Fault("device/update.h", "if (i >= 0 && i < s.numel) update", "if (i >= 0) update"),
+        Fault("device/norm.h", "if (at + j < count) add_square", "add_square"),
+        Fault("device/update_coded.h", "left < kBlock ? left : kBlock", "kBlock"),
+        Fault("cpu/update_coded.h", "if (end - i >= kBlock) {", "if (end > i) {"),
     ],
     ids=["loop", "tile", "norm", "coded tile", "coded loop"],
 )

@@ -14,11 +14,15 @@ from support.accelerator import HOST_RUN
 
 from benchmarks import run
 from benchmarks.measure import timing
-from benchmarks.measure.implementations import IMPLEMENTATIONS, captured
+from benchmarks.measure.cases import fit_to_memory, make_data
+from benchmarks.measure.implementations import IMPLEMENTATIONS
+from benchmarks.measure.memory import MemoryEvents
 from benchmarks.measure.scenarios import OPTIMIZERS, SCENARIOS, Scenario
-from benchmarks.report import __main__ as report
+from benchmarks.measure.work import captured
 from benchmarks.report import compare
 from benchmarks.report.case import COPY, DEVICE, FLOOR, HOST, OURS, WALL
+from benchmarks.report.pages import gpu_block, gpu_summary, scaling_block
+from benchmarks.report.tables import markdown
 
 TINY = Scenario("tiny", ((5,), (300, 4), (1,), (7, 3)), groups=2)
 ALL = ["AdamW", "SGD", "RMSprop", "AdamW-bf16", "AdamW-clip", "AdamW-pipeline"]
@@ -32,7 +36,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(timing, "MIN_SAMPLE_SECONDS", {"cpu": 1e-6, "cuda": 1e-6})
     monkeypatch.setattr(timing, "SETTLE_SECONDS", {"cpu": 0, "cuda": 0})
     yield
-    run.make_data.cache_clear()
+    make_data.cache_clear()
 
 
 def measured(tmp_path: Path, *arguments: str, status: int = 0) -> dict[str, Any]:
@@ -60,7 +64,7 @@ def test_everybody_does_the_same_work(tmp_path: Path) -> None:
     assert "torch-fused" in cases["AdamW-pipeline"][WALL]
     for name in ("AdamW", "AdamW-clip"):
         assert cases[name]["allocated"][OURS] == cases[name]["allocated"]["fusedopt-flat"] == 0
-    assert (tmp_path / "results.md").read_text() == report.markdown(results)
+    assert (tmp_path / "results.md").read_text() == markdown(results)
 
 
 @pytest.mark.usefixtures("tiny")
@@ -82,7 +86,7 @@ def test_other_work_is_noticed(
     (failure,) = results["failures"]
     assert failure.startswith(f"{optimizer} tiny fusedopt: ")
     assert OURS not in results["cases"][0][WALL]
-    assert "FAILED" in report.markdown(results)
+    assert "FAILED" in markdown(results)
 
 
 def test_time_to_import(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +96,7 @@ def test_time_to_import(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_in_use_and_handed_out() -> None:
-    with run.MemoryEvents(torch.device("cpu")) as events:
+    with MemoryEvents(torch.device("cpu")) as events:
         first = torch.empty(1000)
         del first
         kept = [torch.empty(500), torch.empty(600)]
@@ -103,12 +107,12 @@ def test_memory_in_use_and_handed_out() -> None:
 
 def test_memory_of_a_cpu_decides_on_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
     setup, cpu = OPTIMIZERS["AdamW"], torch.device("cpu")
-    monkeypatch.setattr(run, "free_memory", lambda device: 2**34)
+    monkeypatch.setattr("benchmarks.measure.cases.free_memory", lambda device: 2**34)
     scenario = SCENARIOS["1x64Mi"]
-    assert run.fit_to_memory(scenario, setup, 6, cpu) is scenario
-    assert run.fit_to_memory(SCENARIOS["1x1Gi"], setup, 2, cpu).elements < 2**28
+    assert fit_to_memory(scenario, setup, 6, cpu) is scenario
+    assert fit_to_memory(SCENARIOS["1x1Gi"], setup, 2, cpu).elements < 2**28
     with pytest.raises(ValueError, match="GPT-2-medium does not fit"):
-        run.fit_to_memory(SCENARIOS["GPT-2-medium"], setup, 4, cpu)
+        fit_to_memory(SCENARIOS["GPT-2-medium"], setup, 4, cpu)
 
 
 @pytest.mark.usefixtures("tiny")
@@ -122,7 +126,7 @@ def test_curves_and_comparison(
         *(("tensors", "1x8"), ("tensors", "10x8"), ("groups", "2x8-groups"))
     ]
     assert all(case[WALL].keys() == {OURS, COPY, FLOOR} for case in results["scaling"])
-    assert "| tensors | 10x8 |" in report.scaling_block(results)
+    assert "| tensors | 10x8 |" in scaling_block(results)
     assert (tmp_path / "results" / "steps.png").stat().st_size > 10_000
     assert (tmp_path / "results" / "scaling.png").stat().st_size > 10_000
     # Against a run in which a step was a thousand times as fast.
@@ -159,7 +163,7 @@ def test_bad_arguments(
 def test_no_time_left(tmp_path: Path) -> None:
     results = measured(tmp_path, "--limit", "1e-9", status=1)
     assert results["cases"] == [] and len(results["failures"]) == 3
-    assert "not measured" in report.markdown(results)
+    assert "not measured" in markdown(results)
 
 
 def test_implementations_that_are_not_installed_say_so() -> None:
@@ -181,7 +185,7 @@ def test_a_graph_keeps_what_it_works_on(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
-    setup, data = OPTIMIZERS["AdamW"], run.make_data(TINY, torch.device("cpu"))
+    setup, data = OPTIMIZERS["AdamW"], make_data(TINY, torch.device("cpu"))
     work = IMPLEMENTATIONS["torch-foreach"].build(setup, TINY, data)
     optimizer = weakref.ref(work.call.__self__)  # type: ignore[attr-defined]
     work = captured(work)
@@ -204,4 +208,4 @@ def test_a_run_on_a_gpu(tmp_path: Path, cuda: str) -> None:
             assert all(seconds > 0 for taken in case[timed].values() for seconds in taken)
     assert {"fusedopt-graph", "torch-fused-graph"} <= cases["AdamW"][WALL].keys()
     assert results["provenance"]["copy_bandwidth"] > 1e9
-    assert report.gpu_summary(results) in report.gpu_block([results])
+    assert gpu_summary(results) in gpu_block([results])

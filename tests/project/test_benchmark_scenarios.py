@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import run
 from benchmarks.measure import scenarios
+from benchmarks.measure.cases import fit_to_memory
 from benchmarks.measure.scenarios import OPTIMIZERS, SCENARIOS, SUITES, choose_cases, find_scenario
 from benchmarks.models import shapes
 from benchmarks.report.targets import CPU_TARGETS, GPU_TARGETS
@@ -60,13 +60,13 @@ def test_memory_of_a_gpu_decides_on_the_number_of_layers(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (139 * 2**30, 140 * 2**30))
     full, half = (
-        run.fit_to_memory(llama, OPTIMIZERS[name], 3, gpu) for name in ("AdamW", "AdamW-bf16")
+        fit_to_memory(llama, OPTIMIZERS[name], 3, gpu) for name in ("AdamW", "AdamW-bf16")
     )
     # Three implementations with parameters, gradients and two states, and what comes on top.
     assert full.elements * (3 * 16 + 8 + 3 * 4) < 0.9 * 139 * 2**30
     assert 2 < full.layers < half.layers < llama.layers
     single = SCENARIOS["1x1Gi"]
-    assert run.fit_to_memory(single, OPTIMIZERS["AdamW"], 5, gpu) is single
+    assert fit_to_memory(single, OPTIMIZERS["AdamW"], 5, gpu) is single
 
 
 def test_what_bounds_a_step() -> None:

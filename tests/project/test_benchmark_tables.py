@@ -10,6 +10,8 @@ from benchmarks.report import __main__ as report
 from benchmarks.report import compare
 from benchmarks.report.case import COPY, DEVICE, FLOOR, HOST, OURS, WALL
 from benchmarks.report.compare import comparison
+from benchmarks.report.pages import NO_GPU, with_blocks
+from benchmarks.report.tables import markdown, target_table
 from benchmarks.report.targets import target_rows
 
 
@@ -47,7 +49,7 @@ def gpu_results() -> dict[str, Any]:
 
 
 def test_targets_of_a_gpu(gpu_results: dict[str, Any]) -> None:
-    text, met = report.targets(gpu_results)
+    text, met = target_table(gpu_results)
     assert not met
     rows = [line.split(" | ") for line in text.splitlines()]
     found = {row[0].strip("| "): row[1:] for row in rows}
@@ -98,14 +100,14 @@ def test_places_of_a_page(tmp_path: Path) -> None:
     )
     places = ("benchmark-short", "benchmark-peers", "benchmark-better")
     page = "".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in places)
-    filled = report.with_blocks(page, results)
+    filled = with_blocks(page, results)
     assert "| AdamW | 1000x1Ki | 1 ms | 100% | 1.01x | 0.90x |" in filled
     assert "- deepspeed 0.1\n- torchao-8bit: not measured, torchao is not installed.\n" in filled
     assert "- AdamW 1000x1Ki: torch-fused takes 1.01x of fusedopt's time.\n" in filled
     assert "- AdamW 1000x1Ki: deepspeed-cpu takes 0.90x of fusedopt's time.\n" in filled
-    assert report.with_blocks(filled, results) == filled
+    assert with_blocks(filled, results) == filled
     with pytest.raises(ValueError, match="benchmark:begin"):
-        report.with_blocks("nothing", results)
+        with_blocks("nothing", results)
 
 
 def test_comparison_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,5 +145,5 @@ def test_gpu_tables(
     assert "| AdamW | 1x1Gi (of invented memory) | 30.7 ms |" in text
     assert "NVIDIA Invented, a copy: 1.00 TB/s" in text
     assert report.main([*common, "--readme"]) == 0
-    assert report.NO_GPU in page.read_text()
-    assert "| 98% |" in report.markdown(gpu_results)
+    assert NO_GPU in page.read_text()
+    assert "| 98% |" in markdown(gpu_results)

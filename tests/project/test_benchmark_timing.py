@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.measure import timing
-from benchmarks.measure.implementations import Work
+from benchmarks.measure.work import Work
 from benchmarks.report.case import DEVICE, HOST, WALL
 
 

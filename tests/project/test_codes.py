@@ -2,25 +2,25 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.studies import codes
-from benchmarks.studies.codes import (
-    RESULTS,
-    SIGNED,
-    UNSIGNED,
-    AdamW,
-    Code,
-    Dynamic,
-    Flat,
-    Minifloat,
-    Moments,
-    Root,
-    Rounded,
-)
+from benchmarks.report.files import write_rows
+from benchmarks.studies.codes.__main__ import RESULTS
+from benchmarks.studies.codes.adamw import AdamW, Flat, Moments
+from benchmarks.studies.codes.candidates import BLOCKS, SIGNED, UNSIGNED
+from benchmarks.studies.codes.code import Code
+from benchmarks.studies.codes.companded import Root
+from benchmarks.studies.codes.dynamic import Dynamic
+from benchmarks.studies.codes.errors import averaged
+from benchmarks.studies.codes.floats import Minifloat
+from benchmarks.studies.codes.page import markdown
+from benchmarks.studies.codes.results import FLOAT32, NUDGED, choose
+from benchmarks.studies.codes.rounded import Rounded
 
 ALL = SIGNED + UNSIGNED
 PLAIN = [code for code in ALL if not isinstance(code, Rounded)]
@@ -325,7 +325,7 @@ def test_without_codes_it_is_torchs_adamw() -> None:
     assert run(ours, lambda: adamw.step(1e-2)) == pytest.approx(run(theirs, step), rel=1e-4)
 
 
-@pytest.mark.parametrize("block", codes.BLOCKS)
+@pytest.mark.parametrize("block", BLOCKS)
 def test_encoded_states_train_nearly_as_well(block: int) -> None:
     exact, encoded = model(), model()
     plain = AdamW(exact, 0.1)
@@ -353,14 +353,31 @@ def test_an_update_is_made_of_what_is_not_yet_encoded() -> None:
 
 def test_the_tables_are_those_of_the_results() -> None:
     results = json.loads(RESULTS.read_text())
-    assert RESULTS.with_suffix(".md").read_text() == codes.markdown(results)
+    assert RESULTS.with_suffix(".md").read_text() == markdown(results)
+
+
+def test_the_results_are_in_the_form_that_the_command_writes(tmp_path: Path) -> None:
+    write_rows(tmp_path / "codes.json", json.loads(RESULTS.read_text()))
+    assert (tmp_path / "codes.json").read_text() == RESULTS.read_text()
+
+
+def test_averages_of_errors_are_by_what_they_are_of() -> None:
+    rows = [
+        {"block": 128, "m": "linear", "once": {"norm": 1.0, "p99": 2.0}},
+        {"block": 256, "m": "linear", "once": {"norm": 8.0, "p99": 8.0}},
+        {"block": 128, "m": "linear", "once": {"norm": 3.0, "p99": 4.00000001}},
+    ]
+    assert averaged(rows, fmean) == [
+        {"block": 128, "m": "linear", "once": {"norm": 2.0, "p99": 3.0}},
+        {"block": 256, "m": "linear", "once": {"norm": 8.0, "p99": 8.0}},
+    ]
 
 
 def test_the_results_are_of_these_codes() -> None:
     results = json.loads(RESULTS.read_text())
     assert results["codes"] == [code.describe() for code in ALL]
     assert {(row["m"], row["v"], row["block"]) for row in results["training"]} == {
-        (codes.FLOAT32, codes.FLOAT32, 0),
-        (codes.NUDGED, codes.FLOAT32, 0),
-        *codes.choose(results),
+        (FLOAT32, FLOAT32, 0),
+        (NUDGED, FLOAT32, 0),
+        *choose(results),
     }

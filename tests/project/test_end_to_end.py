@@ -12,15 +12,14 @@ from torch import nn
 
 from benchmarks.measure import end_to_end
 from benchmarks.measure.end_to_end import (
-    DEFAULT,
-    FUSED,
     IMPLEMENTATIONS,
     WORKLOADS,
     Iteration,
     Workload,
 )
 from benchmarks.measure.progress import Progress
-from benchmarks.report.case import FLAT, OURS
+from benchmarks.report.case import DEFAULT, FLAT, FUSED, OURS
+from benchmarks.report.tables import training_rows
 
 TINY = Workload(
     model=lambda: nn.Linear(4, 3),
@@ -156,7 +155,7 @@ MEASURED: dict[str, Any] = {
 
 
 def test_cells_of_the_table() -> None:
-    head, rows = end_to_end.training_rows([MEASURED])
+    head, rows = training_rows([MEASURED])
     assert head == [
         *("workload", "parameters", "tensors"),
         *("torch-default ms", "torch-fused ms", "fusedopt ms", "fusedopt-flat ms"),
@@ -179,7 +178,7 @@ def test_what_was_not_measured_is_left_empty() -> None:
         key: {name: taken for name, taken in MEASURED[key].items() if name != FUSED}
         for key in timed
     }
-    _, ((*_, fused, _, _, _, share, _, _, speed_up),) = end_to_end.training_rows([without])
+    _, ((*_, fused, _, _, _, share, _, _, speed_up),) = training_rows([without])
     assert (fused, share, speed_up) == ("-", "-", "-")
 
 

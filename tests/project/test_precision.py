@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.studies import codes, precision
+from benchmarks.studies import precision
+from benchmarks.studies.codes import __main__ as codes
+from benchmarks.studies.codes.candidates import BLOCKS
+from benchmarks.studies.codes.results import error_of, score
 from benchmarks.studies.precision import CHOICES, FLOAT32, RESULTS
 
 TASKS = ("GPT", "digits")
@@ -49,20 +52,17 @@ def test_bytes_per_parameter(results: Any) -> None:
     assert 16 <= results["memory"][FLOAT32] <= 16.1
 
 
-@pytest.mark.parametrize("block", codes.BLOCKS)
+@pytest.mark.parametrize("block", BLOCKS)
 def test_the_code_is_no_worse_than_the_dynamic_map(block: int) -> None:
     found = json.loads(codes.RESULTS.read_text())
     m, v = "tapered 4", "tapered 4, no zero, dithered"
     for kind in ("once", "always"):
-        ours, theirs = (
-            codes.score(found, *pair, block, kind) for pair in ((m, v), ("dynamic map",) * 2)
-        )
+        ours, theirs = (score(found, *pair, block, kind) for pair in ((m, v), ("dynamic map",) * 2))
         assert ours <= theirs
     for task in TASKS:
         for signed, code in ((True, m), (False, v)):
             p99 = [
-                codes.error_of(found, task, signed, name, block, "p99")
-                for name in (code, "dynamic map")
+                error_of(found, task, signed, name, block, "p99") for name in (code, "dynamic map")
             ]
             assert p99[0] <= p99[1]
 

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// The rule of Adam, AMSGrad and AdamW.
 #pragma once
 
 #include "average.h"
@@ -25,9 +27,15 @@ struct Adam {
   struct Options {
     double lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, amsgrad, maximize;
   };
-  static constexpr OptionKey options[] = {
-      {"lr", -1, true},           {"betas", 0, true},         {"betas", 1, true}, {"eps"},
-      {"weight_decay", -1, true}, {"decoupled_weight_decay"}, {"amsgrad"},        {"maximize"},
+  static constexpr Option<Options> options[] = {
+      {&Options::lr, "lr", -1, true},
+      {&Options::beta1, "betas", 0, true},
+      {&Options::beta2, "betas", 1, true},
+      {&Options::eps, "eps"},
+      {&Options::weight_decay, "weight_decay", -1, true},
+      {&Options::decoupled_weight_decay, "decoupled_weight_decay"},
+      {&Options::amsgrad, "amsgrad"},
+      {&Options::maximize, "maximize"},
   };
 
   template <class T>
@@ -62,9 +70,12 @@ struct Adam {
   template <bool amsgrad>
   struct Variant {
     using Rule = Adam;
-    static constexpr int states = amsgrad ? 3 : 2;
-    static constexpr const char* state_names[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
-    FUSEDOPT_HD static constexpr bool never_negative(int k) { return k > 0; }
+    static constexpr int state_count = amsgrad ? 3 : 2;
+    static constexpr State states[] = {
+        {"exp_avg", StateKind::average},
+        {"exp_avg_sq", StateKind::average_of_squares},
+        {"max_exp_avg_sq", StateKind::average_of_squares},
+    };
 
     template <bool usual, class T>
     FUSEDOPT_HD static void update(const Row<T>& row, T& p, T g, T* state) {

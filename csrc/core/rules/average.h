@@ -1,52 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// Moving averages, which several rules share.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "../arithmetic.h"
 
-#include "../macros.h"
-
-// A float that silently became a double would cost speed and, as nvcc and g++ pick different
-// overloads of sqrt, the same bits on every device.
-#if defined(__GNUC__) && !defined(__CUDACC__)
-#pragma GCC diagnostic error "-Wdouble-promotion"
-#endif
-
-// Pieces that several rules share.
 namespace fusedopt {
 
-FUSEDOPT_HD float square_root(float value) { return sqrtf(value); }
-FUSEDOPT_HD double square_root(double value) { return sqrt(value); }
-
-// a * b + c, rounded once. It is exact IEEE arithmetic, so that it gives the same bits where there
-// is an instruction for it and where there is none.
-FUSEDOPT_HD double multiply_add(double a, double b, double c) { return fma(a, b, c); }
-FUSEDOPT_HD float multiply_add(float a, float b, float c) {
-#if defined(FUSEDOPT_EMULATE_FMA)
-  // The product is exact in double, the sum has an error that is known exactly. It matters only
-  // where the sum lies halfway between two floats, as rounding cannot tell then to which it is
-  // nearer. In double throughout, so that it vectorises, where a call of fmaf would not. (A sum
-  // within 2^-53 of halfway between the largest float and Inf becomes Inf on either side.)
-  const double product = double(a) * double(b);
-  const double sum = product + double(c);
-  const double part = sum - product;
-  const double error = (product - (sum - part)) + (double(c) - part);
-  const double nearest = double(float(sum));
-  const double beyond = sum - nearest;
-  const double other = nearest + 2 * beyond;
-  const bool halfway = double(float(other)) == other;
-  const bool to_other = ((beyond > 0) & (error > 0)) | ((beyond < 0) & (error < 0));
-  return float(halfway & to_other ? other : nearest);
-#else
-  return fmaf(a, b, c);
-#endif
-}
-
 // weight * value + (1 - weight) * average. The first form rounds once at the average's magnitude
-// and keeps the two weights summing to exactly one; the second is exact for weight = 1. A caller
-// that knows the weight to be below 0.5 says so by small.
+// and keeps the two weights summing to exactly one; the second is exact for weight = 1.
+// small: the caller knows that the weight is below 0.5.
 template <bool small, class T>
 FUSEDOPT_HD T moving_average(T average, T value, T weight, T one_minus_weight) {
   return small || weight < T(0.5) ? multiply_add(weight, value - average, average)
@@ -63,23 +27,6 @@ FUSEDOPT_HD T moving_average_of_square(T average, T value, T weight, T one_minus
                         ? average + multiply_add(weighted, value, -(weight * average))
                         : multiply_add(weighted, value, one_minus_weight * average);
   return average == T(INFINITY) ? average + weighted * value : updated;
-}
-
-// 1 - base^exponent by repeated squaring in twice the precision of double: the same bits on every
-// device, which no libm's pow promises, and exact to the last bit, however close the power is to 1.
-FUSEDOPT_HD double one_minus_power(double base, long long exponent) {
-  double power = 1, power_low = 0, base_low = 0;
-  const auto multiply = [](double& a, double& a_low, double b, double b_low) {
-    const double product = a * b;
-    const double low = fma(a, b, -product) + (a * b_low + a_low * b);
-    a = product + low;
-    a_low = low - (a - product);
-  };
-  for (; exponent > 0; exponent >>= 1) {
-    if (exponent & 1) multiply(power, power_low, base, base_low);
-    multiply(base, base_low, base, base_low);
-  }
-  return (1 - power) - power_low;
 }
 
 }  // namespace fusedopt

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// Every rule. CPU loops, CUDA kernels, bindings and tests follow from this list.
 #pragma once
 
 #include "adam.h"
@@ -8,7 +10,6 @@
 
 namespace fusedopt {
 
-// Every rule. CPU loops, CUDA kernels, bindings and tests follow from this list.
 using Rules = TypeList<Adam, Sgd, RmsProp>;
 
 }  // namespace fusedopt

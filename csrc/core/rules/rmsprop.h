@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// The rule of RMSprop.
 #pragma once
 
 #include "average.h"
@@ -23,9 +25,11 @@ struct RmsProp {
   struct Options {
     double lr, alpha, eps, weight_decay, momentum, centered, maximize, eps_inside_sqrt;
   };
-  static constexpr OptionKey options[] = {
-      {"lr", -1, true}, {"alpha"},    {"eps"},      {"weight_decay", -1, true},
-      {"momentum"},     {"centered"}, {"maximize"}, {"eps_inside_sqrt"},
+  static constexpr Option<Options> options[] = {
+      {&Options::lr, "lr", -1, true},   {&Options::alpha, "alpha"},
+      {&Options::eps, "eps"},           {&Options::weight_decay, "weight_decay", -1, true},
+      {&Options::momentum, "momentum"}, {&Options::centered, "centered"},
+      {&Options::maximize, "maximize"}, {&Options::eps_inside_sqrt, "eps_inside_sqrt"},
   };
 
   template <class T>
@@ -56,10 +60,12 @@ struct RmsProp {
   template <bool momentum, bool centered>
   struct Variant {
     using Rule = RmsProp;
-    static constexpr int states = 1 + (momentum ? 1 : 0) + (centered ? 1 : 0);
-    static constexpr const char* state_names[] = {
-        "square_avg", momentum ? "momentum_buffer" : "grad_avg", "grad_avg"};
-    FUSEDOPT_HD static constexpr bool never_negative(int k) { return k == 0; }
+    static constexpr int state_count = 1 + (momentum ? 1 : 0) + (centered ? 1 : 0);
+    static constexpr State states[] = {
+        {"square_avg", StateKind::average_of_squares},
+        {momentum ? "momentum_buffer" : "grad_avg", StateKind::average},
+        {"grad_avg", StateKind::average},
+    };
 
     template <bool usual, class T>
     FUSEDOPT_HD static void update(const Row<T>& row, T& p, T g, T* state) {

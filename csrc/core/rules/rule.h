@@ -1,14 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// What an update rule declares of its options and of its states.
 #pragma once
+
+#include <cstdint>
 
 #include "../dtype.h"
 #include "../macros.h"
 
 namespace fusedopt {
 
-// Where an option stands in a parameter group: group[key], or group[key][element] for a tuple.
-struct OptionKey {
+// An option of a rule: its member of Rule::Options, and where it stands in a parameter group, which
+// is group[key] or, for a tuple, group[key][element].
+template <class Options>
+struct Option {
+  double Options::* value;
   const char* key;
   int element = -1;
   // May be a tensor on the device that its parameters are on, so that a captured graph follows it.
@@ -16,6 +23,38 @@ struct OptionKey {
   bool on_device = false;
 };
 
-constexpr int kMaxOptions = 8;
+// What a state is, which decides how it may be stored.
+enum class StateKind : uint8_t {
+  average,             // of gradients: any sign, kept small by new ones
+  average_of_squares,  // never negative
+  weight,              // like a parameter, or growing for ever: no codes, as errors would add up
+};
+
+enum class Begins : uint8_t { with_zero, as_parameter, as_option };
+
+// A state of a variant: its key in optimizer.state[param], what it is, and what it begins with.
+struct State {
+  const char* key;
+  StateKind kind;
+  Begins begins = Begins::with_zero;
+  const char* option = nullptr;  // the key of the option that it begins as
+};
+
+FUSEDOPT_HD constexpr bool is_never_negative(StateKind kind) {
+  return kind == StateKind::average_of_squares;
+}
+
+template <class Rule>
+constexpr int option_count = int(sizeof(Rule::options) / sizeof(Rule::options[0]));
+
+// Whether every member of Options is named by exactly one Option.
+template <class Rule>
+constexpr bool names_each_option_once() {
+  constexpr int count = option_count<Rule>;
+  for (int i = 0; i < count; ++i)
+    for (int j = 0; j < i; ++j)
+      if (Rule::options[i].value == Rule::options[j].value) return false;
+  return sizeof(typename Rule::Options) == count * sizeof(double);
+}
 
 }  // namespace fusedopt

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// The rule of stochastic gradient descent.
 #pragma once
 
 #include "average.h"
@@ -20,9 +22,10 @@ struct Sgd {
   struct Options {
     double lr, momentum, dampening, weight_decay, nesterov, maximize;
   };
-  static constexpr OptionKey options[] = {
-      {"lr", -1, true},           {"momentum"}, {"dampening"},
-      {"weight_decay", -1, true}, {"nesterov"}, {"maximize"},
+  static constexpr Option<Options> options[] = {
+      {&Options::lr, "lr", -1, true},     {&Options::momentum, "momentum"},
+      {&Options::dampening, "dampening"}, {&Options::weight_decay, "weight_decay", -1, true},
+      {&Options::nesterov, "nesterov"},   {&Options::maximize, "maximize"},
   };
 
   template <class T>
@@ -31,7 +34,7 @@ struct Sgd {
     T nesterov, first;
   };
 
-  // Nothing is worth a loop of its own.
+  // No row is common enough for a loop of its own.
   template <class T>
   FUSEDOPT_HD static bool usual(const Row<T>&) {
     return false;
@@ -52,9 +55,8 @@ struct Sgd {
   template <bool momentum>
   struct Variant {
     using Rule = Sgd;
-    static constexpr int states = momentum ? 1 : 0;
-    static constexpr const char* state_names[] = {"momentum_buffer"};
-    FUSEDOPT_HD static constexpr bool never_negative(int) { return false; }
+    static constexpr int state_count = momentum ? 1 : 0;
+    static constexpr State states[] = {{"momentum_buffer", StateKind::average}};
 
     template <bool, class T>
     FUSEDOPT_HD static void update(const Row<T>& row, T& p, T g, T* state) {

@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+//
+// Rows of hyper-parameters: one for each (group, step count).
+#pragma once
+
+#include <deque>
+#include <string>
+#include <vector>
+
+#include "member.h"
+#include "options.h"
+
+namespace fusedopt {
+namespace {
+
+// A row, to be found again by the group's next parameter.
+struct CachedRow {
+  const void* work;
+  float taken;
+  bool first, float64;
+  int lineage;
+  int index;
+};
+
+// One parameter group.
+struct Group {
+  const RuleInfo* rule;
+  int variant;  // among all variants of all rules
+  bool capturable;
+  size_t size;  // members
+  GroupOptions options;
+  std::vector<CachedRow> rows;  // of the step at hand
+  uint64_t read_in = 0;         // the step in which the options were last read
+
+  const VariantInfo& variant_info() const { return registry().variants[variant]; }
+};
+
+class HyperTable {
+ public:
+  explicit HyperTable(std::string optimizer) : optimizer_(std::move(optimizer)) {}
+
+  void add_group(const RuleInfo& rule, const py::dict& group, bool capturable) {
+    Group added{&rule, 0, capturable, 0, {}, {}};
+    OptionReader::of(rule).read(optimizer_, group.ptr(), groups_.size(), added.options);
+    added.variant = rule.first_variant + rule.variant(added.options.values.data());
+    groups_.push_back(std::move(added));
+  }
+
+  std::vector<Group>& groups() { return groups_; }
+  const std::vector<Group>& groups() const { return groups_; }
+  const Group& of(const Entry& e) const { return groups_[e.group]; }
+
+  void begin_step(bool device_counts) {
+    ++step_;
+    rows_on_device_ = device_counts;
+  }
+
+  // Reads a group's options, once in a step; false where they ask for other states.
+  bool read(PyObject* group, size_t g) {
+    Group& of = groups_[g];
+    if (of.read_in == step_) return true;
+    of.read_in = step_;
+    OptionReader::of(*of.rule).read(optimizer_, group, g, of.options);
+    rows_on_device_ = rows_on_device_ || of.options.any_on_device;
+    of.rows.clear();
+    return of.rule->first_variant + of.rule->variant(of.options.values.data()) == of.variant;
+  }
+
+  // A device makes all of its rows, or none.
+  bool makes_rows(c10::Device device) const {
+    return rows_on_device_ && device.type() == kAccelerator;
+  }
+
+  // The row for a parameter's group and step count.
+  int row(const Entry& e, DeviceWork& work) {
+    const float taken = e.count == nullptr || e.device_counts ? 0 : *e.count;
+    const bool first = e.device_counts || e.first;
+    const int lineage = e.device_counts ? e.lineage : -1;
+    Group& group = groups_[e.group];
+    auto& cached = group.rows;
+    // A group's parameters have few step counts, and those of the last ones most likely.
+    constexpr int kMostLookedAt = 8;
+    for (auto it = cached.rbegin(); it != cached.rend() && it - cached.rbegin() < kMostLookedAt;
+         ++it)
+      if (it->taken == taken && it->lineage == lineage && it->first == first &&
+          it->float64 == e.float64 && it->work == &work)
+        return it->index;
+    const int index = make_row(e, group, taken, first, work);
+    cached.push_back({&work, taken, first, e.float64, lineage, index});
+    return index;
+  }
+
+ private:
+  int make_row(const Entry& e, Group& group, float taken, bool first, DeviceWork& work) {
+    const RuleInfo& rule = *group.rule;
+    GroupOptions& options = group.options;
+    if (options.any_on_device && !all_on(work.device, options))
+      OptionReader::of(rule).fetch(optimizer_, e.group, options);
+    const int index = int(work.notes.size());
+    const bool source_of_row = makes_rows(work.device);
+    HyperRow row{};
+    // What a device is to make differs from this in no way that matters for zeros.
+    rule.row(options.values.data(), source_of_row ? 1 : double(taken) + 1,
+             source_of_row ? e.first : first, e.float64, row);
+    work.notes.push_back({&rule, e.float64, group.variant_info().zero_stays_zero(row, e.float64)});
+    if (!source_of_row) {
+      work.rows.push_back(row);
+      return index;
+    }
+    RowSource source{};
+    for (size_t i = 0; i < rule.options.size(); ++i) set_option(source, options, int(i));
+    source.count = e.device_counts ? e.count : nullptr;
+    source.taken = taken;
+    source.row = uint32_t(index);
+    source.first = first;
+    source.float64 = e.float64;
+    work.sources.push_back(source);
+    work.source_rules.push_back(number_of(rule));
+    return index;
+  }
+
+  static bool all_on(c10::Device device, const GroupOptions& options) {
+    for (const py::object& value : options.on_device)
+      if (value && THPVariable_Unpack(value.ptr()).device() != device) return false;
+    return true;
+  }
+
+  static void set_option(RowSource& source, const GroupOptions& options, int i) {
+    if (!options.on_device[i]) {
+      source.set(i, options.values[i]);
+      return;
+    }
+    const at::Tensor& tensor = THPVariable_Unpack(options.on_device[i].ptr());
+    const bool wide = tensor.scalar_type() == at::kDouble;
+    source.set(i, wide ? OptionKind::float64 : OptionKind::float32, tensor.const_data_ptr());
+  }
+
+  std::string optimizer_;
+  std::vector<Group> groups_;
+  uint64_t step_ = 0;
+  bool rows_on_device_ = false;
+};
+
+}  // namespace
+}  // namespace fusedopt

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+//
+// The Python module fusedopt._C: the one translation unit of this folder, which is the only one
+// that knows torch. It turns parameters and gradients into spans, and hands them to the core with a
+// stream or a parallel loop.
+#include "conversions.h"
+#include "flat.h"
+#include "plan.h"
+#include "rules.h"
+
+using namespace fusedopt;
+
+namespace {
+
+Plan* plan_of(PyObject* self) {
+  auto* instance = reinterpret_cast<py::detail::instance*>(self);
+  const bool constructed = instance->get_value_and_holder().holder_constructed();
+  return constructed ? py::cast<Plan*>(py::handle(self)) : nullptr;
+}
+
+// Lets the garbage collector look through a Plan.
+void collect_plans(PyHeapTypeObject* heap_type) {
+  PyTypeObject* type = &heap_type->ht_type;
+  type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    const Plan* plan = plan_of(self);
+    return plan == nullptr ? 0 : plan->traverse(visit, arg);
+  };
+  type->tp_clear = [](PyObject* self) {
+    if (Plan* plan = plan_of(self)) plan->clear();
+    return 0;
+  };
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  if (const char* name = std::getenv("FUSEDOPT_ISA"); name != nullptr && *name != 0) set_isa(name);
+
+  m.attr("slot") = kSlot;
+#if defined(FUSEDOPT_WITH_CUDA)
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
+  m.attr("accelerator") = c10::DeviceTypeName(kAccelerator, /*lower_case=*/true);
+  m.attr("version") = FUSEDOPT_VERSION;
+  m.attr("cuda_version") = FUSEDOPT_CUDA_VERSION;
+  m.attr("torch_version") = FUSEDOPT_TORCH_VERSION;
+  m.def("isa", get_isa);
+  m.def("set_isa", set_isa);
+  m.def("state_names", state_names);
+  m.def("rules", rules);
+  m.def("combinations", combinations);
+  m.attr("block") = kBlock;
+  m.def("encode", encode);
+  m.def("decode", decode);
+  m.def("param_formats", list_param_formats);
+  m.def("join_master", join_master);
+  m.def("split_master", split_master);
+  m.def("remainder_of", remainder_of);
+  m.def("flat_tensors", flat_tensors);
+  m.def("flat_steps", flat_steps);
+  m.def("is_capturing", is_capturing);
+  m.def("is_recorded", at::hasCallbacks);
+  m.def("attach_gradients", attach_gradients);
+  py::class_<Workspace, std::shared_ptr<Workspace>>(m, "Workspace")
+      .def(py::init<>())
+      .def_readonly("captured", &Workspace::captured)
+      .def("forget_weights", &Workspace::forget_weights)
+      .def("forget_weights_of", &Workspace::forget_weights_of)
+      .def("note_weights_of", &Workspace::note_weights_of)
+      .def("are_outdated", &Workspace::are_outdated)
+      .def_property_readonly("grad_norm", &Workspace::grad_norm);
+  py::class_<MemberInfo>(m, "Member")
+      .def(py::init<py::object, py::object, std::string, bool, std::optional<py::tuple>, bool,
+                    uintptr_t, at::ScalarType, int, bool, bool, uint64_t, uint64_t, bool,
+                    std::optional<py::object>, int>(),
+           py::kw_only(), py::arg("param"), py::arg("local"), py::arg("name"), py::arg("duplicate"),
+           py::arg("states"), py::arg("first"), py::arg("flat_grad"), py::arg("state_type"),
+           py::arg("master_bits"), py::arg("stochastic"), py::arg("counts_steps"), py::arg("seed"),
+           py::arg("ordinal"), py::arg("on_device"), py::arg("first_count"), py::arg("lineage"));
+  py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_plans))
+      .def(py::init<std::string, std::shared_ptr<Workspace>>())
+      .def("add_group", &Plan::add_group)
+      .def("add", &Plan::add)
+      .def("step", &Plan::step, py::arg("groups"), py::arg("grad_scale"), py::arg("found_inf"),
+           py::arg("max_grad_norm"), py::arg("positions") = py::none())
+      .def_property_readonly("span_count", &Plan::span_count);
+}

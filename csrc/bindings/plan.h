@@ -1,0 +1,438 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+//
+// What one optimizer walks over in a step.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <unordered_set>
+#include <vector>
+
+#include "gradient.h"
+#include "hyper_table.h"
+#include "lineages.h"
+#include "runner.h"
+
+namespace fusedopt {
+namespace {
+
+// A plan is made anew whenever parameters, their state or the set of buffers change; gradients are
+// looked up in every step.
+class Plan {
+ public:
+  Plan(std::string optimizer, std::shared_ptr<Workspace> workspace)
+      : optimizer_(std::move(optimizer)),
+        params_key_("params"),
+        workspace_(std::move(workspace)),
+        table_(optimizer_),
+        runner_(optimizer_, workspace_) {}
+
+  void add_group(const std::string& rule, const py::dict& group, bool capturable) {
+    table_.add_group(find_rule(rule), group, capturable);
+  }
+
+  // Adds the next parameter of the group added last.
+  void add(const MemberInfo& info) {
+    Group& group = table_.groups().back();
+    const VariantInfo& variant = group.variant_info();
+    auto [m, e] = make_member(info, int(variant.states.size()), *workspace_);
+    e.group = int(table_.groups().size()) - 1;
+    e.in_group = int(group.size++);
+    if (!e.duplicate) {
+      if (e.count != nullptr)
+        counts_are_shared_ = !counts_.insert(e.count).second || counts_are_shared_;
+      if (e.device_counts) lineages_.add(e.lineage);
+      const bool without_state = !group.rule->counts_steps && variant.states.empty();
+      device_decides_ = device_decides_ && (m.on_device || without_state);
+      one_accelerator_ = one_accelerator_ && m.device.type() == kAccelerator &&
+                         (members_.empty() || members_[0].device == m.device);
+      elements_ += e.span.numel;
+    }
+    entries_.push_back(e);
+    params_.push_back(nullptr);
+    found_.push_back(nullptr);
+    members_.push_back(std::move(m));
+  }
+
+  // One step over all parameters that have a gradient or, with positions, those of them. Returns
+  // None when it is done. A list means that nothing was changed and the plan has to be made anew
+  // first, with state for the parameters listed (by position).
+  std::optional<std::vector<int>> step(const py::list& groups, const py::object& grad_scale,
+                                       const py::object& found_inf,
+                                       const std::optional<double>& max_grad_norm,
+                                       const std::optional<std::vector<int>>& positions) {
+    const at::NoGradGuard no_grad;
+    if (members_.empty()) one_accelerator_ = false;
+    partial_ = positions ? &*positions : nullptr;
+    if (!set_factor(grad_scale, found_inf, max_grad_norm)) return std::nullopt;
+    if (!prepare(groups)) return std::move(missing_);
+    check_capture();
+    // Others' weights are their own masters.
+    for (const size_t position : outdated_)
+      THPVariable_Unpack(members_[position].parts.back().ptr()).zero_();
+    run();
+    finish();
+    return std::nullopt;
+  }
+
+  // For the garbage collector: a parameter may refer to its optimizer, which holds its plan.
+  int traverse(visitproc visit, void* arg) const {
+    for (const Member& m : members_) {
+      Py_VISIT(m.param.ptr());
+      Py_VISIT(m.local.ptr());
+      for (const auto& state : m.states) Py_VISIT(state.ptr());
+      for (const auto& part : m.parts) Py_VISIT(part.ptr());
+      if (m.count) Py_VISIT(m.count.ptr());
+    }
+    return 0;
+  }
+  void clear() {
+    table_.groups().clear();  // so that a step, should there be one yet, asks for another plan
+    entries_.clear();
+    std::vector<Member>().swap(members_);
+  }
+
+  // Spans walked by the last step.
+  int64_t span_count() const {
+    size_t count = 0;
+    for (const auto& work : works_) count += work.spans.size();
+    return int64_t(count);
+  }
+
+ private:
+  std::string describe(const Member& m) const { return optimizer_ + ": " + m.name; }
+
+  // -- the factor that callers give --------------------------------------------------------------
+
+  // Whether there is a step at all, as far as the host knows.
+  bool set_factor(const py::object& grad_scale, const py::object& found_inf,
+                  const std::optional<double>& max_grad_norm) {
+    FactorSource& source = runner_.source = FactorSource{};
+    runner_.clips = max_grad_norm.has_value();
+    source.max_grad_norm = max_grad_norm.value_or(0);
+    if (!grad_scale.is_none()) {
+      source.grad_scale = on_the_accelerator(grad_scale);
+      if (source.grad_scale == nullptr)
+        source.factor = 1 / number(grad_scale.ptr(), [&] { return optimizer_ + ": grad_scale"; });
+    }
+    if (found_inf.is_none()) return true;
+    // Where a count of steps is the host's, it has to know whether there is a step.
+    if (device_decides_) source.found_inf = on_the_accelerator(found_inf);
+    if (source.found_inf != nullptr ||
+        number(found_inf.ptr(), [&] { return optimizer_ + ": found_inf"; }) == 0)
+      return true;
+    // Nobody looks at the gradients then; their norm is not finite.
+    if (runner_.clips) workspace_->note_norm(norm_device(), NAN);
+    return false;
+  }
+
+  // Where kernels can read a scaler's tensor, else null.
+  const float* on_the_accelerator(const py::object& value) const {
+    if (!one_accelerator_ || !is_on_accelerator(value.ptr())) return nullptr;
+    const at::Tensor& tensor = THPVariable_Unpack(value.ptr());
+    if (tensor.scalar_type() != at::kFloat || tensor.device() != members_[0].device) return nullptr;
+    return tensor.const_data_ptr<float>();
+  }
+
+  c10::Device norm_device() const {
+    return one_accelerator_ ? members_[0].device : c10::Device(c10::kCPU);
+  }
+
+  // -- walking -----------------------------------------------------------------------------------
+
+  int64_t walked() const { return int64_t(partial_ ? partial_->size() : entries_.size()); }
+  size_t position(int64_t i) const { return partial_ ? size_t((*partial_)[i]) : size_t(i); }
+
+  // Whether all the spans could be made; if not, missing_ tells for whom state has to be made.
+  bool prepare(const py::list& groups) {
+    missing_.clear();
+    active_.clear();
+    temporaries_.clear();
+    copy_back_.clear();
+    outdated_.clear();
+    for (auto& work : works_) work.clear();
+    if (groups.size() != table_.groups().size()) return false;
+    if (!(partial_ ? look_up_members(groups) : look_up_groups(groups))) return false;
+
+    share<&Plan::look>();
+    for (int64_t i = 0; i < walked(); ++i) {
+      const size_t at = position(i);
+      const void* grad = found_[at];
+      if (grad == nullptr) continue;
+      Entry& e = entries_[at];
+      if (grad != unchecked()) {
+        add_span(e, at, grad);
+        continue;
+      }
+      if (params_[at] != e.param) return false;
+      const at::Tensor& local = THPVariable_Unpack(e.local);
+      if (!is_as_planned(e, members_[at], local)) return false;
+      if (!check_and_add(e, at, local, local.unsafeGetTensorImpl()->grad()))
+        missing_.push_back(int(at));
+    }
+    return missing_.empty();
+  }
+
+  // Reads the options of all groups and lists their parameters; false where they are others.
+  bool look_up_groups(const py::list& groups) {
+    table_.begin_step(!lineages_.empty());
+    for (size_t g = 0; g < table_.groups().size(); ++g)
+      if (!table_.read(PyList_GET_ITEM(groups.ptr(), g), g)) return false;
+    PyObject** next = params_.data();
+    for (size_t g = 0; g < table_.groups().size(); ++g) {
+      PyObject* params = params_of(groups, g);
+      if (params == nullptr) return false;
+      PyObject** items = PySequence_Fast_ITEMS(params);
+      next = std::copy(items, items + table_.groups()[g].size, next);
+    }
+    return true;
+  }
+
+  // Likewise of the groups that have some of the members to be stepped, and these.
+  bool look_up_members(const py::list& groups) {
+    table_.begin_step(!lineages_.empty());
+    for (int64_t i = 0; i < walked(); ++i) {
+      const size_t at = position(i);
+      if (at >= entries_.size())
+        throw py::index_error(optimizer_ + ": there is no parameter " + text(at));
+      const Entry& e = entries_[at];
+      if (!table_.read(PyList_GET_ITEM(groups.ptr(), e.group), e.group)) return false;
+      PyObject* params = params_of(groups, e.group);
+      if (params == nullptr) return false;
+      params_[at] = PySequence_Fast_GET_ITEM(params, e.in_group);
+    }
+    return true;
+  }
+
+  // The list of parameters of a group; null where there are more or fewer than there were.
+  PyObject* params_of(const py::list& groups, size_t g) const {
+    PyObject* params = PyDict_GetItem(PyList_GET_ITEM(groups.ptr(), g), params_key_.ptr());
+    if (params == nullptr || !(PyList_Check(params) || PyTuple_Check(params)))
+      throw py::type_error(optimizer_ + ": group " + text(g) +
+                           ": params is not a list of parameters");
+    const bool as_many = size_t(PySequence_Fast_GET_SIZE(params)) == table_.groups()[g].size;
+    return as_many ? params : nullptr;
+  }
+
+  // Calls a method with ranges of the walk, in several threads where there is work for them.
+  template <void (Plan::*method)(int64_t begin, int64_t end)>
+  void share() {
+    const int64_t size = walked();
+    const bool alone = elements_ < kManyElements || one_accelerator_;
+    run_in_parallel(size, alone ? size : kShareGrain, this,
+                    [](void* plan, int64_t begin, int64_t end) {
+                      (static_cast<Plan*>(plan)->*method)(begin, end);
+                    });
+  }
+
+  // Stands for the address of a gradient that has to be checked first.
+  static const void* unchecked() {
+    static const char address = 0;
+    return &address;
+  }
+
+  // Looks up the gradients of a range of the walk: their addresses where all checks have let the
+  // same pass before, null for those to leave out. Changes nothing else, so that several threads
+  // can share the work.
+  void look(int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const size_t at = position(i);
+      const Entry& e = entries_[at];
+      found_[at] = unchecked();
+      if (params_[at] != e.param) continue;
+      const c10::TensorImpl& local = *THPVariable_Unpack(e.local).unsafeGetTensorImpl();
+      const at::Tensor& grad = local.grad();
+      if (!grad.defined() || e.duplicate) {
+        found_[at] = nullptr;
+      } else if (e.checked && is_as_checked(e, local, *grad.unsafeGetTensorImpl())) {
+        const void* address = grad.unsafeGetTensorImpl()->data();
+        if (address != nullptr) found_[at] = address;
+      }
+    }
+  }
+
+  // Adds the span of one parameter; false where it has no state yet. Throws on a gradient that
+  // cannot be taken.
+  bool check_and_add(Entry& e, size_t at, const at::Tensor& local, const at::Tensor& grad) {
+    const Member& m = members_[at];
+    e.checked = false;
+    e.span.kernel = kernel_for(e, m, table_.of(e).variant, local, grad, optimizer_);
+    if (!m.has_state) return false;
+    e.work = &work_on(m.device, works_);
+    e.grad_dtype = *dtype_of(grad.scalar_type());
+    e.grad_size = uint8_t(size_of(e.grad_dtype));
+    e.coding.grad = e.grad_dtype;
+    if (e.weights != nullptr && e.weights->address != nullptr && !e.weights->are_those_of(e.local))
+      outdated_.push_back(at);
+    if (e.span.numel == 0) {
+      active_.push_back(at);
+      if (e.device_counts) e.work->advance(e.count);
+    } else if (!m.dense) {
+      // States of such a parameter are dense; it is gathered and put back afterwards.
+      const at::Tensor gathered = gather_param(m, local);
+      copy_back_.push_back({local, gathered});
+      Entry there = e;
+      there.span.param = gathered.mutable_data_ptr();
+      add_span(there, at, temporary(gather_gradient(gathered, grad)));
+    } else if (!is_in_order(local, grad)) {
+      add_span(e, at, temporary(gather_gradient(local, grad)));
+    } else {
+      e.checked = local.is_contiguous() && grad.is_contiguous() &&
+                  !local.unsafeGetTensorImpl()->is_python_dispatch() &&
+                  !grad.unsafeGetTensorImpl()->is_python_dispatch();
+      e.numel = local.numel();
+      e.keys = local.key_set();
+      e.grad_keys = grad.key_set();
+      e.type = local.dtype();
+      e.grad_type = grad.dtype();
+      e.device = m.device;
+      add_span(e, at, grad.unsafeGetTensorImpl()->data());
+    }
+    return true;
+  }
+
+  // The address of a tensor that lives as long as the step.
+  const void* temporary(at::Tensor tensor) {
+    temporaries_.push_back(std::move(tensor));
+    return temporaries_.back().const_data_ptr();
+  }
+
+  void add_span(const Entry& e, size_t at, const void* grad) {
+    DeviceWork& work = *e.work;
+    active_.push_back(at);
+    if (e.device_counts) work.advance(e.count);
+    Span span = e.span;
+    span.grad = grad;
+    span.row = table_.row(e, work);
+    if (e.coded) {
+      Coding& coding = entries_[at].coding;
+      if (e.count != nullptr && !e.device_counts) coding.step = uint32_t(*e.count) + 1;
+      span.coding = &coding;
+    }
+    if (runner_.clips) work.gradients.push_back({grad, span.numel, work.chunks(), e.grad_dtype});
+    if (work.spans.empty() || !extend(work.spans.back(), work.open_padding, span, e)) {
+      span.offset = work.spans.empty() ? 0 : work.spans.back().offset + work.spans.back().numel;
+      work.spans.push_back(span);
+    }
+    // Padding belongs to a flat buffer only where all of the streams are in one.
+    const bool padded = e.padding > 0 && grad == e.flat_grad && work.notes[span.row].keeps_zero;
+    work.open_padding = padded ? e.padding : 0;
+  }
+
+  // Lengthens the last span by one that adjoins it in every stream.
+  static bool extend(Span& last, int64_t open_padding, const Span& span, const Entry& e) {
+    if (last.kernel != span.kernel || last.row != span.row || e.coded) return false;
+    const int64_t length = last.numel + open_padding;
+    const auto adjoins = [&](const void* a, const void* b, int64_t size) {
+      return static_cast<const char*>(a) + length * size == static_cast<const char*>(b);
+    };
+    if (!adjoins(last.param, span.param, e.param_size) ||
+        !adjoins(last.grad, span.grad, e.grad_size))
+      return false;
+    for (int k = 0; k < e.tensor_count; ++k)
+      if (!adjoins(last.states[k], span.states[k], e.state_size)) return false;
+    last.numel = length + span.numel;
+    return true;
+  }
+
+  // Captured, a step is replayed as it was. What the host knows of it would stay for ever.
+  void check_capture() {
+    std::optional<c10::Device> capturing;
+    for (const auto& work : works_)
+      if (!work.spans.empty() && is_capturing(work.device)) capturing = work.device;
+    if (!capturing) return;
+    for (const size_t at : active_) {
+      const Member& m = members_[at];
+      if (!table_.of(entries_[at]).capturable || (m.count && !m.on_device))
+        throw std::runtime_error(
+            describe(m) +
+            " is to be stepped in a CUDA graph, which would replay today's step count for ever; "
+            "construct " +
+            optimizer_ + " with capturable=True, and a tensor as lr where a scheduler changes it");
+      if (m.device != *capturing)
+        throw std::runtime_error(describe(m) + " is on " + text(m.device) +
+                                 " and no part of the CUDA graph that is captured on " +
+                                 text(*capturing) + "; give it an optimizer of its own");
+    }
+    for (const size_t at : outdated_)
+      throw std::runtime_error(describe(members_[at]) +
+                               " was changed since the last step, which a CUDA graph would find at "
+                               "each replay; take a step before capture begins");
+    workspace_->captured = true;
+  }
+
+  // -- the update --------------------------------------------------------------------------------
+
+  void run() {
+    const py::gil_scoped_release release;
+    runner_.norm(works_, one_accelerator_ ? std::optional(norm_device()) : std::nullopt);
+    runner_.factor();
+    runner_.update(works_, table_);
+  }
+
+  void finish() {
+    for (auto& back : copy_back_) back.param.detach().copy_(back.contiguous);
+    if (counts_are_shared_) {
+      count_steps(0, walked());
+    } else {
+      share<&Plan::count_steps>();
+    }
+    if (!lineages_.empty()) {
+      stepped_.clear();
+      for (const size_t at : active_)
+        if (entries_[at].device_counts) stepped_.push_back(&entries_[at].lineage);
+      lineages_.part(stepped_);
+    }
+    temporaries_.clear();
+    copy_back_.clear();
+  }
+
+  // Counts the step of those in a range of the walk that took one.
+  void count_steps(int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const size_t at = position(i);
+      if (found_[at] == nullptr) continue;
+      Entry& e = entries_[at];
+      if (e.count != nullptr && !e.device_counts) *e.count += 1;
+      e.first = false;
+      c10::TensorImpl* impl = THPVariable_Unpack(e.local).unsafeGetTensorImpl();
+      if (!impl->is_inference()) impl->bump_version();
+      if (e.weights != nullptr) *e.weights = Weights::of(e.local);
+    }
+  }
+
+  struct CopyBack {
+    at::Tensor param, contiguous;
+  };
+
+  std::string optimizer_;
+  py::str params_key_;
+  std::shared_ptr<Workspace> workspace_;
+  HyperTable table_;
+  Runner runner_;
+  std::vector<Member> members_;
+  std::vector<Entry> entries_;  // one for each member
+  int64_t elements_ = 0;        // of all parameters, in reals
+  std::unordered_set<const float*> counts_;
+  bool counts_are_shared_ = false;  // somebody gave several parameters the same count
+  Lineages lineages_;               // empty: the host counts all steps
+  bool device_decides_ = true;      // whether a step takes place need not be known to the host
+  bool one_accelerator_ = true;     // all parameters are on the same one
+
+  // Of the step at hand; kept so that a step allocates nothing.
+  const std::vector<int>* partial_ = nullptr;  // the positions to step; null: all
+  std::vector<int> missing_;
+  std::vector<PyObject*> params_;   // by position
+  std::vector<const void*> found_;  // by position, see look()
+  std::vector<size_t> active_;      // positions
+  std::vector<size_t> outdated_;    // those whose master belongs to other weights
+  std::vector<int*> stepped_;       // lineages
+  Works works_;                     // of all devices
+  std::vector<at::Tensor> temporaries_;
+  std::vector<CopyBack> copy_back_;
+};
+
+}  // namespace
+}  // namespace fusedopt

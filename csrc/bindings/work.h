@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+//
+// What a step has to do on one device.
+#pragma once
+
+#include <deque>
+#include <vector>
+
+#include "../device/step.h"
+#include "torch.h"
+
+namespace fusedopt {
+namespace {
+
+// What the host knows of a row of hyper-parameters.
+struct RowNote {
+  const RuleInfo* rule;
+  bool float64;
+  bool keeps_zero;  // whether elements that are zero stay so, as padding has to
+};
+
+struct DeviceWork {
+  c10::Device device;
+  std::vector<Span> spans;
+  std::vector<RowNote> notes;      // of each row
+  std::vector<HyperRow> rows;      // empty where the device makes them
+  std::vector<RowSource> sources;  // in place of rows, where the device makes them
+  std::vector<int> source_rules;   // of each source
+  std::vector<CountRange> counts;
+  std::vector<GradSpan> gradients;  // for the norm
+  int64_t open_padding = 0;         // reals behind the last span that may be walked along
+
+  void clear() {
+    spans.clear();
+    notes.clear();
+    rows.clear();
+    sources.clear();
+    source_rules.clear();
+    counts.clear();
+    gradients.clear();
+    open_padding = 0;
+  }
+
+  int64_t chunks() const {
+    return gradients.empty() ? 0
+                             : gradients.back().first_chunk + norm_chunks(gradients.back().numel);
+  }
+
+  void advance(float* count) {
+    if (counts.empty() || counts.back().counts + counts.back().size != count)
+      counts.push_back({count, 0});
+    ++counts.back().size;
+  }
+};
+
+// A step looks its devices up often, and holds pointers to them.
+using Works = std::deque<DeviceWork>;
+
+DeviceWork& work_on(c10::Device device, Works& works) {
+  for (auto& work : works)
+    if (work.device == device) return work;
+  works.push_back({device});
+  return works.back();
+}
+
+}  // namespace
+}  // namespace fusedopt

@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+//
+// Memory on devices that an optimizer's steps use.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <stdexcept>
+#include <unordered_map>
+#include <vector>
+
+#include "accelerator.h"
+#include "weights.h"
+
+namespace fusedopt {
+namespace {
+
+// Memory on devices that an optimizer's steps use. It is never given back while the optimizer
+// lives, as a captured graph may use it.
+class Workspace {
+ public:
+  struct Memory {
+    Control* control;
+    HyperRow* rows;
+    double* sums;
+  };
+
+  Memory get(c10::Device device, size_t rows, int64_t chunks) {
+    Room* room = this->room(device);
+    if (room == nullptr || room->rows < rows || room->chunks < chunks) {
+      // What a graph allocates is set to zero by its replays only, and each time.
+      if (is_capturing(device))
+        throw std::runtime_error(
+            "this step needs memory that the steps before it did not need; take one like it before "
+            "capture begins");
+      const auto options = at::TensorOptions(at::kByte).device(device);
+      if (room == nullptr) {
+        room = &rooms_.emplace_back();
+        room->control = at::zeros({sizeof(Control)}, options);
+      } else {
+        outgrown_.push_back(room->memory);
+      }
+      room->rows = std::max<size_t>(rows, 2 * room->rows);
+      room->chunks = std::max<int64_t>(chunks, 2 * room->chunks);
+      const size_t size = room->rows * sizeof(HyperRow) + room->chunks * sizeof(double);
+      room->memory = at::empty({int64_t(size)}, options);
+    }
+    char* const memory = static_cast<char*>(room->memory.mutable_data_ptr());
+    return {static_cast<Control*>(room->control.mutable_data_ptr()),
+            reinterpret_cast<HyperRow*>(memory),
+            reinterpret_cast<double*>(memory + room->rows * sizeof(HyperRow))};
+  }
+
+  // Whether a graph has been captured, which may be replayed at any time.
+  bool captured = false;
+
+  Weights& weights_of(PyObject* param) { return weights_[param]; }
+  // Whether somebody has changed weights since the last step, which can only be known for some.
+  bool are_outdated(const py::object& param) const {
+    const auto found = weights_.find(param.ptr());
+    return found != weights_.end() && found->second.address != nullptr &&
+           !found->second.are_those_of(param.ptr());
+  }
+  void forget_weights_of(const py::object& param) { weights_[param.ptr()] = Weights{}; }
+  void note_weights_of(const py::object& param) {
+    weights_[param.ptr()] = Weights::of(param.ptr());
+  }
+  // What is stored with them now belongs to the weights that the next step finds.
+  void forget_weights() {
+    for (auto& [param, weights] : weights_) weights = Weights{};
+  }
+
+  // The sum of squares that the last norm on the device has left; waits for it.
+  double sum_of_squares(c10::Device device) {
+    return room(device)
+        ->control.narrow(0, offsetof(Control, sum_of_squares), sizeof(double))
+        .view(at::kDouble)
+        .item<double>();
+  }
+
+  // Where the norm of the last step that clipped is: with the device, or this one.
+  void note_norm(c10::Device device, std::optional<double> norm = std::nullopt) {
+    norm_device_ = device;
+    norm_ = norm;
+  }
+
+  std::optional<at::Tensor> grad_norm() {
+    if (!norm_device_) return std::nullopt;
+    const auto options = at::TensorOptions(at::kFloat).device(*norm_device_);
+    if (norm_) return at::full({}, *norm_, options);
+    return room(*norm_device_)
+        ->control.narrow(0, offsetof(Control, grad_norm), sizeof(float))
+        .view(at::kFloat)
+        .reshape({})
+        .clone();
+  }
+
+ private:
+  struct Room {
+    at::Tensor control;
+    at::Tensor memory;  // rows, then sums of chunks
+    size_t rows = 0;
+    int64_t chunks = 0;
+  };
+
+  Room* room(c10::Device device) {
+    for (Room& room : rooms_)
+      if (room.control.device() == device) return &room;
+    return nullptr;
+  }
+
+  std::vector<Room> rooms_;
+  std::vector<at::Tensor> outgrown_;
+  std::unordered_map<PyObject*, Weights> weights_;  // whose members stay where they are
+  std::optional<c10::Device> norm_device_;
+  std::optional<double> norm_;
+};
+
+}  // namespace
+}  // namespace fusedopt

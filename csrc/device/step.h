@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+//
+// The launches that a step on a device is made of.
+#pragma once
+
+#include <algorithm>
+
+#include "norm.h"
+#include "prepare.h"
+#include "update_coded.h"
+
+namespace fusedopt {
+
+// The step on one device. A plain one needs only spans and rows.
+struct DeviceStep {
+  const Span* spans = nullptr;
+  size_t span_count = 0;
+  const HyperRow* rows = nullptr;  // null: they are worked out on the device, from the sources
+  const RowSource* sources = nullptr;
+  const int* source_rules = nullptr;  // the rule of each
+  size_t source_count = 0;
+  const CountRange* counts = nullptr;
+  size_t count_ranges = 0;
+  const GradSpan* gradients = nullptr;  // for the norm, where it clips
+  size_t gradient_count = 0;
+  FactorSource factor;
+  // Memory of the device. Without control, gradients are taken as the rows say.
+  Control* control = nullptr;
+  HyperRow* device_rows = nullptr;
+  double* sums = nullptr;
+};
+
+// A kernel that updates spans: packs its argument, as Tile::pack does.
+using PackSpans = size_t (*)(const Span* spans, size_t count, size_t next, int kernel,
+                             const HyperRow* rows, LaunchArgs& args);
+
+// Launcher has norm(args), prepare(rule, args), pack(kernel) and step(kernel, args); all but pack
+// return an Error, which converts to false when there is none.
+template <class Error, class Launcher>
+Error launch_norm(const DeviceStep& step, Launcher& launcher) {
+  NormArgs args;
+  args.sums = step.sums;
+  args.control = step.control;
+  args.factor = step.factor;
+  size_t next = 0;
+  const GradSpan* end = step.gradients + step.gradient_count;
+  args.total_chunks =
+      step.gradient_count == 0 ? 0 : end[-1].first_chunk + norm_chunks(end[-1].numel);
+  do {
+    args.first_chunk = next < step.gradient_count ? step.gradients[next].first_chunk : 0;
+    for (args.count = 0; args.count < NormArgs::kCapacity && next < step.gradient_count; ++next)
+      args.gradients[args.count++] = step.gradients[next];
+    args.last = next == step.gradient_count;
+    args.chunks =
+        (args.last ? args.total_chunks : step.gradients[next].first_chunk) - args.first_chunk;
+    if (Error error = launcher.norm(args)) return error;
+  } while (next < step.gradient_count);
+  return Error{};
+}
+
+template <class Error, class Launcher>
+Error launch_prepare(const DeviceStep& step, Launcher& launcher) {
+  PrepareArgs args;
+  args.rows = step.device_rows;
+  args.control = step.control;
+  args.factor = step.factor;
+  args.sets_control = step.control != nullptr && !step.factor.clips;
+  size_t source = 0, range = 0;
+  while (args.sets_control || source < step.source_count || range < step.count_ranges) {
+    args.sources = args.ranges = 0;
+    size_t left = PrepareArgs::kBytes;
+    // A launch makes the rows of one rule.
+    const int rule = source < step.source_count ? step.source_rules[source] : 0;
+    for (; source < step.source_count && step.source_rules[source] == rule &&
+           left >= sizeof(RowSource);
+         ++source) {
+      memcpy(args.data + args.sources++ * sizeof(RowSource), &step.sources[source],
+             sizeof(RowSource));
+      left -= sizeof(RowSource);
+    }
+    // Counts are advanced when the last row has been worked out.
+    if (source == step.source_count) {
+      for (; range < step.count_ranges && left >= sizeof(CountRange); ++range) {
+        memcpy(args.data + PrepareArgs::kBytes - ++args.ranges * sizeof(CountRange),
+               &step.counts[range], sizeof(CountRange));
+        left -= sizeof(CountRange);
+      }
+    }
+    if (Error error = launcher.prepare(rule, args)) return error;
+    args.sets_control = 0;
+  }
+  return Error{};
+}
+
+// One launch for each kernel that occurs, more only where the argument of a launch is full.
+template <class Error, class Launcher>
+Error launch_spans(const DeviceStep& step, Launcher& launcher) {
+  LaunchArgs args;
+  args.control = step.control;
+  args.rows = step.rows == nullptr ? step.device_rows : nullptr;
+  for (size_t i = 0; i < step.span_count; ++i) {
+    // Each kernel once, when its first span is met.
+    const int kernel = step.spans[i].kernel;
+    const auto same = [kernel](const Span& span) { return span.kernel == kernel; };
+    if (std::any_of(step.spans, step.spans + i, same)) continue;
+    for (size_t next = i; next < step.span_count;) {
+      next = launcher.pack(kernel)(step.spans, step.span_count, next, kernel, step.rows, args);
+      if (args.spans == 0) break;
+      if (Error error = launcher.step(kernel, args)) return error;
+    }
+  }
+  return Error{};
+}
+
+// The step after the norm, whose factor it takes from control where it clips.
+template <class Error, class Launcher>
+Error launch_update(const DeviceStep& step, Launcher& launcher) {
+  if (Error error = launch_prepare<Error>(step, launcher)) return error;
+  return launch_spans<Error>(step, launcher);
+}
+
+}  // namespace fusedopt

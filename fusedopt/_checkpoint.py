@@ -1,0 +1,125 @@
+"""States on their way into an optimizer: out of a state_dict, a copy or a pickle."""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from torch import Tensor
+
+from fusedopt._members import Member
+from fusedopt._rules import state_keys
+from fusedopt._states import allocate, check_state, convert
+from fusedopt._storage import CODE, MASTERS, ORDER, OWN_OPTIONS, SCALE, part_of
+from fusedopt._watched_state import OptimizerState
+
+# torch's load_state_dict casts the state of a parameter in a way that no subclass can change, but
+# passes on what has any other key. So all states travel under this one.
+LOADED: Final = object()
+
+
+def own_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Those options of a group that a checkpoint leaves as they are."""
+    return {key: group[key] for key in OWN_OPTIONS if key in group}
+
+
+def options_when_loaded(
+    loaded: Sequence[Mapping[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
+    defaults: Mapping[str, Any],
+) -> list[dict[str, Any]] | None:
+    """What groups will be with the options of loaded ones; None where these are not as long."""
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in loaded]:
+        return None
+    return [
+        {
+            **defaults,
+            **theirs,
+            **own_options(ours),
+            "params": ours["params"],
+            "param_names": ours.get("param_names"),
+        }
+        for ours, theirs in zip(groups, loaded, strict=True)
+    ]
+
+
+def states_by_param(loaded: Mapping[str, Any], members: Sequence[Member]) -> dict[Any, Any]:
+    """The states in a state_dict by parameter.
+
+    Args:
+        members: in the order of the state_dict, with the options that it gives them.
+
+    Raises:
+        TypeError, ValueError: for a state that does not belong to its parameter.
+    """
+    numbers = [number for group in loaded["param_groups"] for number in group["params"]]
+    by_number = dict(zip(numbers, members, strict=True))
+    needed = {
+        # Without a momentum buffer, SGD's first step is still to come.
+        number: set(member.names) if "step" in member.names else set()
+        for number, member in by_number.items()
+    }
+    states: dict[Any, Any] = {}
+    for number, values in loaded["state"].items():
+        member = by_number.get(number)
+        if member is None:
+            states[number] = values
+        else:
+            _check_loaded(member, values, needed[number])
+            states[member.param] = values
+    return states
+
+
+def _check_loaded(member: Member, values: Any, needed: set[str]) -> None:
+    where = f"{member.group.optimizer}: the state of {member.name}"
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{where} is a {type(values).__name__}; expected a dictionary")
+    names = state_keys([member.rule])
+    known = {k: v for k, v in values.items() if k in names and v is not None}
+    if lacking := _lacking_in(known, needed):
+        raise ValueError(f"{where} lacks {', '.join(lacking)}")
+    if isinstance(step := known.get("step"), Tensor):
+        known["step"] = step.detach().cpu()
+    check_state(member, known)
+    for key, value in known.items():
+        if part_of(key) == SCALE and not bool(value.isfinite().all()):
+            raise ValueError(f"{where} has a {key} that is not finite; is the checkpoint damaged?")
+
+
+def _lacking_in(values: Mapping[str, Any], needed: Iterable[str]) -> list[str]:
+    """What a state with any of its rule's keys has to have besides."""
+    lacking = []
+    for key in values:
+        for one, other in ((CODE, SCALE), (SCALE, CODE)):
+            if part_of(key) == one and key.removesuffix(one) + other not in values:
+                lacking.append(key.removesuffix(one) + other)
+    if not values.keys() - MASTERS - {ORDER}:
+        return lacking
+    stored = values.keys() | {key.removesuffix(CODE) for key in values}
+    return sorted({*lacking, *(set(needed) - stored)})
+
+
+def own_states(
+    states: Mapping[Any, Any], members: Sequence[Member], names: set[str]
+) -> OptimizerState:
+    """Copies of these states, those of parameters in flat buffers.
+
+    Args:
+        names: all keys that are not the user's.
+    """
+    by_param = {member.param: member for member in members if not member.duplicate}
+    known, rest = {}, {}
+    for param, values in states.items():
+        if not (isinstance(param, Tensor) and isinstance(values, Mapping)):
+            rest[param] = copy.deepcopy(values)
+            continue
+        users = {k: v for k, v in values.items() if k not in names or v is None}
+        rest[param] = copy.deepcopy(users)
+        known[param] = {k: v for k, v in values.items() if k in names and v is not None}
+        if param in by_param:
+            known[param] = convert(known[param], by_param[param])
+    for param, values in allocate(members, known).items():
+        # In the order in which they were.
+        values |= rest[param]
+        kept = {k: values[k] for k in states[param] if k in values}
+        rest[param] = kept | values
+    return OptimizerState(rest)

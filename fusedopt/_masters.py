@@ -1,0 +1,91 @@
+"""Master weights: what is stored beside a parameter for them, and how they are read and set."""
+
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt._extension import _C
+from fusedopt._members import Member
+from fusedopt._storage import REMAINDER, WHOLE_MASTER, master_key
+
+
+def convert_master(values: Mapping[str, Any], member: Member) -> dict[str, Tensor]:
+    """What a member's storage keeps for its master, out of a state of any storage."""
+    bits = member.storage.master_bits
+    if not bits:
+        return {}
+    param = member.local.detach()
+    key = master_key(param)
+    value = values.get(key)
+    if value is not None and value.dtype == member.spec(key).dtype:
+        return {key: value}
+    if not values:
+        return {}
+    if key == WHOLE_MASTER:  # a remainder of another dtype says nothing of it
+        return {key: param.float()}
+    if values.get(WHOLE_MASTER) is not None:
+        master = values[WHOLE_MASTER]
+    elif value is not None:
+        master = _C.join_master(param, value)
+    else:  # the parameter is its own master
+        master = param.float()
+    return {key: _C.remainder_of(master, param, bits)}
+
+
+def forget_outdated(
+    params: Iterable[Tensor], state: Mapping[Tensor, Any], workspace: _C.Workspace
+) -> None:
+    """Make weights that somebody has changed their own masters, as the next step would."""
+    for param in params:
+        if workspace.are_outdated(param):
+            if (remainder := state.get(param, {}).get(REMAINDER)) is not None:
+                remainder.zero_()
+            workspace.forget_weights_of(param)
+
+
+def read_masters(params: Iterable[Tensor], state: Mapping[Tensor, Any]) -> Iterator[Tensor]:
+    """The weights that an optimizer works on: the masters, else the parameters, as copies."""
+    for param in params:
+        weights = param.detach()
+        half = weights.dtype in (torch.bfloat16, torch.float16)
+        stored = state.get(param, {}).get(master_key(param)) if half else None
+        if stored is not None:
+            yield _C.join_master(weights, stored)
+        else:
+            yield weights.to(torch.float32 if half else weights.dtype, copy=True)
+
+
+@torch.no_grad()
+def load_masters(
+    optimizer: str,
+    masters: Sequence[Tensor],
+    members: Sequence[Member],
+    state: MutableMapping[Tensor, Any],
+    workspace: _C.Workspace,
+) -> None:
+    """Set parameters, and what is stored beside them, from what read_masters() yields."""
+    if len(masters) != len(members):
+        raise ValueError(
+            f"{optimizer}: load_master_params got {len(masters)} tensors; expected one for "
+            f"each of {len(members)} parameters"
+        )
+    for member, master in zip(members, masters, strict=True):
+        shape = tuple(member.local.shape)
+        if not isinstance(master, Tensor) or master.shape != shape:
+            got = tuple(master.shape) if isinstance(master, Tensor) else type(master).__name__
+            raise ValueError(
+                f"{optimizer}: load_master_params got {got} for {member.name}; expected a tensor "
+                f"of shape {shape}"
+            )
+    for member, master in zip(members, masters, strict=True):
+        param, bits = member.local, member.storage.master_bits
+        if bits:
+            exact = master.to(param.device, torch.float32)
+            weights, stored = _C.split_master(exact, param.dtype, bits)
+            param.copy_(weights)
+            state[member.param][master_key(param)] = stored
+        else:
+            param.copy_(master)
+        workspace.note_weights_of(param)

@@ -1,0 +1,235 @@
+"""The members of an optimizer: its parameters, each as the optimizer has it."""
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from fusedopt._extension import _C
+from fusedopt._overlap import check_overlap
+from fusedopt._storage import COMBINATIONS, Spec, Storage, storage_of
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """A parameter group, and what its optimizer says of it.
+
+    Attributes:
+        optimizer: the name of its class, for errors.
+        index: of the group among the optimizer's.
+        options: the group itself.
+        rule: the rule that its parameters are updated by.
+        unsafe_in_int8: options with which states must not be codes, and why.
+    """
+
+    optimizer: str
+    index: int
+    options: dict[str, Any]
+    rule: str
+    unsafe_in_int8: Mapping[str, str]
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """The rule's keys of a state, as the options want them."""
+        return _C.state_names(self.optimizer, self.rule, self.options, self.index)
+
+    def check_options(self) -> None:
+        """Raise TypeError or ValueError where an option of the rule is no number, or NaN."""
+        _ = self.names  # for which all of them are read
+
+    @property
+    def params(self) -> list[Tensor]:
+        params: list[Tensor] = self.options["params"]
+        return params
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        """The parameters by their names in errors."""
+        names = self.options.get("param_names")
+        for i, param in enumerate(self.params):
+            name = f"parameter '{names[i]}'" if names else f"parameter {i} of group {self.index}"
+            yield name, param
+
+    def storage_of(self, name: str, param: Tensor, numel: int) -> Storage:
+        what = f"{self.optimizer}: {name}"
+        return storage_of(self.options, param, numel, what, self.unsafe_in_int8)
+
+    def counts_on_device(self, param: Tensor) -> bool:
+        """Whether the device counts a parameter's steps, so that the host need not know of them."""
+        wanted = self.options.get("capturable") or self.options.get("fused")
+        return bool(wanted) and param.device.type == _C.accelerator
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a member's memory lies in the whole parameter, in elements."""
+
+    offset: int
+    numel: int  # of the whole
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Member:
+    """One parameter as its optimizer has it.
+
+    Attributes:
+        param: the user's tensor, and the key of its state.
+        local: the plain memory that is stepped; states are laid out like it.
+        position: where local lies in the whole parameter.
+        name: what errors call it.
+        group: the parameter group that it is in.
+        ordinal: its number among all parameters, by which its random bits are its own.
+        storage: how it and its states are stored.
+        counts_on_device: whether the device counts its steps.
+        duplicate: whether it has been in the list before. It is stepped once.
+    """
+
+    param: Tensor
+    local: Tensor
+    position: Position
+    name: str
+    group: Group
+    ordinal: int
+    storage: Storage
+    counts_on_device: bool
+    duplicate: bool
+
+    @property
+    def rule(self) -> str:
+        return self.group.rule
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The rule's keys of its state."""
+        return self.group.names
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys of its state, in the order of a plan."""
+        return self.storage.keys(self.names, self.local)
+
+    def spec(self, key: str) -> Spec:
+        """What the tensor of a key has to be."""
+        return self.storage.spec(key, self.local)
+
+    def where(self, key: str) -> str:
+        """What errors call a tensor of its state."""
+        return f"{self.group.optimizer}: state '{key}' of {self.name}"
+
+
+def list_members(groups: Iterable[Group]) -> list[Member]:
+    """The parameters of these groups, in their order.
+
+    Raises:
+        TypeError, ValueError: where a group's choice of storage makes no sense for a parameter.
+    """
+    members: list[Member] = []
+    seen: set[int] = set()
+    for group in groups:
+        for name, param in group.named():
+            position = _position_of(param)
+            member = Member(
+                param=param,
+                local=param,
+                position=position,
+                name=name,
+                group=group,
+                ordinal=len(members),
+                storage=group.storage_of(name, param, position.numel),
+                counts_on_device=group.counts_on_device(param),
+                duplicate=id(param) in seen,
+            )
+            members.append(member)
+            seen.add(id(param))
+    return members
+
+
+def _position_of(param: Tensor) -> Position:
+    return Position(offset=0, numel=param.numel())
+
+
+def check_params(groups: Iterable[Group]) -> None:
+    """Raise where a parameter cannot be stepped, or not as its group wants it.
+
+    Raises:
+        TypeError: for a parameter, or a state_dtype for it, that is not supported.
+        ValueError: for parameters that overlap in memory, and choices of storage that make no sense
+            together.
+    """
+    params: dict[int, tuple[str, Tensor]] = {}
+    optimizer = ""
+    for group in groups:
+        optimizer = group.optimizer
+        for name, param in group.named():
+            if id(param) not in params:
+                params[id(param)] = name, param
+                _check_param(f"{optimizer}: {name}", param)
+                group.storage_of(name, param, _position_of(param).numel)
+    check_overlap([param for _, param in params.values()], optimizer, lambda p: params[id(p)][0])
+
+
+def _check_param(what: str, param: Tensor) -> None:
+    def fail(got: str, expected: str) -> NoReturn:
+        raise TypeError(f"{what} is {got}; expected {expected}")
+
+    if param.layout != torch.strided:
+        fail(f"a tensor of layout {param.layout}", "a dense tensor")
+    if param.data_ptr() == 0 and param.numel() > 0:
+        fail(
+            f"a {type(param).__name__} on {param.device} without memory of its own",
+            "an ordinary tensor (for a DTensor: its to_local())",
+        )
+    if param.device.type not in ("cpu", "cuda"):
+        fail(f"on {param.device}", "a tensor on a CPU or a CUDA device")
+    if param.device.type == "cuda" and not _C.has_cuda:
+        fail(
+            f"on {param.device}, but fusedopt was built for the CPU only",
+            "a build with CUDA: install the CUDA toolkit (nvcc) that torch was built with, "
+            "set CUDA_HOME, and install fusedopt again",
+        )
+    real = param.dtype.to_real() if param.is_complex() else param.dtype
+    accepted = dict.fromkeys(p for p, _, _ in COMBINATIONS)
+    if real not in accepted:
+        fail(f"of dtype {param.dtype}", f"one of {', '.join(map(str, accepted))}, or complex")
+
+
+def add_member(
+    plan: _C.Plan,
+    member: Member,
+    states: tuple[Tensor, ...] | None,
+    first: bool,
+    flat_grad: int,
+    first_count: Tensor | None,
+    lineage: int,
+) -> None:
+    """Add a member to the group that a plan got last.
+
+    Args:
+        states: the tensors of its keys; None while it has had no gradient.
+        first: whether they were made for the step to come.
+        flat_grad: the address of its flat gradient; 0: it has none.
+        first_count: of its steps on the device, where its state has none.
+        lineage: a number that it shares with those that have taken the same steps on the device.
+    """
+    plan.add(
+        _C.Member(
+            param=member.param,
+            local=member.local,
+            name=member.name,
+            duplicate=member.duplicate,
+            states=states,
+            first=first,
+            flat_grad=flat_grad,
+            state_type=member.storage.state,
+            master_bits=member.storage.master_bits,
+            stochastic=member.storage.stochastic,
+            counts_steps="step" in member.keys,
+            seed=member.group.options.get("seed", 0),
+            ordinal=member.ordinal,
+            on_device=member.counts_on_device,
+            first_count=first_count,
+            lineage=lineage,
+        )
+    )

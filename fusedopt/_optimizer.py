@@ -1,0 +1,439 @@
+"""FusedOptimizer, which all optimizers are: the constructor, parameter groups and the step."""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from fusedopt._checkpoint import (
+    LOADED,
+    options_when_loaded,
+    own_options,
+    own_states,
+    states_by_param,
+)
+from fusedopt._counts import (
+    FirstCounts,
+    drop_first_counts,
+    lineages,
+    make_first_counts,
+    without_skipped_first,
+)
+from fusedopt._extension import _C
+from fusedopt._flat import FlatGradients, FlatParameters, are_flat, find_buffer
+from fusedopt._masters import forget_outdated, load_masters, read_masters
+from fusedopt._members import Group, Member, add_member, check_params, list_members
+from fusedopt._rules import state_keys
+from fusedopt._states import complete_states
+from fusedopt._watched_state import OptimizerState, plain
+
+
+class FusedOptimizer(Optimizer):
+    """What all optimizers share.
+
+    A subclass names its rule, by which the compiled module knows its maths. Where torch.optim has a
+    class for it, it is a base as well: constructor, defaults and checks stay torch's.
+    """
+
+    _rule: str
+    # Options with which states must not be codes, and why.
+    _unsafe_in_int8: Mapping[str, str] = {}
+
+    # Class-level, as unpickling calls no constructor.
+    _plan: _C.Plan | None = None
+    _plan_state: OptimizerState | None = None  # the state, and its count of changes, of the plan
+    _plan_changes = -1
+    _flats: tuple[FlatParameters, ...] = ()
+    _flat_gradients: FlatGradients | None = None  # None: not known yet
+    _warned_detached = False
+    _own_defaults: Mapping[str, Any] = {}
+    _flat = False
+    _max_grad_norm: float | None = None
+    _scales_in_step: bool | None = None  # None: not known yet
+    _workspace: _C.Workspace
+    # Of parameters whose state names no count, the steps taken on the device since it was made.
+    _first_counts: FirstCounts
+
+    def _init(
+        self,
+        options: Mapping[str, Any],
+        flat: bool,
+        max_grad_norm: float | None,
+        args: dict[str, Any],
+        differentiable: bool = False,
+    ) -> None:
+        """Call the constructor of the other base, or torch's Optimizer, with args.
+
+        Options are those of a group that this constructor does not know.
+        """
+        if differentiable:
+            twin = self._twin()
+            instead = "" if twin is None else f"; use torch.optim.{twin.__name__} for it"
+            raise ValueError(
+                f"{type(self).__name__}: differentiable=True is not supported: fused kernels have "
+                f"no autograd formula{instead}"
+            )
+        self._own_defaults = dict(options)
+        self._flat = flat
+        self._workspace = _C.Workspace()
+        self._first_counts = {}
+        self.max_grad_norm = max_grad_norm
+        super().__init__(**args)
+        self.defaults.update(options)
+        self.state = OptimizerState(self.state)
+
+    @classmethod
+    def _twin(cls) -> type[Optimizer] | None:
+        """The class of torch.optim that this one stands in for, where there is one."""
+        bases = (base for base in cls.__mro__ if base.__module__.startswith("torch.optim."))
+        return next((base for base in bases if base is not Optimizer), None)
+
+    # -- parameter groups ---------------------------------------------------------------------
+
+    def _rule_of(self, group: Mapping[str, Any]) -> str:
+        """The rule that a group's parameters are updated by."""
+        return self._rule
+
+    def _group(self, index: int, options: dict[str, Any]) -> Group:
+        rule = self._rule_of(options)
+        return Group(type(self).__name__, index, options, rule, self._unsafe_in_int8)
+
+    def _groups(self, param_groups: Iterable[dict[str, Any]] | None = None) -> list[Group]:
+        """The parameter groups, or what these would be as such."""
+        all_options = self.param_groups if param_groups is None else param_groups
+        return [self._group(index, options) for index, options in enumerate(all_options)]
+
+    def _params(self) -> Iterator[Tensor]:
+        for group in self.param_groups:
+            yield from group["params"]
+
+    def _state_keys(self) -> set[str]:
+        """All keys that a state has by a rule of any group."""
+        return state_keys({self._rule_of(group) for group in self.param_groups})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        index = len(self.param_groups)
+        if isinstance(param_group, dict):
+            for key, default in self._own_defaults.items():
+                param_group.setdefault(key, default)
+        super().add_param_group(param_group)
+        added = self._group(index, self.param_groups[index])
+        try:
+            if not added.params:
+                raise ValueError(
+                    f"{type(self).__name__}: group {index} has no parameters; expected at least one"
+                )
+            added.check_options()
+            check_params([added])
+            if self._flat and not are_flat(added.params, type(self).__name__):
+                self._flats += (FlatParameters(added.params, gradients=True),)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._plan = None
+
+    # -- the step -----------------------------------------------------------------------------
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """What the norm of all gradients is clipped to in a step; None: it is not clipped."""
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        if value is not None:
+            if not isinstance(value, int | float):
+                raise TypeError(
+                    f"{type(self).__name__}: max_grad_norm is {value!r}; expected a number or None"
+                )
+            if not value >= 0:
+                raise ValueError(
+                    f"{type(self).__name__}: max_grad_norm is {value}; expected at least 0, or None"
+                )
+        self._max_grad_norm = value
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients in the last step with max_grad_norm, before it was clipped.
+
+        A float32 tensor of no dimension, on the parameters' device (on the CPU where they are on
+        several); None before the first such step. Reading it does not wait for the device.
+        """
+        return self._workspace.grad_norm
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # GradScaler asks: may it leave unscaling and skipping to step()? Where one device counts
+        # the steps, the host need not know; on a CPU it can look for nothing. Else it would wait
+        # for the device, which GradScaler does once for all optimizers by itself.
+        if self._scales_in_step is None or self._plan is None:
+            on_device = [
+                (p.device, p.device.type == "cpu" or group.counts_on_device(p))
+                for group in self._groups()
+                for p in group.params
+            ]
+            self._scales_in_step = len({device for device, _ in on_device}) == 1 and all(
+                known for _, known in on_device
+            )
+        return self._scales_in_step
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """torch's constructors set it where fused=True; here it follows from the devices."""
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a class's step, which torch's constructor does once for each class.
+
+        torch's own wrapper names the step to profilers and calls hooks. It takes several times as
+        long as a small step, so it is left out where nobody listens.
+        """
+        recorded = Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if (
+                _C.is_recorded()
+                or self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or _global_optimizer_pre_hooks
+                or _global_optimizer_post_hooks
+            ):
+                return recorded(self, *args, **kwargs)
+            return func(self, *args, **kwargs)
+
+        return wrapper
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient, in one pass.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            RuntimeError: for a sparse gradient.
+            TypeError, ValueError: for a gradient, parameter, state or option that cannot be taken;
+                the message names it. Nothing has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        plan = self._plan
+        state = self.state
+        if (
+            plan is None
+            or state is not self._plan_state
+            or state.changes.count != self._plan_changes
+        ):
+            plan = self._make_plan()
+        missing = self._take_step(plan)
+        if missing is not None:
+            # A new plan for what changed outside, then one with the state that is missing.
+            missing = self._step_anew(missing)
+            if missing is not None:
+                missing = self._step_anew(missing)
+            assert missing is None, "a plan that was just made must fit"
+        return loss
+
+    def _take_step(self, plan: _C.Plan) -> list[int] | None:
+        """Step by a plan; see _C.Plan.step."""
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        return plan.step(self.param_groups, grad_scale, found_inf, self._max_grad_norm)
+
+    def _step_anew(self, missing: list[int]) -> list[int] | None:
+        """Step by a new plan, in which the parameters at these positions get their state."""
+        params = [*self._params()]
+        new = {id(params[i]): params[i] for i in missing}
+        for param in new.values():
+            if _C.is_capturing(param.device):
+                raise RuntimeError(
+                    f"{type(self).__name__}: the first step, which makes the state, cannot be "
+                    "captured into a CUDA graph; take a step before capture begins"
+                )
+        before = [(p, dict(self.state[p]) if p in self.state else None) for p in new.values()]
+        try:
+            return self._take_step(self._make_plan(new))
+        except BaseException:
+            for param, values in before:
+                if values is None:
+                    self.state.pop(param, None)
+                else:
+                    self.state[param] = values
+            raise
+
+    def _make_plan(self, new: Mapping[int, Tensor] | None = None) -> _C.Plan:
+        """Look up everything that steps walk over; make state for the parameters in new."""
+        new = new or {}
+        if not isinstance(self.state, OptimizerState):
+            self.state = OptimizerState(self.state)
+        groups = self._groups()
+        check_params(groups)
+        members = list_members(groups)
+        drop_first_counts(self._first_counts, self.state, members, self._state_keys())
+        complete_states(self.state, members, new)
+        make_first_counts(self._first_counts, members, new)
+        lineage = lineages(self.state, self._first_counts, members, self._workspace.captured)
+
+        plan = _C.Plan(type(self).__name__, self._workspace)
+        remaining = iter(members)
+        for group in groups:
+            plan.add_group(group.rule, group.options, bool(group.options.get("capturable")))
+            for member in islice(remaining, len(group.params)):
+                param, keys = member.param, member.keys
+                values = self.state.get(param, {})
+                states = tuple(values[key] for key in keys if values.get(key) is not None)
+                add_member(
+                    plan,
+                    member,
+                    states=states if len(states) == len(keys) else None,
+                    first=id(param) in new,
+                    flat_grad=self._flat_grad(member),
+                    first_count=self._first_counts.get(param),
+                    lineage=lineage.get(id(param), 0),
+                )
+        self._plan = plan
+        self._scales_in_step = None
+        self._plan_state = self.state
+        self._plan_changes = self.state.changes.count
+        self._flat_gradients = None
+        return plan
+
+    def _flat_grad(self, member: Member) -> int:
+        """The address of a member's flat gradient; 0 for none. Warns of a lost parameter."""
+        buffer = find_buffer(member.param)
+        if buffer is None:
+            return 0
+        if buffer.holds(member.param):
+            return buffer.slots[id(member.param)].grad_address
+        if not self._warned_detached:
+            self._warned_detached = True
+            warnings.warn(
+                f"{type(self).__name__}: {member.name} was moved into a flat buffer and is no "
+                "longer there (module.to(), param.data = ...); it is stepped where it is now, on "
+                "its own. Make FlatParameters anew to have it flat again.",
+                stacklevel=2,
+            )
+        return 0
+
+    # -- checkpoints --------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's: plain dictionaries, the tensors themselves (not copies of them)."""
+
+        def to_plain_state(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            packed = plain(state_dict["state"])
+            state_dict["state"] = without_skipped_first(packed, self._first_counts, self._groups())
+
+        self._forget_outdated_masters()
+        handle = self.register_state_dict_post_hook(to_plain_state, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a state_dict of this class or of torch.optim's class of the same name.
+
+        States are copied and keep this optimizer's dtypes (torch would round them to the
+        parameter's); hyper-parameters are taken from the state_dict.
+
+        Raises:
+            TypeError, ValueError: for a state that does not belong to its parameter. Nothing has
+                been changed then.
+        """
+
+        # The hook is the last one, and sees what the user's hooks made of the state_dict.
+        def check(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            options = options_when_loaded(loaded["param_groups"], self.param_groups, self.defaults)
+            if options is None:
+                return loaded  # torch's own check comes next, and says so
+            members = list_members(self._groups(options))
+            return {**loaded, "state": {LOADED: states_by_param(loaded, members)}}
+
+        handle = self.register_load_state_dict_pre_hook(check)
+        try:
+            super().load_state_dict(dict(state_dict))
+        finally:
+            handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._forget_outdated_masters()
+        state = {**super().__getstate__(), "_max_grad_norm": self._max_grad_norm}
+        if self._first_counts:
+            packed = plain(self.state)
+            state["state"] = without_skipped_first(packed, self._first_counts, self._groups())
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_workspace" not in self.__dict__:
+            self._workspace = _C.Workspace()
+        self._workspace.forget_weights()
+        self._first_counts = {}
+        loaded = state.get("state", {}).get(LOADED)  # None: this is a copy, or comes from a pickle
+        kept = [own_options(group) for group in self.__dict__.get("param_groups", [])]
+        super().__setstate__(state if loaded is None else {**state, "state": {}})
+        if self._twin() is None:  # torch adds an option that only its own classes have
+            self.defaults.pop("differentiable", None)
+        for group in self.param_groups:
+            for key, default in self.defaults.items():
+                group.setdefault(key, default)
+        if loaded is not None:
+            for group, options in zip(self.param_groups, kept, strict=True):
+                group.update(options)
+        members = list_members(self._groups())
+        states = self.state if loaded is None else loaded
+        self.state = own_states(states, members, self._state_keys())
+        self._plan = None
+
+    # -- master weights -----------------------------------------------------------------------
+
+    def _forget_outdated_masters(self) -> None:
+        forget_outdated(self._params(), self.state, self._workspace)
+
+    def master_params(self) -> Iterator[Tensor]:
+        """The weights that the optimizer works on, as float32 copies, in the order of the groups.
+
+        Where a parameter has no master they are the parameter itself (float64 stays float64).
+        """
+        self._forget_outdated_masters()
+        yield from read_masters(self._params(), self.state)
+
+    def load_master_params(self, masters: Iterable[Tensor]) -> None:
+        """Set parameters, and what is stored beside them, from what master_params() yields.
+
+        Raises:
+            ValueError: for another number of tensors or other shapes. Nothing has been changed
+                then.
+        """
+        members = list_members(self._groups())
+        load_masters(type(self).__name__, [*masters], members, self.state, self._workspace)
+        self._plan = None
+
+    # -- gradients ----------------------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients; flat ones are filled with zero and stay, whatever set_to_none."""
+        if self._flat_gradients is None:
+            self._flat_gradients = FlatGradients.of(self._params())
+        flat = self._flat_gradients
+        if not flat.are_all:
+            super().zero_grad(set_to_none)
+        if not flat.buffers and not flat.shared:
+            return
+        with torch.autograd.profiler.record_function(self._zero_grad_profile_name):
+            intact = flat.zero()
+        if not intact:
+            self._flat_gradients = None
+            self.zero_grad(set_to_none)

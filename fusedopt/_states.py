@@ -1,0 +1,226 @@
+"""States of members: made, checked, and brought into the form in which a step walks over them."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt._codes import decode, encode, is_same_order, order_of
+from fusedopt._extension import _C
+from fusedopt._masters import convert_master
+from fusedopt._members import Member
+from fusedopt._rules import is_never_negative, rule_info
+from fusedopt._storage import (
+    CODE,
+    MASTERS,
+    ORDER,
+    PARTS,
+    SCALE,
+    layout_of,
+    part_of,
+    related,
+    shape_of,
+)
+from fusedopt._watched_state import OptimizerState
+
+
+def complete_states(
+    state: OptimizerState, members: Sequence[Member], new: Mapping[int, Tensor]
+) -> None:
+    """Make what the parameters in new lack, and convert what does not fit its parameter.
+
+    Tensors that somebody put there are used as they are where that is possible; one of another
+    dtype, device or stride is replaced by a converted copy.
+    """
+    wanted: dict[Tensor, dict[str, Any]] = {}
+    for member in members:
+        if member.duplicate:
+            continue
+        param, keys = member.param, member.keys
+        those = related(keys)
+        before = state.get(param, {})
+        values = {k: before[k] for k in those if before.get(k) is not None}
+        if "step" in keys and values.keys() - {"step", *MASTERS}:
+            values.setdefault("step", None if rule_info(member.rule)["counts_steps"] else 0.0)
+        check_state(member, values)
+        values = convert(values, member)
+        if any(values.get(k) is not before.get(k) for k in those - {"step"}):
+            rest = {k: v for k, v in before.items() if k not in those}
+            state[param] = rest | values
+        present = {k: values[k] for k in keys if k in values}
+        wanted[param] = {k: v for k, v in present.items() if not fits(member, k, v)}
+        if id(param) in new:
+            begun = convert(initial_state(member), member)
+            wanted[param].update({k: begun.get(k) for k in keys if k not in present})
+            has_codes = any(part_of(key) == CODE for key in keys)
+            if has_codes and (order := order_of(member.local)) is not None:
+                wanted[param][ORDER] = order
+    for param, values in allocate(members, wanted).items():
+        if values:
+            state[param] = {**state.get(param, {}), **values}
+
+
+def initial_state(member: Member) -> dict[str, Tensor]:
+    """The states, by the rule's names, that begin with something other than zero."""
+    made: dict[str, Tensor] = {}
+    for name in member.names:
+        beginning = rule_info(member.rule)["beginnings"].get(name, "zero")
+        if beginning == "parameter":
+            made[name] = member.local.detach().clone()
+        elif beginning != "zero":
+            value = float(member.group.options[beginning])
+            made[name] = torch.full_like(member.local, value, requires_grad=False)
+    return made
+
+
+def allocate(
+    members: Sequence[Member], wanted: Mapping[Tensor, Mapping[str, Any]]
+) -> dict[Tensor, dict[str, Any]]:
+    """State tensors for these parameters and keys, with the values given (None: zero).
+
+    Those of one key lie in one buffer per device and dtype, in the order of the parameters.
+    """
+    made: dict[Tensor, dict[str, Any]] = {param: dict(values) for param, values in wanted.items()}
+    together: dict[tuple[Any, ...], list[Member]] = {}
+    for member in members:
+        if member.duplicate:
+            continue
+        for key in wanted.get(member.param, {}):
+            if key == ORDER:
+                continue
+            # One buffer per dtype of the parameters, so that it has the layout of theirs.
+            kind = key, home_of(member, key), member.spec(key).dtype, member.local.dtype
+            together.setdefault(kind, []).append(member)
+    for (key, device, dtype, _), alike in together.items():
+        values = [made[member.param][key] for member in alike]
+        if key == "step":
+            tensors = _C.flat_steps([float(value or 0) for value in values], device)
+        else:
+            _, tensors = _C.flat_tensors([_like(member, key) for member in alike], dtype)
+        for member, value, tensor in zip(alike, values, tensors, strict=True):
+            if key != "step" and value is not None:
+                tensor.copy_(value.detach())
+            made[member.param][key] = tensor
+    return made
+
+
+def home_of(member: Member, key: str) -> torch.device:
+    """The device of a tensor of a member's state."""
+    on_host = key == "step" and not member.counts_on_device
+    return torch.device("cpu") if on_host else member.local.device
+
+
+def _like(member: Member, key: str) -> Tensor:
+    """A tensor with the device, shape and strides that one of a member's state has."""
+    local = member.local.detach()
+    shape = member.spec(key).shape
+    return local if shape is None else local.new_empty(1).expand(shape)
+
+
+def fits(member: Member, key: str, value: Any) -> bool:
+    """Whether a step can walk over a value of a member's state as it is."""
+    if not isinstance(value, Tensor) or value.requires_grad:
+        return False
+    spec = member.spec(key)
+    if value.dtype != spec.dtype or value.device != home_of(member, key):
+        return False
+    if key == "step":
+        return value.dim() == 0
+    if spec.shape is not None:
+        # Codes are read as words.
+        return value.is_contiguous() and value.data_ptr() % 8 == 0
+    local = member.local
+    strides = layout_of(local).stride()
+    return not (value.is_conj() or value.is_neg()) and all(
+        size == 1 or a == b for size, a, b in zip(local.shape, value.stride(), strides, strict=True)
+    )
+
+
+def check_state(member: Member, values: Mapping[str, Any]) -> None:
+    """Raise where a state cannot be that of its parameter."""
+    param = member.local
+    for key, value in values.items():
+        where = member.where(key)
+        if key == "step":
+            _check_step(value, where)
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{where} is a {type(value).__name__}; expected a tensor")
+        if value.layout != torch.strided or value.device.type == "meta":
+            raise TypeError(
+                f"{where} is of layout {value.layout} on {value.device}; expected a dense "
+                f"tensor on {param.device}"
+            )
+        if part_of(key) is not None:
+            _check_part(key, value, param, where)
+            continue
+        if value.shape != param.shape:
+            raise ValueError(
+                f"{where} has shape {tuple(value.shape)}; expected that of the parameter, "
+                f"{tuple(param.shape)}"
+            )
+        real = value.is_floating_point() and not param.is_complex()
+        if not (real or (value.is_complex() and param.is_complex())):
+            raise TypeError(
+                f"{where} has dtype {value.dtype}; expected a "
+                f"{'complex' if param.is_complex() else 'floating-point'} one"
+            )
+
+
+def _check_step(value: Any, where: str) -> None:
+    if not isinstance(value, Tensor | int | float):
+        raise TypeError(f"{where} is a {type(value).__name__}; expected a number")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{where} has {value.numel()} elements; expected one")
+    # Reading it elsewhere would wait for the device; a checkpoint is read in any case.
+    known = not isinstance(value, Tensor) or value.device.type == "cpu"
+    if known and not float(value) >= 0:
+        raise ValueError(f"{where} is {float(value)}; expected a count of steps")
+
+
+def _check_part(key: str, value: Tensor, param: Tensor, where: str) -> None:
+    part = part_of(key)
+    assert part is not None
+    dtypes, shape = PARTS[part], shape_of(key, param)
+    if value.dtype not in dtypes or tuple(value.shape) != shape:
+        raise ValueError(
+            f"{where} is of dtype {value.dtype} and shape {tuple(value.shape)}; expected "
+            f"{' or '.join(map(str, dtypes))} and {shape}"
+        )
+    if part == ORDER:
+        strides = value.tolist()
+        sizes = tuple(param.shape)
+        reach = sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
+        if param.numel() > 0 and (min(strides, default=0) < 0 or reach != param.numel() - 1):
+            raise ValueError(f"{where} is {strides}, which are no strides of a dense {sizes}")
+
+
+def convert(values: Mapping[str, Any], member: Member) -> dict[str, Any]:
+    """A state in the form that a member's storage wants, of whatever storage it was.
+
+    What has that form already is passed on as it is. States are decoded, or encoded with each
+    element rounded to nearest; a remainder is rounded to the bits that there are, and one that is
+    not wanted is dropped, so that the parameter is the master rounded as it was.
+    """
+    local, codes = member.local, member.storage.codes
+    squares = functools.partial(is_never_negative, member.rule)
+    result = {k: v for k, v in values.items() if part_of(k) is None}
+    order, old_order = order_of(local), values.get(ORDER)
+    for name in dict.fromkeys(k.removesuffix(CODE) for k in values if part_of(k) == CODE):
+        code, scale = values[name + CODE], values.get(name + SCALE)
+        if scale is None or name in result and not codes:
+            continue
+        if codes and is_same_order(order, old_order):
+            result |= {name + CODE: code, name + SCALE: scale}
+            result.pop(name, None)
+        elif name not in result:
+            result[name] = decode(code, scale, old_order, local, squares(name))
+    if codes:
+        for name in [k for k in result if part_of(k) is None and k != "step"]:
+            code, scale = encode(result.pop(name), local, squares(name))
+            result |= {name + CODE: code, name + SCALE: scale}
+        if order is not None and any(part_of(k) == CODE for k in result):
+            result[ORDER] = order
+    return result | convert_master(values, member)
