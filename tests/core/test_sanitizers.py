@@ -16,6 +16,14 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 FLAGS = ["-O1", "-g1", *SANITIZERS]
 SMALL_FLAGS = ["-O0", *SANITIZERS]
 
+OVERRUNS = {
+    "loop": Fault("cpu/update.h", "i < end; ++i", "i <= end; ++i"),
+    "tile": Fault("device/update.h", "if (i >= 0 && i < s.numel) update", "if (i >= 0) update"),
+    "norm": Fault("device/norm.h", "if (at + j < count) add_square", "add_square"),
+    "coded tile": Fault("device/update_coded.h", "left < kBlock ? left : kBlock", "kBlock"),
+    "coded loop": Fault("cpu/update_coded.h", "if (end - i >= kBlock) {", "if (end > i) {"),
+}
+
 
 @pytest.fixture(scope="module", autouse=True)
 def sanitizers() -> None:
@@ -59,13 +67,9 @@ def test_core_is_clean(whole: bool, core: Core) -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault("cpu/update.h", "i < end; ++i", "i <= end; ++i"),
-        Fault("device/update.h", "if (i >= 0 && i < s.numel) update", "if (i >= 0) update"),
-        Fault("device/norm.h", "if (at + j < count) add_square", "add_square"),
-        Fault("device/update_coded.h", "left < kBlock ? left : kBlock", "kBlock"),
-        Fault("cpu/update_coded.h", "if (end - i >= kBlock) {", "if (end > i) {"),
+        pytest.param(fault, id=name, marks=[pytest.mark.slow] if i else [])
+        for i, (name, fault) in enumerate(OVERRUNS.items())
     ],
-    ids=["loop", "tile", "norm", "coded tile", "coded loop"],
 )
 def test_an_overrun_is_found(fault: Fault) -> None:
     """The control: a sanitizer that finds nothing might just not have been there."""
