@@ -130,41 +130,57 @@ FUSEDOPT_HD void set_element(LanePairs& to, int i, Element element) {
   to.set(i, bits);
 }
 
-FUSEDOPT_HD float decode_param(int format, const LanePairs& param, const LanePairs& master, int i) {
-  float value = 0;
+// All elements of a lane, so that their format is looked at once.
+FUSEDOPT_HD void decode_params(int format, const LanePairs& param, const LanePairs& master,
+                               float* to) {
   with_format(ParamFormats{}, format, [&](auto of_place) {
     using Format = decltype(of_place);
-    const auto stored = element_of<typename Format::Param>(param, i);
-    if constexpr (std::is_same<typename Format::Master, NoMaster>::value) {
-      value = Format::decode(stored, NoMaster{});
-    } else {
-      value = Format::decode(stored, element_of<typename Format::Master>(master, i));
+    FUSEDOPT_UNROLL
+    for (int i = 0; i < kLaneElements; ++i) {
+      const auto stored = element_of<typename Format::Param>(param, i);
+      if constexpr (std::is_same<typename Format::Master, NoMaster>::value) {
+        to[i] = Format::decode(stored, NoMaster{});
+      } else {
+        to[i] = Format::decode(stored, element_of<typename Format::Master>(master, i));
+      }
     }
-  });
-  return value;
-}
-
-FUSEDOPT_HD void encode_param(int format, float value, const RandomBlock& random, int place, int i,
-                              LanePairs& param, LanePairs& master) {
-  with_format(ParamFormats{}, format, [&](auto of_place) {
-    using Format = decltype(of_place);
-    typename Format::Param stored;
-    typename Format::Master rest;
-    if constexpr (Format::stochastic) {
-      Format::encode(value, random.of_place(place), stored);
-    } else {
-      Format::encode(value, stored, rest);
-    }
-    set_element(param, i, stored);
-    if constexpr (!std::is_same<typename Format::Master, NoMaster>::value)
-      set_element(master, i, rest);
   });
 }
 
-FUSEDOPT_HD float decode_grad(DType dtype, const LanePairs& grad, int i) {
-  return dtype == DType::bfloat16  ? widen(element_of<bfloat16>(grad, i))
-         : dtype == DType::float16 ? widen(element_of<float16>(grad, i))
-                                   : element_of<float>(grad, i);
+FUSEDOPT_HD void encode_params(int format, const float* from, const RandomBlock& random, int lane,
+                               LanePairs& param, LanePairs& master) {
+  with_format(ParamFormats{}, format, [&](auto of_place) {
+    using Format = decltype(of_place);
+    FUSEDOPT_UNROLL
+    for (int i = 0; i < kLaneElements; ++i) {
+      typename Format::Param stored;
+      typename Format::Master rest;
+      if constexpr (Format::stochastic) {
+        Format::encode(from[i], random.of_place(place_of(lane, i)), stored);
+      } else {
+        Format::encode(from[i], stored, rest);
+      }
+      set_element(param, i, stored);
+      if constexpr (!std::is_same<typename Format::Master, NoMaster>::value)
+        set_element(master, i, rest);
+    }
+  });
+}
+
+template <class Element>
+FUSEDOPT_HD void decode_elements(const LanePairs& from, float* to) {
+  FUSEDOPT_UNROLL
+  for (int i = 0; i < kLaneElements; ++i) to[i] = widen(element_of<Element>(from, i));
+}
+
+FUSEDOPT_HD void decode_grads(DType dtype, const LanePairs& grad, float* to) {
+  if (dtype == DType::bfloat16) {
+    decode_elements<bfloat16>(grad, to);
+  } else if (dtype == DType::float16) {
+    decode_elements<float16>(grad, to);
+  } else {
+    decode_elements<float>(grad, to);
+  }
 }
 
 #if defined(__CUDA_ARCH__)
@@ -295,21 +311,30 @@ struct Tile<Variant, Coded> {
         state[k].load(at(s.state[k], bytes.state, place), bytes.state, lane, place.count);
       }
     }
+    float params[kLaneElements], grads[kLaneElements];
+    decode_params(coding.param, param, master, params);
+    decode_grads(coding.grad, grad, grads);
+    for_each_state<Variant>([&](auto k, auto never_negative) {
+      if (in_codes) {
+        FUSEDOPT_UNROLL
+        for (int i = 0; i < kLaneElements; ++i)
+          to.state[k][i] = decode<never_negative.value>(words[k], scales[k], i);
+      } else if (coding.state == state_format<Bfloat16State>) {
+        decode_elements<bfloat16>(state[k], to.state[k]);
+      } else {
+        decode_elements<float>(state[k], to.state[k]);
+      }
+    });
     FUSEDOPT_UNROLL
     for (int i = 0; i < kLaneElements; ++i) {
-      float p = decode_param(coding.param, param, master, i);
       float states_of_i[kMaxStates] = {};
-      for_each_state<Variant>([&](auto k, auto never_negative) {
-        states_of_i[k] = in_codes ? decode<never_negative.value>(words[k], scales[k], i)
-                         : coding.state == state_format<Bfloat16State>
-                             ? widen(element_of<bfloat16>(state[k], i))
-                             : element_of<float>(state[k], i);
-      });
-      Variant::template update<false>(row, p, decode_grad(coding.grad, grad, i), states_of_i);
-      encode_param(coding.param, p, place.random, place_of(lane, i), i, param, master);
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < states; ++k) states_of_i[k] = to.state[k][i];
+      Variant::template update<false>(row, params[i], grads[i], states_of_i);
       FUSEDOPT_UNROLL
       for (int k = 0; k < states; ++k) to.state[k][i] = states_of_i[k];
     }
+    encode_params(coding.param, params, place.random, lane, param, master);
     param.store(at(s.param, bytes.param, place), bytes.param, lane, place.count);
     master.store(at(coding.master, bytes.master, place), bytes.master, lane, place.count);
   }
@@ -345,19 +370,18 @@ struct Tile<Variant, Coded> {
     const uint32_t dither = dither_of_block(place.block, place.step);
     const int64_t size = StreamBytes(s.coding).state;
     LanePairs to;
-    FUSEDOPT_UNROLL
-    for (int i = 0; i < kLaneElements; ++i) {
-      const float value = from.state[k][i];
-      const uint32_t threshold = fusedopt::dither(dither, uint32_t(place_of(lane, i)));
-      with_format(StateFormats{}, s.coding.state, [&](auto of_place) {
-        using Format = decltype(of_place);
-        if constexpr (!Format::in_codes) {
+    with_format(StateFormats{}, s.coding.state, [&](auto of_place) {
+      using Format = decltype(of_place);
+      if constexpr (!Format::in_codes) {
+        FUSEDOPT_UNROLL
+        for (int i = 0; i < kLaneElements; ++i) {
+          const uint32_t threshold = fusedopt::dither(dither, uint32_t(place_of(lane, i)));
           typename Format::Element stored;
-          Format::template encode<never_negative>(value, threshold, stored);
+          Format::template encode<never_negative>(from.state[k][i], threshold, stored);
           set_element(to, i, stored);
         }
-      });
-    }
+      }
+    });
     to.store(at(s.state[k], size, place), size, lane, place.count);
   }
 
