@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fusedopt._extension import _C
 from fusedopt._members import Member
-from fusedopt._storage import PARAM_FORMATS, master_key
+from fusedopt._storage import REMAINDER, WHOLE_MASTER, master_key
 
 
 def convert_master(values: Mapping[str, Any], member: Member) -> dict[str, Tensor]:
@@ -23,11 +23,10 @@ def convert_master(values: Mapping[str, Any], member: Member) -> dict[str, Tenso
         return {key: value}
     if not values:
         return {}
-    whole = next(f.master_key for f in PARAM_FORMATS if f.master_dtype == torch.float32)
-    if key == whole:  # what another format stores of a master says nothing of this one's
+    if key == WHOLE_MASTER:  # a remainder of another dtype says nothing of it
         return {key: param.float()}
-    if values.get(whole) is not None:
-        master = values[whole]
+    if values.get(WHOLE_MASTER) is not None:
+        master = values[WHOLE_MASTER]
     elif value is not None:
         master = _C.join_master(param, value)
     else:  # the parameter is its own master
@@ -41,7 +40,7 @@ def forget_outdated(
     """Make weights that somebody has changed their own masters, as the next step would."""
     for param in params:
         if workspace.are_outdated(param):
-            if (remainder := state.get(param, {}).get(master_key(param))) is not None:
+            if (remainder := state.get(param, {}).get(REMAINDER)) is not None:
                 remainder.zero_()
             workspace.forget_weights_of(param)
 

@@ -36,6 +36,9 @@ class ParamFormat(NamedTuple):
 PARAM_FORMATS = [ParamFormat(*declared) for declared in _C.param_formats()]
 WITH_MASTER = {(f.dtype, f.master_bits): f for f in PARAM_FORMATS if f.master_bits}
 MASTERS = frozenset(f.master_key for f in WITH_MASTER.values())
+# A master is stored as a whole, or as what the parameter lacks of it.
+(WHOLE_MASTER,) = {f.master_key for f in WITH_MASTER.values() if f.master_dtype == torch.float32}
+(REMAINDER,) = MASTERS - {WHOLE_MASTER}
 
 # What a storage puts in place of a rule's states, or beside them, and the dtypes that it may have.
 PARTS: Mapping[str, tuple[torch.dtype, ...]] = {

@@ -434,26 +434,5 @@ class Plan {
   std::vector<CopyBack> copy_back_;
 };
 
-Plan* plan_of(PyObject* self) {
-  auto* instance = reinterpret_cast<py::detail::instance*>(self);
-  const bool constructed = instance->get_value_and_holder().holder_constructed();
-  return constructed ? py::cast<Plan*>(py::handle(self)) : nullptr;
-}
-
-// Lets the garbage collector look through a Plan.
-void collect_plans(PyHeapTypeObject* heap_type) {
-  PyTypeObject* type = &heap_type->ht_type;
-  type->tp_flags |= Py_TPFLAGS_HAVE_GC;
-  type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
-    Py_VISIT(Py_TYPE(self));
-    const Plan* plan = plan_of(self);
-    return plan == nullptr ? 0 : plan->traverse(visit, arg);
-  };
-  type->tp_clear = [](PyObject* self) {
-    if (Plan* plan = plan_of(self)) plan->clear();
-    return 0;
-  };
-}
-
 }  // namespace
 }  // namespace fusedopt
