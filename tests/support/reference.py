@@ -134,5 +134,5 @@ def array_of(tensor: Tensor) -> Array:
 
 
 def set_array(tensor: Tensor, array: Array) -> None:
-    values = torch.from_numpy(np.asarray(array))
-    tensor.copy_(torch.view_as_complex(values) if tensor.is_complex() else values)
+    reals = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    reals.copy_(torch.from_numpy(np.asarray(array)))

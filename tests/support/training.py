@@ -82,7 +82,8 @@ def set_grads(params: Iterable[Tensor], step: int, dtype: torch.dtype | None = N
     """Hand over gradients that depend on nothing but the step and the parameters' order."""
     generator = torch.Generator().manual_seed(1000 + step)
     for p in params:
-        grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        wide = torch.complex128 if p.is_complex() else torch.float64
+        grad = torch.randn(p.shape, generator=generator, dtype=wide)
         if dtype is not None:
             p.grad_dtype = dtype
         p.grad = torch.empty_like(p, dtype=dtype or p.dtype).copy_(grad)
