@@ -2,7 +2,7 @@
 #
 #   PYTHON=python3.12    the interpreter that .venv is made from
 #   PYTHON=... VENV=     use that interpreter as it is: nothing is installed or downloaded
-#   ARGS="-k adamw"      passed on by demo, test and bench
+#   ARGS="-k adamw"      passed on by demo, test, test-all and bench
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +12,7 @@ PY := $(if $(strip $(VENV)),$(VENV)/bin/python,$(PYTHON))
 tool = "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/$(1)"
 SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help env build demo test bench bench-quick lint format check-binary check-tables tables gpu-check dist clean
+.PHONY: help env build demo test test-all bench bench-quick lint format check-binary check-tables tables gpu-check dist clean
 
 help:  ## list the targets
 	@echo 'Each sets up what it needs. PYTHON=python3.12 chooses what .venv is made from;'
@@ -40,7 +40,10 @@ $(VENV)/installed.txt: pyproject.toml
 demo: build  ## train two real models with torch.optim and with fusedopt, side by side
 	$(PY) -m benchmarks.demo $(ARGS)
 
-test: build  ## run the tests
+test: build  ## run the tests, but those that are slow
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-all: build  ## run all tests; ARGS="-m slow": those that make test leaves out
 	$(PY) -m pytest $(ARGS)
 
 build: env  ## build the compiled module in place (quick when nothing changed)

@@ -13,16 +13,34 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
+from threading import Lock
+from typing import ParamSpec
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "tests-core"
 CXX = shlex.split(os.environ.get("CXX", "c++"))
 JOBS = len(os.sched_getaffinity(0))
+
+
+P = ParamSpec("P")
+
+
+def one_at_a_time(make: Callable[P, Path]) -> Callable[P, Path]:
+    """Of each name, the first argument: who asks for what is being built waits for it."""
+    locks: dict[object, Lock] = {}
+
+    @wraps(make)
+    def wrapped(*args: P.args, **options: P.kwargs) -> Path:
+        with locks.setdefault(args[:1], Lock()):
+            return make(*args, **options)
+
+    return wrapped
 
 
 @dataclass(frozen=True)
@@ -102,6 +120,7 @@ def checksum(sources: Sequence[Path], *others: object) -> str:
     return digest.hexdigest()[:16]
 
 
+@one_at_a_time
 def build(
     name: str,
     target: str = "core.so",

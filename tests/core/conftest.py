@@ -1,14 +1,16 @@
-"""What the tests of the core share: the core itself, and builds of it with faults."""
+"""What the tests of the core share: the core itself, and a start on what they build."""
 
-from collections.abc import Iterator
+import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from .build import JOBS, build
-from .faults import Builds, make, make_faultless
 from .library import Core
+
+POOL = pytest.StashKey[ThreadPoolExecutor]()
 
 
 @pytest.fixture(scope="session")
@@ -17,24 +19,29 @@ def core() -> Core:
     return Core(build("plain"))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def builds(request: pytest.FixtureRequest) -> Iterator[Builds]:
-    """The builds with the faults that the tests to come ask for, and the one without, which has no
-    name. They are made while other tests run, most of which keep one core busy."""
-    items = [item for item in request.session.items if item.path.name == "test_mutation.py"]
-    wanted = [item.callspec.params for item in items if isinstance(item, pytest.Function)]
-    pool = ThreadPoolExecutor(max(1, JOBS - 1))
-    made: Builds = {}
-    if wanted:
-        made["", ""] = pool.submit(make_faultless)
+def is_of_the_core(item: pytest.Item) -> bool:
+    return Path(__file__).parent in item.path.parents
 
-    def make_after(check: str, name: str) -> Path:
-        made["", ""].result()  # of which the others take parts
-        return make(check, name)
 
-    for params in wanted:
-        if "name" in params:
-            fault = str(params["check"]), str(params["name"])
-            made[fault] = pool.submit(make_after, *fault)
-    yield made
-    pool.shutdown(cancel_futures=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of the core come last: what they need is built while the others run."""
+    items.sort(key=is_of_the_core)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Starts on the builds, in the order of the tests, and so that these get their turn first."""
+    items = [item for item in session.items if is_of_the_core(item)]
+    if not items or session.config.option.collectonly:
+        return
+    pool = ThreadPoolExecutor(max(1, JOBS - 1), initializer=os.nice, initargs=(10,))
+    session.config.stash[POOL] = pool
+    pool.submit(build, "plain")
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item.module, "build_ahead"):
+            params = item.callspec.params if hasattr(item, "callspec") else {}
+            pool.submit(partial(item.module.build_ahead, **params))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if POOL in config.stash:
+        config.stash[POOL].shutdown(cancel_futures=True)

@@ -4,13 +4,9 @@ The text that a fault replaces has to stand in the sources exactly once, so none
 silently. A build with a fault has the baseline loops and few combinations of dtypes only.
 """
 
-from concurrent.futures import Future
 from pathlib import Path
 
 from .build import Fault, build
-
-Builds = dict[tuple[str, str], Future[Path]]
-"""By check and name of the fault."""
 
 FLAGS = ["-O0"]  # what the compiler makes of a fault is not the point
 

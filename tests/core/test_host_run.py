@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from .build import CACHE, CXX, HERE, ROOT, build, checksum, host_flags, run
+from .build import CACHE, CXX, HERE, ROOT, build, checksum, host_flags, one_at_a_time, run
 
 DEFINES = [
     "-DFUSEDOPT_ACCELERATOR=c10::kCPU",
@@ -24,10 +24,16 @@ DEFINES = [
     "-DTORCH_EXTENSION_NAME=_C",
 ]
 ISA_FILES = ["baseline", "avx2", "avx512", "dispatch"]
-TESTS = ["device", "steps/test_clipping.py", "storage/test_storage_bitwise.py"]
+TESTS = [
+    "device",
+    "steps/test_clipping.py",
+    "steps/test_plan.py",
+    "storage/test_storage_bitwise.py",
+]
 
 
-def build_host_run() -> Path:
+@one_at_a_time
+def build_ahead() -> Path:
     loops = [build("plain").with_name(f"{name}.o") for name in ISA_FILES]
     flags = [flag for flag in host_flags() if flag not in ("-O3", "-std=c++17")]
     flags += ["-std=c++20", "-O1", *DEFINES, f"-I{ROOT}/csrc", f"-I{HERE}"]
@@ -57,7 +63,7 @@ def test_everything_for_a_gpu() -> None:
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider"]
     result = subprocess.run(
         [*command, *(str(ROOT / "tests" / name) for name in TESTS)],
-        env=os.environ | {"FUSEDOPT_HOST_RUN": str(build_host_run())},
+        env=os.environ | {"FUSEDOPT_HOST_RUN": str(build_ahead())},
         cwd=ROOT,
         text=True,
         capture_output=True,

@@ -1,10 +1,16 @@
 """Plants faults in the core and shows that the checks catch each of them."""
 
+from pathlib import Path
+
 import pytest
 
 from . import checks, coded, codes
-from .faults import FAULTS, Builds
+from .faults import FAULTS, make, make_faultless
 from .library import Core
+
+
+def build_ahead(check: str, name: str = "") -> Path:
+    return make(check, name) if name else make_faultless()
 
 
 def run(check: str, core: Core) -> None:
@@ -21,14 +27,21 @@ def run(check: str, core: Core) -> None:
 
 
 @pytest.mark.parametrize("check", FAULTS)
-def test_no_fault_passes(check: str, builds: Builds) -> None:
-    run(check, Core(builds["", ""].result()))
+def test_no_fault_passes(check: str) -> None:
+    run(check, Core(make_faultless()))
 
 
-@pytest.mark.parametrize(
-    ("check", "name"), [(c, n) for c, faults in FAULTS.items() for n in faults]
-)
-def test_fault_is_caught(check: str, name: str, builds: Builds) -> None:
-    library = Core(builds[check, name].result())
+def planted() -> list[object]:
+    """Each fault takes seconds to compile: of those of a check, all but the first are slow."""
+    return [
+        pytest.param(check, name, marks=[pytest.mark.slow] if i else [])
+        for check, faults in FAULTS.items()
+        for i, name in enumerate(faults)
+    ]
+
+
+@pytest.mark.parametrize(("check", "name"), planted())
+def test_fault_is_caught(check: str, name: str) -> None:
+    library = Core(make(check, name))
     with pytest.raises(AssertionError):
         run(check, library)

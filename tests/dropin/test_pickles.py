@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.training import assert_same_bits, params_of
 from torch import nn
 from torch.optim import Optimizer
-from support.training import assert_same_bits, params_of
 
 import fusedopt
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.optim import Optimizer, lr_scheduler
 from support.training import (
     assert_equal,
     assert_same_bits,
@@ -20,6 +18,8 @@ from support.training import (
     snapshot,
     train,
 )
+from torch import nn
+from torch.optim import Optimizer, lr_scheduler
 
 import fusedopt
 from fusedopt._optimizer import FusedOptimizer
