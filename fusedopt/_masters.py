@@ -34,6 +34,13 @@ def convert_master(values: Mapping[str, Any], member: Member) -> dict[str, Tenso
     return {key: _C.remainder_of(master, param, bits)}
 
 
+def exact_weights(member: Member, values: Mapping[str, Any]) -> Tensor:
+    """What a step works on: the master that values have, else the parameter itself."""
+    param = member.local.detach()
+    stored = values.get(master_key(param)) if member.storage.master_bits else None
+    return param if stored is None else _C.join_master(param, stored)
+
+
 def forget_outdated(
     params: Iterable[Tensor], state: Mapping[Tensor, Any], workspace: _C.Workspace
 ) -> None:

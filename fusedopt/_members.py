@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusedopt._extension import _C
 from fusedopt._overlap import check_overlap
+from fusedopt._rules import rule_info
 from fusedopt._storage import COMBINATIONS, Spec, Storage, storage_of
 
 
@@ -36,6 +37,11 @@ class Group:
         """The rule's keys of a state, as the options want them."""
         return _C.state_names(self.optimizer, self.rule, self.options, self.index)
 
+    def weight_like(self) -> list[str]:
+        """The keys of states that are like a weight, or grow for ever."""
+        kinds = rule_info(self.rule)["kinds"]
+        return [name for name in self.names if kinds.get(name) == "weight"]
+
     def check_options(self) -> None:
         """Raise TypeError or ValueError where an option of the rule is no number, or NaN."""
         _ = self.names  # for which all of them are read
@@ -54,7 +60,7 @@ class Group:
 
     def storage_of(self, name: str, param: Tensor, numel: int) -> Storage:
         what = f"{self.optimizer}: {name}"
-        return storage_of(self.options, param, numel, what, self.unsafe_in_int8)
+        return storage_of(self.options, param, numel, what, self.unsafe_in_int8, self.weight_like)
 
     def counts_on_device(self, param: Tensor) -> bool:
         """Whether the device counts a parameter's steps, so that the host need not know of them."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedopt._codes import decode, encode, is_same_order, order_of
 from fusedopt._extension import _C
-from fusedopt._masters import convert_master
+from fusedopt._masters import convert_master, exact_weights
 from fusedopt._members import Member
 from fusedopt._rules import is_never_negative, rule_info
 from fusedopt._storage import (
@@ -52,7 +52,7 @@ def complete_states(
         present = {k: values[k] for k in keys if k in values}
         wanted[param] = {k: v for k, v in present.items() if not fits(member, k, v)}
         if id(param) in new:
-            begun = convert(initial_state(member), member)
+            begun = convert_states(initial_state(member, values), member)
             wanted[param].update({k: begun.get(k) for k in keys if k not in present})
             has_codes = any(part_of(key) == CODE for key in keys)
             if has_codes and (order := order_of(member.local)) is not None:
@@ -62,16 +62,27 @@ def complete_states(
             state[param] = {**state.get(param, {}), **values}
 
 
-def initial_state(member: Member) -> dict[str, Tensor]:
-    """The states, by the rule's names, that begin with something other than zero."""
+def initial_state(member: Member, values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The states, by the rule's names, that begin with something other than zero.
+
+    They are no copies: of the weights themselves, or views of one number.
+
+    Args:
+        values: what there is of its state.
+    """
+    local, codes = member.local.detach(), member.storage.codes
+    beginnings = rule_info(member.rule)["beginnings"]
     made: dict[str, Tensor] = {}
     for name in member.names:
-        beginning = rule_info(member.rule)["beginnings"].get(name, "zero")
+        beginning = beginnings.get(name, "zero")
         if beginning == "parameter":
-            made[name] = member.local.detach().clone()
+            made[name] = exact_weights(member, values)
         elif beginning != "zero":
-            value = float(member.group.options[beginning])
-            made[name] = torch.full_like(member.local, value, requires_grad=False)
+            number = float(member.group.options[beginning])
+            # For a rule, a complex number is two reals.
+            value = complex(number, number) if local.is_complex() else number
+            dtype = torch.float32 if codes else member.spec(name).dtype
+            made[name] = local.new_full((), value, dtype=dtype).expand(local.shape)
     return made
 
 
@@ -204,6 +215,11 @@ def convert(values: Mapping[str, Any], member: Member) -> dict[str, Any]:
     element rounded to nearest; a remainder is rounded to the bits that there are, and one that is
     not wanted is dropped, so that the parameter is the master rounded as it was.
     """
+    return convert_states(values, member) | convert_master(values, member)
+
+
+def convert_states(values: Mapping[str, Any], member: Member) -> dict[str, Any]:
+    """The same without the master."""
     local, codes = member.local, member.storage.codes
     squares = functools.partial(is_never_negative, member.rule)
     result = {k: v for k, v in values.items() if part_of(k) is None}
@@ -223,4 +239,4 @@ def convert(values: Mapping[str, Any], member: Member) -> dict[str, Any]:
             result |= {name + CODE: code, name + SCALE: scale}
         if order is not None and any(part_of(k) == CODE for k in result):
             result[ORDER] = order
-    return result | convert_master(values, member)
+    return result

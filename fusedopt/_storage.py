@@ -1,7 +1,7 @@
 """What a group's options mean for how a parameter and its states are stored."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
@@ -157,7 +157,12 @@ def layout_of(param: Tensor) -> Tensor:
 
 
 def storage_of(
-    group: Mapping[str, Any], param: Tensor, numel: int, what: str, unsafe: Mapping[str, str]
+    group: Mapping[str, Any],
+    param: Tensor,
+    numel: int,
+    what: str,
+    unsafe: Mapping[str, str],
+    weight_like: Callable[[], Iterable[str]],
 ) -> Storage:
     """What a group's options mean for a parameter.
 
@@ -165,6 +170,7 @@ def storage_of(
         numel: how many elements the whole parameter has.
         what: optimizer and parameter, for errors.
         unsafe: options with which states must not be codes, and why.
+        weight_like: the keys of states that must not be codes whatever the options.
 
     Raises:
         TypeError, ValueError: where a choice is unknown or makes no sense for the parameter.
@@ -180,7 +186,7 @@ def storage_of(
         raise ValueError(f"{what}: min_8bit_size={smallest!r}; expected a number of elements")
     wanted = group.get("state_dtype")
     if isinstance(wanted, str) and wanted == "int8":
-        _check_codes(group, param, real, what, unsafe)
+        _check_codes(group, param, real, what, unsafe, weight_like)
         state = torch.float32 if numel < smallest else torch.uint8
     else:
         state = _float(wanted, param, real, what)
@@ -234,6 +240,7 @@ def _check_codes(
     real: torch.dtype,
     what: str,
     unsafe: Mapping[str, str],
+    weight_like: Callable[[], Iterable[str]],
 ) -> None:
     if param.is_complex() or real == torch.float64:
         raise TypeError(
@@ -246,14 +253,18 @@ def _check_codes(
                 f'{what}: state_dtype="int8" with {option}={group[option]}: {reason}; use '
                 "torch.float32"
             )
+    for key in weight_like():
+        raise ValueError(
+            f"{what}: state_dtype=\"int8\": its state '{key}' is like a weight, or grows for ever, "
+            "and errors of codes would add up in it; use "
+            f"{' or '.join(map(str, _floats(param, real)))}"
+        )
 
 
 def _float(wanted: Any, param: Tensor, real: torch.dtype, what: str) -> torch.dtype:
     default = torch.float64 if real == torch.float64 else torch.float32
     dtype = default if wanted is None else wanted
-    accepted = dict.fromkeys(s for p, _, s in COMBINATIONS if p == real)
-    if real == torch.float32 and not param.is_complex():
-        accepted[torch.bfloat16] = None
+    accepted = _floats(param, real)
     if not isinstance(dtype, torch.dtype) or dtype not in accepted:
         also = ' or "int8"' if default == torch.float32 and not param.is_complex() else ""
         raise TypeError(
@@ -261,6 +272,14 @@ def _float(wanted: Any, param: Tensor, real: torch.dtype, what: str) -> torch.dt
             f"{', '.join(map(str, accepted))}{also}"
         )
     return dtype
+
+
+def _floats(param: Tensor, real: torch.dtype) -> list[torch.dtype]:
+    """The dtypes that states may have, in reals, besides codes."""
+    accepted = dict.fromkeys(s for p, _, s in COMBINATIONS if p == real)
+    if real == torch.float32 and not param.is_complex():
+        accepted[torch.bfloat16] = None
+    return [*accepted]
 
 
 def related(keys: Iterable[str]) -> set[str]:

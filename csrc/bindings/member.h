@@ -48,7 +48,7 @@ struct Member {
   std::string name;
   bool has_state = false;
   bool on_device = false;  // the count, or that there is none, is the device's affair
-  bool dense = true;       // its elements fill one run of memory
+  bool dense = true;       // its elements, as they are, fill one run of memory
   bool contiguous = true;
 
   at::ScalarType scalar = at::kFloat;
@@ -149,7 +149,7 @@ std::pair<Member, Entry> make_member(const MemberInfo& info, int state_count,
   m.dtype = *dtype_of(m.scalar);
   m.state_type = info.state_type;
   m.device = tensor.device();
-  m.dense = tensor.is_non_overlapping_and_dense();
+  m.dense = tensor.is_non_overlapping_and_dense() && !tensor.is_conj() && !tensor.is_neg();
   m.contiguous = tensor.is_contiguous();
   m.strides = tensor.strides().vec();
   m.has_state = info.states.has_value();

@@ -368,8 +368,9 @@ def check_prepare(core: Core) -> None:
     for rule in core.rules:
         preparation = Preparation(core, rule)
         every = (len(preparation.sources), len(preparation.ranges))
-        # A launch takes 371 sources; there is room for one range then.
-        for sources, ranges in [(1, 0), (0, 1), (0, 3000), (371, 1), (371, 2), (372, 3), every]:
+        full, room = core.full_launch
+        around = [(full, room), (full, room + 1), (full + 1, room + 2)]
+        for sources, ranges in [(1, 0), (0, 1), (0, 3000), *around, every]:
             preparation.check(sources, ranges, skip=True)
             preparation.check(sources, ranges)
         preparation.check(*every)

@@ -76,7 +76,8 @@ std::string describe_core() {
   const auto chunk = [](const HostKernel& kernel) { return to_string(kernel.chunk); };
   return "{\"rules\": " + rules + ", \"variants\": " + variants +
          ", \"combinations\": " + combinations + ", \"chunks\": " + list(host_kernels(), chunk) +
-         ", \"norm_chunk\": " + to_string(kNormChunk) + ", \"isas\": " + list(isas) +
+         ", \"norm_chunk\": " + to_string(kNormChunk) +
+         ", \"prepare_bytes\": " + to_string(PrepareArgs::kBytes) + ", \"isas\": " + list(isas) +
          ", \"layout\": " + layout + "}";
 }
 

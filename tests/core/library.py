@@ -43,6 +43,11 @@ class Layout:
         structs = (self.span, self.coding, GRADIENT, self.row_source, COUNT_RANGE)
         assert [struct.itemsize for struct in structs] == list(sizes)
 
+    def full_launch(self, room: int) -> tuple[int, int]:
+        """As many sources of rows as there is room for, and the ranges of counts that fit in."""
+        sources, left = divmod(room, self.row_source.itemsize)
+        return sources, left // COUNT_RANGE.itemsize
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -105,6 +110,7 @@ class Core:
         self._description = json.loads(self._library.describe())
         self.layout = Layout(*self._description["layout"])
         self.norm_chunk: int = self._description["norm_chunk"]
+        self.full_launch = self.layout.full_launch(self._description["prepare_bytes"])
         self.isas: dict[str, int] = dict(self._description["isas"])
         self._rules = self._description["rules"]  # of each: name, first variant, option keys
         self.rules: list[str] = [name for name, _, _ in self._rules]

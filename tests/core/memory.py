@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from .library import DTYPES, GRADIENT, Kernel
+from .options import NEVER_NEGATIVE
 
 Fill = Callable[[np.random.Generator, str, int], np.ndarray]
 """fill(random, stream, size): the values of a stream, as float64."""
@@ -55,7 +56,7 @@ SPECIAL = np.array(
 def usual(random: np.random.Generator, stream: str, size: int) -> np.ndarray:
     """Values as in training; an average of squares is larger than the square of an average."""
     values = random.standard_normal(size)
-    if "sq" in stream:
+    if stream in NEVER_NEGATIVE:
         return values**2 + 0.5
     return 0.1 * values if stream == "grad_avg" else values
 
@@ -63,7 +64,7 @@ def usual(random: np.random.Generator, stream: str, size: int) -> np.ndarray:
 def extreme(random: np.random.Generator, stream: str, size: int) -> np.ndarray:
     """Many magnitudes, and special values at every eighth place or so."""
     values = usual(random, stream, size) * 2.0 ** random.integers(-30, 12, size)
-    special = random.choice(np.abs(SPECIAL) if "sq" in stream else SPECIAL, size)
+    special = random.choice(np.abs(SPECIAL) if stream in NEVER_NEGATIVE else SPECIAL, size)
     return np.where(random.random(size) < 0.125, special, values)
 
 

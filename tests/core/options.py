@@ -16,6 +16,9 @@ class Rule:
 # Large, so that whatever goes wrong with them is far above rounding.
 LARGE = {"lr": 0.1, "eps": 0.05}
 
+NEVER_NEGATIVE: frozenset[str] = frozenset().union(*(row.never_negative for row in ROWS))
+"""The keys of states that are no less than zero."""
+
 RULES: dict[str, Rule] = {}
 for row in ROWS:
     large = {key: value for key, value in LARGE.items() if key in row.defaults}

@@ -24,9 +24,9 @@ class Preparation:
         random = np.random.default_rng(seed)
         sets = [core.values(rule, options) for options in RULES[rule].all_options]
         cases = list(product(sets, (False, True), (NUMBER, FLOAT32, FLOAT64, MIXED), STEPS))
+        cases *= -(-1000 // len(cases))
         random.shuffle(cases)
         count, self.core, self.rule = len(cases), core, rule
-        assert count >= 1000
 
         # Ranges with gaps in between, which nothing may change.
         sizes = random.choice([0, 1, 2, 3], 3000)
@@ -72,7 +72,8 @@ class Preparation:
     def rows(self, count: int) -> np.ndarray:
         """What the first sources have to make of the counts as they are now; others' places and
         those around all rows stay as they were."""
-        rows = np.full((len(self.sources) + 2, 128), 0xAA, np.uint8)
+        shape = (len(self.sources) + 2, *self.core.layout.row.shape)
+        rows = np.full(shape, 0xAA, np.uint8)
         for i, source in enumerate(self.sources[:count]):
             taken = source["taken"] if self.place[i] < 0 else self.counts[self.place[i]]
             first = bool(source["first"] and taken == 0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.training import (
     CASES,
+    CASES_IN_TORCH,
     EVERY_CASE,
     RICHEST,
     SHAPES,
@@ -31,6 +32,7 @@ import fusedopt
 from fusedopt._extension import _C
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_case_in_torch = pytest.mark.parametrize("case", CASES_IN_TORCH, ids=str)
 every_class = pytest.mark.parametrize("case", RICHEST, ids=str)
 with_steps = pytest.mark.parametrize(
     "case", [case for case in RICHEST if "step" in case.state_keys], ids=str
@@ -41,13 +43,13 @@ DTYPES = [*_C.combinations(), (torch.complex64, torch.complex64, torch.float32)]
 # -- to and from torch ------------------------------------------------------------------------
 
 
-@every_case
+@every_case_in_torch
 @pytest.mark.parametrize("direction", ["from torch", "to torch"])
 def test_exchange_with_torch(case: Case, direction: str) -> None:
     first, then = case.classes[:: 1 if direction == "to torch" else -1]
     start, control = (
         cls([{"params": make_params(torch.float64)}], **case.options)
-        for cls in (first, case.theirs)
+        for cls in (first, case.counterpart)
     )
     for optimizer in (start, control):
         train(optimizer, range(3))
@@ -67,11 +69,11 @@ def test_exchange_with_torch(case: Case, direction: str) -> None:
         assert_close(control, other)
 
 
-@every_case
+@every_case_in_torch
 def test_there_and_back(case: Case) -> None:
     """Each takes over from the other in turns."""
     ours, theirs = both(case)
-    control = case.theirs(make_params(torch.float64), **case.options)
+    control = case.counterpart(make_params(torch.float64), **case.options)
     current, waiting = ours, theirs
     for turn in range(4):
         steps = range(2 * turn, 2 * turn + 2)
@@ -98,7 +100,7 @@ STEPS = {
 @pytest.mark.parametrize("kind", STEPS)
 def test_old_forms_of_step(case: Case, kind: str) -> None:
     """pytorch#103256, #108860, #80809: a step is whatever the version of then made of it."""
-    start = case.theirs(make_params(torch.float64), **case.options)
+    start = case.counterpart(make_params(torch.float64), **case.options)
     train(start, range(4))
     state_dict = copy.deepcopy(start.state_dict())
     for values in state_dict["state"].values():
@@ -133,7 +135,7 @@ def test_missing_group_keys(case: Case) -> None:
     """A checkpoint of a version that did not have these options yet."""
     old = {"lr", "betas", "eps", "weight_decay", "momentum", "dampening", "alpha", "params"}
     options = {k: v for k, v in case.options.items() if k in old}
-    start = case.theirs(make_params(torch.float64), **options)
+    start = case.counterpart(make_params(torch.float64), **options)
     train(start, range(3))
     state_dict = saved(start)
     group = state_dict["param_groups"][0]

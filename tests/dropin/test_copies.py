@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.training import (
     CASES,
+    CASES_IN_TORCH,
     RICHEST,
     Case,
     assert_equal,
@@ -92,12 +93,12 @@ def test_a_copy_of_a_scheduled_optimizer() -> None:
         assert_unchanged(optimizer, before)
 
 
-@every_case
+@pytest.mark.parametrize("case", CASES_IN_TORCH, ids=str)
 @pytest.mark.parametrize("flat", [False, True], ids=["plain", "flat"])
 def test_pickles_are_no_larger_than_torchs(case: Case, flat: bool) -> None:
     shapes = ((1000,),) * 20
     ours = case.ours(make_params(shapes=shapes), **case.options, flat=flat)
-    theirs = case.theirs(make_params(shapes=shapes), **case.options)
+    theirs = case.row.theirs(make_params(shapes=shapes), **case.options)
     for optimizer in (ours, theirs):
         train(optimizer, range(1))
         optimizer.zero_grad()

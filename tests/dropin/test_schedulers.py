@@ -33,14 +33,18 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
     "ReduceLROnPlateau": lambda o: S.ReduceLROnPlateau(o, patience=1, threshold=0.5),
     # These two change betas or momentum, too.
     "CyclicLR": lambda o: S.CyclicLR(
-        o, 0.001, 0.05, step_size_up=3, cycle_momentum="alpha" not in o.defaults
+        o, 0.001, 0.05, step_size_up=3, cycle_momentum=has_momentum(o)
     ),
-    "OneCycleLR": lambda o: S.OneCycleLR(
-        o, 0.05, total_steps=12, cycle_momentum="alpha" not in o.defaults
-    ),
+    "OneCycleLR": lambda o: S.OneCycleLR(o, 0.05, total_steps=12, cycle_momentum=has_momentum(o)),
     "CosineAnnealingWarmRestarts": lambda o: S.CosineAnnealingWarmRestarts(o, 3),
     "SWALR": lambda o: SWALR(o, swa_lr=0.002, anneal_epochs=4),
 }
+
+
+def has_momentum(optimizer: Optimizer) -> bool:
+    """Of gradients; RMSprop's is one of changes."""
+    options = optimizer.defaults.keys()
+    return "alpha" not in options and bool({"momentum", "betas"} & options)
 
 
 def root_lr(self: Any) -> list[Any]:
@@ -68,7 +72,8 @@ def test_scheduler(case: Case, name: str, tensor_lr: bool) -> None:
         params = make_params(torch.float64, shapes=((7,), (3, 2)))
         groups = [{"params": params[:1]}, {"params": params[1:], "lr": lr / 2}]
         # torch's foreach step, its default for some, takes no tensor for lr.
-        optimizer = cls(groups, **{**case.options, "lr": lr}, foreach=False)
+        loop = {} if cls is case.ours else {"foreach": False}
+        optimizer = cls(groups, **{**case.options, "lr": lr}, **loop)
         scheduler = SCHEDULERS[name](optimizer)
         history = []
         for step in range(10):
@@ -112,7 +117,7 @@ def fit(model: nn.Module, optimizer: Optimizer, after: Callable[[], Any] = lambd
 def test_averaged_models(case: Case, ema: bool, flat: bool) -> None:
     torch.set_num_threads(1)  # the model is too small for two
     averages = []
-    for cls, options in ((case.ours, {"flat": flat}), (case.theirs, {})):
+    for cls, options in ((case.ours, {"flat": flat}), (case.counterpart, {})):
         model = small_model()
         optimizer = cls(model.parameters(), **case.options, **options)
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.8) if ema else None)

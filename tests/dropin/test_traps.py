@@ -162,7 +162,8 @@ def test_one_lr_tensor_for_several_groups(case: Case) -> None:
     for cls in case.classes:
         lr = torch.tensor(0.01, dtype=torch.float64)
         groups = [{"params": make_float64()}, {"params": make_params(torch.float64, seed=1)}]
-        optimizer = cls(groups, **{**case.options, "lr": lr}, foreach=False)
+        loop = {} if cls is case.ours else {"foreach": False}
+        optimizer = cls(groups, **{**case.options, "lr": lr}, **loop)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
         history = []
         for step in range(4):

@@ -9,7 +9,7 @@ import torch
 from support.accelerator import HOST_RUN
 from support.cases import STORAGES, storage_id
 from support.training import (
-    EVERY_CASE,
+    CASES,
     RICHEST,
     Case,
     assert_close,
@@ -32,11 +32,11 @@ MAX_NORMS = [0.0, 0.3, 1e9, math.inf]
 
 
 @pytest.mark.parametrize("max_norm", MAX_NORMS)
-@pytest.mark.parametrize("case", [c for c in EVERY_CASE if "inside" not in c.name], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_as_torch_does_it(case: Case, max_norm: float, device: str) -> None:
     """In float64, as what is compared here is not how the two round."""
     ours = case.ours(on(device, make_params(torch.float64)), **case.options, max_grad_norm=max_norm)
-    theirs = case.theirs(on(device, make_params(torch.float64)), **case.options)
+    theirs = case.counterpart(on(device, make_params(torch.float64)), **case.options)
     assert ours.grad_norm is None
     for step in range(4):
         for optimizer in (ours, theirs):
@@ -79,7 +79,7 @@ def test_the_norm_is_exact(storage: tuple[torch.dtype, ...], device: str) -> Non
 def test_a_norm_that_is_not_finite(case: Case, bad: float, device: str) -> None:
     """As with error_if_nonfinite=False: zeros for Inf, NaN for NaN, and NaN where Inf stood."""
     ours = case.ours(on(device, make_params(torch.float64)), **case.options, max_grad_norm=1.0)
-    theirs = case.theirs(on(device, make_params(torch.float64)), **case.options)
+    theirs = case.counterpart(on(device, make_params(torch.float64)), **case.options)
     for optimizer in (ours, theirs):
         set_grads(params_of(optimizer), 0)
         params_of(optimizer)[0].grad[3, 3] = bad
@@ -94,7 +94,7 @@ def test_a_norm_that_is_not_finite(case: Case, bad: float, device: str) -> None:
 @every_class
 def test_missing_and_frozen_gradients(case: Case, device: str) -> None:
     ours = case.ours(on(device, make_params(torch.float64)), **case.options, max_grad_norm=0.1)
-    theirs = case.theirs(on(device, make_params(torch.float64)), **case.options)
+    theirs = case.counterpart(on(device, make_params(torch.float64)), **case.options)
     for step, without in enumerate([{0, 1}, {2}, {0, 1, 2, 3, 4, 5}, set()]):
         for optimizer in (ours, theirs):
             set_grads(params_of(optimizer), step)

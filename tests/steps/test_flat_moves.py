@@ -265,7 +265,7 @@ def test_checkpoint_between_flat_and_not(case: Case) -> None:
     for each in (flat, plain):
         train(each, range(2, 4))
     assert_equal(flat, plain)
-    back = case.theirs(clone_params(params_of(flat)), **case.options)
+    back = case.counterpart(clone_params(params_of(flat)), **case.options)
     back.load_state_dict(copy.deepcopy(flat.state_dict()))
     for each in (back, flat):
         train(each, [4])

@@ -66,7 +66,7 @@ def keep_threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("case", RICHEST, ids=str)
 def test_many_tensors(case: Case) -> None:
-    theirs = train(case, case.theirs, 1)
+    theirs = train(case, case.counterpart, 1)
     alone, shared = train(case, case.ours, 1), train(case, case.ours, 2)
     assert_close(alone, theirs)
     assert_equal(alone, shared)

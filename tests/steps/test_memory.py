@@ -231,7 +231,7 @@ def test_a_cycle_through_a_parameter_is_collected(case: Case, torchs: bool) -> N
     """A parameter that holds its optimizer, as for stepping in the backward pass."""
     params = make_params()
     for p in params:
-        p.optimizer = (case.theirs if torchs else case.ours)([p], **case.options)
+        p.optimizer = (case.counterpart if torchs else case.ours)([p], **case.options)
         train(p.optimizer, range(2))
     refs = [weakref.ref(p) for p in params]
     del params, p

@@ -55,7 +55,7 @@ every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 
 def groups_of(row: Row, torchs: bool = False) -> Groups:
     """A group for each set of options, or each that torch has."""
-    sets = [o for o in row.option_sets.values() if not torchs or row.has_equal_in_torch(o)]
+    sets = [o for o in row.option_sets.values() if not torchs or row.counterpart_has(o)]
     return Groups(sets, [SMALL_LAYOUTS] * len(sets))
 
 
@@ -88,7 +88,7 @@ def test_masters_against_torch(row: Row, dtype: torch.dtype) -> None:
     data = realistic(dtype, dtype, groups.total, STEPS)
     ours = train(row.ours, groups, data, master_bits=32)
     wide = data.to(F32, F32)
-    theirs = train(row.theirs, groups, wide, foreach=False).wide()["param"]
+    theirs = train(row.counterpart, groups, wide, foreach=False).wide()["param"]
     reference = expected(row, groups, wide)["param"]
     masters = reals(masters_of(ours.optimizer)).double().numpy()
     assert abs(masters - theirs).max() <= 2.1 * abs(theirs - reference).max()
@@ -170,7 +170,7 @@ def calm_gradients(size: int, steps: int) -> Tensor:
         pytest.param(case, kind, id=f"{case}-{kind}")
         for kind, options in FEWER.items()
         for case in EVERY_CASE
-        if Choice(F32, options).suits(case.options)
+        if Choice(F32, options).suits(case.row, case.options)
     ],
 )
 def test_parameters_go_the_same_way(case: Case, kind: str) -> None:

@@ -53,8 +53,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def groups_of(row: Row, choice: Choice) -> Groups:
     """A group for each set of options: one step covers them all."""
-    suitable = [options for options in row.option_sets.values() if choice.suits(options)]
+    suitable = [options for options in row.option_sets.values() if choice.suits(row, options)]
     return Groups(suitable, [LAYOUTS] * len(suitable))
+
+
+WITH_ROWS = [
+    pytest.param(name, row, id=f"{name}-{row.name}")
+    for name, choice in CHOICES.items()
+    for row in ROWS
+    if groups_of(row, choice).options
+]
+"""Each choice with each optimizer that can store its states so."""
 
 
 def run(
@@ -107,16 +116,14 @@ def assert_same(a: Result, b: Result) -> None:
 
 # Settings innermost: the plain result is made once.
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize(("name", "row"), WITH_ROWS)
 def test_same_bits(row: Row, name: str, setting: dict[str, Any]) -> None:
     ours = run(row, CHOICES[name], harsh_data(row.name, name), **setting)
     assert_same(ours, plain_result(row.name, name))
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize(("name", "row"), WITH_ROWS)
 def test_same_bits_on_cuda(row: Row, name: str, flat: bool, cuda: str) -> None:
     ours = run(row, CHOICES[name], harsh_data(row.name, name), device=cuda, flat=flat)
     assert_same(ours, plain_result(row.name, name))
@@ -125,7 +132,8 @@ def test_same_bits_on_cuda(row: Row, name: str, flat: bool, cuda: str) -> None:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_the_data_is_harsh(row: Row) -> None:
     """In blocks with what is not finite, and in the codes of others."""
-    values = plain_result(row.name, "bfloat16-32-int8").values
+    codes = bool(groups_of(row, CHOICES["bfloat16-32-int8"]).options)
+    values = plain_result(row.name, "bfloat16-32-int8" if codes else "bfloat16-32").values
     assert values["master"].numel() > 2 * 32768
     assert values["master"].isnan().sum() > 100 and values["master"].isinf().sum() > 50
     for key in values:

@@ -4,6 +4,7 @@ another, and damaged."""
 import copy
 import pickle
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from support.storing import (
     INT8,
     LAID,
     PAIRS,
+    RICHEST_IN_CODES,
     SHAPES,
     Choice,
     every_pair,
@@ -40,7 +42,9 @@ from torch.optim import Optimizer
 import fusedopt
 
 every_class = pytest.mark.parametrize("case", RICHEST, ids=str)
-with_codes = pytest.mark.parametrize(("case", "choice"), [p for p in PAIRS if p.values[1].codes])
+every_class_in_codes = pytest.mark.parametrize("case", RICHEST_IN_CODES, ids=str)
+WITH_CODES = [p for p in PAIRS if p.values[1].codes]
+with_codes = pytest.mark.parametrize(("case", "choice"), WITH_CODES)
 
 
 def make(case: Case, choice: Choice, params: Any = None, **options: Any) -> Optimizer:
@@ -184,7 +188,7 @@ def assert_near(case: Case, ours: Optimizer, theirs: list[dict[str, Any]], codes
 
 @with_codes
 def test_from_torch(case: Case, choice: Choice) -> None:
-    start = case.theirs(make_params(shapes=SHAPES), **case.options)
+    start = case.counterpart(make_params(shapes=SHAPES), **case.options)
     step(start, range(3))
     params = [nn.Parameter(p.detach().to(choice.param)) for p in params_of(start)]
     optimizer = make(case, choice, params)
@@ -196,27 +200,35 @@ def test_from_torch(case: Case, choice: Choice) -> None:
         assert not state.keys() & {"exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg"}
 
 
-@pytest.mark.parametrize("to", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("of", ["float32", "bfloat16", "int8"])
-@every_class
+KINDS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16": {"state_dtype": BF16},
+    "int8": INT8,
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "of", "to"),
+    [
+        pytest.param(case, of, to, id=f"{case}-{of}-{to}")
+        for case, of, to in product(RICHEST, KINDS, KINDS)
+        if case in RICHEST_IN_CODES or "int8" not in (of, to)
+    ],
+)
 def test_states_are_converted(case: Case, of: str, to: str) -> None:
     """Either way, and no more than once: converting back what has not changed is exact."""
-    case = next(p.values[0] for p in PAIRS if p.values[0].ours is case.ours and p.values[1].codes)
-    kinds: dict[str, dict[str, Any]] = {
-        "float32": {},
-        "bfloat16": {"state_dtype": BF16},
-        "int8": INT8,
-    }
-    start = case.ours(make_params(shapes=SHAPES), **case.options, **kinds[of])
+    if case in RICHEST_IN_CODES:
+        case = next(p.values[0] for p in WITH_CODES if p.values[0].ours is case.ours)
+    start = case.ours(make_params(shapes=SHAPES), **case.options, **KINDS[of])
     step(start, range(3))
-    other = case.ours(clone_params(params_of(start)), **case.options, **kinds[to])
+    other = case.ours(clone_params(params_of(start)), **case.options, **KINDS[to])
     other.load_state_dict(saved(start))
     assert_near(case, other, plain_state(case, start, F32), codes=to == "int8")
     if of == to:
         assert_equal(other, start)
     wide = case.ours(clone_params(params_of(start)), **case.options)
     wide.load_state_dict(saved(other))
-    again = case.ours(clone_params(params_of(start)), **case.options, **kinds[to])
+    again = case.ours(clone_params(params_of(start)), **case.options, **KINDS[to])
     again.load_state_dict(saved(wide))
     for mine, theirs in zip(plain_state(case, again, F32), states_of(wide), strict=True):
         for key in mine:
@@ -305,11 +317,11 @@ DAMAGES: dict[str, tuple[str, ANY]] = {
 
 
 @pytest.mark.parametrize(("end", "damage"), DAMAGES.values(), ids=DAMAGES)
-@every_class
+@every_class_in_codes
 @pytest.mark.parametrize("steps", [0, 2])
 def test_damaged(case: Case, end: str, damage: ANY, steps: int) -> None:
     """Refused before anything was changed, and the message names optimizer and parameter."""
-    case = next(p.values[0] for p in PAIRS if p.values[0].ours is case.ours and p.values[1].codes)
+    case = next(p.values[0] for p in WITH_CODES if p.values[0].ours is case.ours)
     choice = CHOICES["bfloat16-24-int8"]
 
     def params() -> list[nn.Parameter]:
@@ -368,12 +380,12 @@ def test_options_that_do_not_go_with_the_storage() -> None:
     step(optimizer, [2])
 
 
-@with_codes
+@pytest.mark.parametrize(("case", "choice"), [p for p in WITH_CODES if p.values[0].row.theirs])
 def test_torch_does_not_take_codes(case: Case, choice: Choice) -> None:
     """It looks for states by their names, and does not find them."""
     optimizer = make(case, choice)
     step(optimizer, range(2))
-    theirs = case.theirs(clone_params(params_of(optimizer)), **case.options)
+    theirs = case.row.theirs(clone_params(params_of(optimizer)), **case.options)
     theirs.load_state_dict(saved(optimizer))
     if case.ours is fusedopt.SGD:
         # SGD looks for nothing, and starts anew.

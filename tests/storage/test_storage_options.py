@@ -3,7 +3,19 @@
 import pytest
 import torch
 from support.optimizers import Options
-from support.storing import BF16, CHOICES, F16, F32, INT8, PAIRS, SHAPES, Choice, every_pair, step
+from support.storing import (
+    BF16,
+    CHOICES,
+    F16,
+    F32,
+    INT8,
+    PAIRS,
+    RICHEST_IN_CODES,
+    SHAPES,
+    Choice,
+    every_pair,
+    step,
+)
 from support.training import (
     RICHEST,
     Case,
@@ -22,9 +34,10 @@ import fusedopt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_class = pytest.mark.parametrize("case", RICHEST, ids=str)
+every_class_in_codes = pytest.mark.parametrize("case", RICHEST_IN_CODES, ids=str)
 
 
-@every_class
+@every_class_in_codes
 def test_small_parameters_have_float32_states(case: Case) -> None:
     case = next(p.values[0] for p in PAIRS if p.values[0].ours is case.ours and p.values[1].codes)
     shapes = ((4095,), (4096,), (64, 64), ())
@@ -39,7 +52,7 @@ def test_small_parameters_have_float32_states(case: Case) -> None:
             assert not key.endswith("_scale") or tuple(value.shape) == (16,)
 
 
-@every_class
+@every_class_in_codes
 def test_a_group_has_its_own_storage(case: Case) -> None:
     case = next(p.values[0] for p in PAIRS if p.values[0].ours is case.ours and p.values[1].codes)
     names = ["bfloat16-24", "bfloat16-int8", "bfloat16-random", "float16-32", "float32-bfloat16"]

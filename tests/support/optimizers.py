@@ -1,11 +1,11 @@
 """The one table of optimizers that drives all tests: a row per optimizer.
 
 To have a new optimizer tested: add its formula, as its paper or torch's documentation writes it,
-and its row.
+and its row. All optimizers have the options lr, weight_decay and maximize.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 import fusedopt
 
-from .reference import Array, Options, State, Step, train
+from .reference import Array, Begins, FormulaOptimizer, Options, State, Step, train
 
 
 @dataclass(frozen=True)
@@ -23,20 +23,34 @@ class Row:
 
     name: str
     ours: Callable[..., Optimizer]
-    theirs: Callable[..., Optimizer]
     step: Step  # the formula
     defaults: Options  # all options of the formula
     option_sets: dict[str, Options]
     state_keys: Callable[[Options], tuple[str, ...]]  # without step
+    theirs: Callable[..., Optimizer] | None = None  # torch's class, where it has one
     counts_steps: bool = True
     ours_only: frozenset[str] = frozenset()  # options that torch does not have
+    begins: Begins = field(default_factory=dict)
+    never_negative: frozenset[str] = frozenset()  # states that are no less than zero
+    takes_codes: Callable[[Options], bool] = lambda options: True  # whether states may be int8
 
     @property
     def reference(self) -> Callable[..., dict[str, Array]]:
-        return partial(train, self.step, self.defaults)
+        return partial(train, self.step, self.defaults, self.begins)
 
-    def has_equal_in_torch(self, options: Options) -> bool:
+    @property
+    def counterpart(self) -> Callable[..., Optimizer]:
+        """What ours is compared with: torch's class or, where there is none, the formula."""
+        if self.theirs is not None:
+            return self.theirs
+        made = {"formula": self.step, "defaults": self.defaults, "begins": self.begins}
+        return partial(FormulaOptimizer, **made, keys=self.ordered_keys)
+
+    def counterpart_has(self, options: Options) -> bool:
         return not self.ours_only & options.keys()
+
+    def ordered_keys(self, options: Options) -> tuple[str, ...]:
+        return (*(("step",) if self.counts_steps else ()), *self.state_keys(options))
 
     def keys(self, options: Options) -> set[str]:
         """All keys of a parameter's state."""
@@ -111,6 +125,7 @@ def _rmsprop_keys(options: Options) -> tuple[str, ...]:
 
 ADAM_DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 ADAM_DEFAULTS |= {"decoupled_weight_decay": False, "amsgrad": False, "maximize": False}
+ADAM_SQUARES = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
 
 ADAMW = Row(
     name="adamw",
@@ -129,6 +144,7 @@ ADAMW = Row(
         "beta1-below-half": {"lr": 1e-2, "betas": (0.3, 0.95), "eps": 1e-15, "weight_decay": 0.1},
     },
     state_keys=_adam_keys,
+    never_negative=ADAM_SQUARES,
 )
 
 ADAM = Row(
@@ -151,6 +167,7 @@ ADAM = Row(
         },
     },
     state_keys=_adam_keys,
+    never_negative=ADAM_SQUARES,
 )
 
 SGD = Row(
@@ -211,6 +228,8 @@ RMSPROP = Row(
     },
     state_keys=_rmsprop_keys,
     ours_only=frozenset({"eps_inside_sqrt"}),
+    never_negative=frozenset({"square_avg"}),
+    takes_codes=lambda options: not options.get("centered"),
 )
 
 ROWS = [ADAMW, ADAM, SGD, RMSPROP]

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from fusedopt._extension import _C
 
-from .optimizers import Options
+from .optimizers import Options, Row
 from .training import EVERY_CASE, RICHEST, Case, make_params, params_of, set_grads
 
 BLOCK: int = _C.block
@@ -36,9 +36,9 @@ class Choice:
     def stochastic(self) -> bool:
         return "rounding" in self.options
 
-    def suits(self, options: Options) -> bool:
+    def suits(self, row: Row, options: Options) -> bool:
         """Whether an optimizer with these options can store its states so."""
-        return not (self.codes and options.get("centered"))
+        return not self.codes or row.takes_codes(options)
 
     def params(self, shapes: Iterable[tuple[int, ...]], seed: int = 0) -> list[nn.Parameter]:
         return make_params(self.param, tuple(shapes), seed)
@@ -67,20 +67,25 @@ CHOICES = {
 }
 
 
-def _richest(case: Case, choice: Choice) -> Case:
+def _richest(case: Case, choice: Choice) -> Case | None:
     """Of the same class, the one with the most states that can be stored so."""
-    same = [c for c in EVERY_CASE if c.ours is case.ours and choice.suits(c.options)]
-    return case if case in same else max(same, key=lambda c: (len(c.state_keys), len(c.options)))
+    same = [c for c in EVERY_CASE if c.ours is case.ours and choice.suits(c.row, c.options)]
+    if case in same:
+        return case
+    return max(same, key=lambda c: (len(c.state_keys), len(c.options)), default=None)
 
 
 PAIRS = [
-    pytest.param(_richest(case, choice), choice, id=f"{name}-{_richest(case, choice)}")
+    pytest.param(richest, choice, id=f"{name}-{richest}")
     for name, choice in CHOICES.items()
     for case in RICHEST
+    if (richest := _richest(case, choice)) is not None
 ]
-"""Each choice with each class."""
+"""Each choice with each class that can store its states so."""
 
 every_pair = pytest.mark.parametrize(("case", "choice"), PAIRS)
+RICHEST_IN_CODES = [case for case in RICHEST if _richest(case, CHOICES["float32-int8"]) is not None]
+"""Of each class, the one with the most states, where these may be codes with some options."""
 
 # Some blocks and a rest, one block, less than one, a scalar, nothing, and what conv layers have.
 SHAPES = ((5, 307), (256,), (33,), (), (0, 3), (4, 3, 5, 6))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .optimizers import ROWS, Options
+from .optimizers import ROWS, Options, Row
 
 
 @dataclass(frozen=True)
@@ -18,39 +18,44 @@ class Case:
     """An optimizer with one set of its options."""
 
     name: str
-    ours: Callable[..., Optimizer]
-    theirs: Callable[..., Optimizer]
+    row: Row
     options: Options
-    state_keys: tuple[str, ...]
 
     def __str__(self) -> str:
         return self.name
 
     @property
+    def ours(self) -> Callable[..., Optimizer]:
+        return self.row.ours
+
+    @property
+    def counterpart(self) -> Callable[..., Optimizer]:
+        """What ours is compared with: torch's class or, where there is none, the formula."""
+        return self.row.counterpart
+
+    @property
     def classes(self) -> tuple[Callable[..., Optimizer], Callable[..., Optimizer]]:
-        return self.ours, self.theirs
+        return self.ours, self.counterpart
+
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        return tuple(self.row.keys(self.options))
 
 
-_ALL = {
-    (row.name, name): Case(
-        f"{row.name}-{name}", row.ours, row.theirs, options, tuple(row.keys(options))
-    )
+EVERY_CASE = [
+    Case(f"{row.name}-{name}", row, options)
     for row in ROWS
     for name, options in row.option_sets.items()
-}
-
-EVERY_CASE = list(_ALL.values())
-# Those that torch has, too.
-CASES = [
-    _ALL[row.name, name]
-    for row in ROWS
-    for name, options in row.option_sets.items()
-    if row.has_equal_in_torch(options)
 ]
+# Those that the counterpart has, too.
+CASES = [case for case in EVERY_CASE if case.row.counterpart_has(case.options)]
 # Of each class the one with the most states.
 RICHEST = list(
     {case.ours: case for case in sorted(CASES, key=lambda case: len(case.state_keys))}.values()
 )
+# Of these, those whose counterpart is torch's class.
+CASES_IN_TORCH = [case for case in CASES if case.row.theirs is not None]
+RICHEST_IN_TORCH = [case for case in RICHEST if case.row.theirs is not None]
 
 SHAPES = ((33, 7), (33,), (), (5, 33), (17,), (2, 3, 5, 5))
 """Vector body and tail, a scalar, and what conv and linear layers have."""
@@ -77,7 +82,8 @@ def set_grads(params: Iterable[Tensor], step: int, dtype: torch.dtype | None = N
     """Hand over gradients that depend on nothing but the step and the parameters' order."""
     generator = torch.Generator().manual_seed(1000 + step)
     for p in params:
-        grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        wide = torch.complex128 if p.is_complex() else torch.float64
+        grad = torch.randn(p.shape, generator=generator, dtype=wide)
         if dtype is not None:
             p.grad_dtype = dtype
         p.grad = torch.empty_like(p, dtype=dtype or p.dtype).copy_(grad)
@@ -174,9 +180,9 @@ def make_float64() -> list[nn.Parameter]:
 def both(
     case: Case, make: Callable[[], list[nn.Parameter]] = make_float64, **options: Any
 ) -> tuple[Optimizer, Optimizer]:
-    """Our optimizer and torch's, each over parameters of its own.
+    """Our optimizer and its counterpart, each over parameters of its own.
 
     In float64, as what is compared between them here is never how they round.
     """
     args = {**case.options, **options}
-    return case.ours(make(), **args), case.theirs(make(), **args)
+    return case.ours(make(), **args), case.counterpart(make(), **args)
