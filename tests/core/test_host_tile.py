@@ -7,7 +7,8 @@ from functools import partial
 import numpy as np
 import pytest
 
-from . import checks, coded, codes, coding
+from . import checks, coded, codes, coding, core_checks
+from .coded_streams import CodedStreams
 from .library import DTYPES, THREADED, Core, Kernel
 from .memory import Streams, extreme
 from .options import RULES
@@ -31,7 +32,7 @@ def test_every_coded_kernel(core: Core, check: Callable[[Core, Kernel], None]) -
         check(core, kernel)
 
 
-@pytest.mark.parametrize("check", checks.CORE_CHECKS.values(), ids=checks.CORE_CHECKS)
+@pytest.mark.parametrize("check", core_checks.CORE_CHECKS.values(), ids=core_checks.CORE_CHECKS)
 def test_core(core: Core, check: Callable[[Core], None]) -> None:
     check(core)
 
@@ -84,7 +85,7 @@ def test_step_over_mixed_coded_kernels(core: Core) -> None:
     for i, kernel in enumerate(core.coded_kernels):
         codes_of = [coded.CODINGS[int(k)] for k in random.integers(0, len(coded.CODINGS), 40)]
         spans = [(code, int(random.integers(1, 700))) for code in codes_of]
-        memory = coded.CodedStreams(core, kernel, spans, rows, seed=i)
+        memory = CodedStreams(core, kernel, spans, rows, seed=i)
         memory.spans["row"] = 3 * i + random.integers(0, 3, len(spans))
         memories.append(memory)
     want = [memory.expected() for memory in memories]
