@@ -78,7 +78,7 @@ FUSEDOPT_SHARED void decode<Float16And32>(const float16* FUSEDOPT_RESTRICT param
   for (int i = 0; i < kBlock; ++i) to[i] = Float16And32::of(to[i], rounded[i], master[i]);
 }
 template <>
-FUSEDOPT_SHARED void encode<Float16And32>(const float* FUSEDOPT_RESTRICT from,
+FUSEDOPT_INLINE void encode<Float16And32>(const float* FUSEDOPT_RESTRICT from,
                                           float16* FUSEDOPT_RESTRICT param,
                                           float* FUSEDOPT_RESTRICT master) {
   memcpy(master, from, kBlock * sizeof(float));

@@ -69,10 +69,10 @@ std::string describe_core() {
     if (cpu::supported(cpu::Isa(isa)) && loops(isa) != nullptr)
       isas.push_back(list({quote(names[isa]), to_string(isa)}));
   // What library.py lays structs out by, and the sizes that it has to come to.
-  const std::string layout = list({to_string(kMaxStates), to_string(kMaxOptions),
-                                   to_string(sizeof(HyperRow)), to_string(sizeof(Span)),
-                                   to_string(sizeof(Coding)), to_string(sizeof(GradSpan)),
-                                   to_string(sizeof(RowSource)), to_string(sizeof(CountRange))});
+  const std::string layout =
+      list({to_string(kMaxStates), to_string(kMaxOptions), to_string(sizeof(HyperRow)),
+            to_string(sizeof(Span)), to_string(sizeof(Coding)), to_string(sizeof(GradSpan)),
+            to_string(sizeof(RowSource)), to_string(sizeof(CountRange))});
   const auto chunk = [](const HostKernel& kernel) { return to_string(kernel.chunk); };
   return "{\"rules\": " + rules + ", \"variants\": " + variants +
          ", \"combinations\": " + combinations + ", \"chunks\": " + list(host_kernels(), chunk) +

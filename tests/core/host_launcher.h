@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
+//
+// Launches a device's kernels on the host: every block and thread of them, one after the other.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +11,6 @@
 
 #include "device/step.h"
 
-// Launches a device's kernels on the host: every block and thread of them, one after the other.
 namespace fusedopt {
 
 // The order of the pieces of a step, or of the (block, thread) pairs of a launch. Any number above

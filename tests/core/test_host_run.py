@@ -24,7 +24,12 @@ DEFINES = [
     "-DTORCH_EXTENSION_NAME=_C",
 ]
 ISA_FILES = ["baseline", "avx2", "avx512", "dispatch"]
-TESTS = ["device", "steps/test_clipping.py", "storage/test_storage_bitwise.py"]
+TESTS = [
+    "device",
+    "steps/test_clipping.py",
+    "steps/test_plan.py",
+    "storage/test_storage_bitwise.py",
+]
 
 
 @one_at_a_time
