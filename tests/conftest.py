@@ -1,5 +1,6 @@
 """What all tests share: the devices to run on, and settings put back after each test."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -26,6 +27,13 @@ HAS_CUDA = bool(accelerator.HOST_RUN) or (torch.cuda.is_available() and _C.has_c
 CUDA = pytest.param(
     accelerator.DEVICE, marks=[pytest.mark.cuda, pytest.mark.skipif(not HAS_CUDA, reason=NO_CUDA)]
 )
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now is not garbage. To walk it takes most of a garbage collection, of which
+    tests and benchmarks make hundreds."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=["cpu", CUDA])

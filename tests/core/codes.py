@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from . import coding
-from .checks import float32_samples
 from .coding import BLOCK
+from .core_checks import float32_samples
 from .library import Core
 
 HALF = np.uint32(1 << 22)  # of the range of a dither

@@ -33,7 +33,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     items = [item for item in session.items if is_of_the_core(item)]
     if not items or session.config.option.collectonly:
         return
-    pool = ThreadPoolExecutor(max(1, JOBS - 1), initializer=os.nice, initargs=(10,))
+    pool = ThreadPoolExecutor(max(1, JOBS - 1), initializer=os.nice, initargs=(5,))
     session.config.stash[POOL] = pool
     pool.submit(build, "plain")
     for item in items:

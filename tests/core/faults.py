@@ -161,8 +161,8 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         ),
         "squares of the tile to nearest": (
             CODED_TILE,
-            "Format::template encode<never_negative>(value",
-            "Format::template encode<false>(value",
+            "Format::template encode<never_negative>(",
+            "Format::template encode<false>(",
         ),
         "largest of all, not of the finite": (CODED_TILE, "!finite_only || is_", "true || is_"),
         "careless tile": (

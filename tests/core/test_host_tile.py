@@ -1,14 +1,14 @@
 """The core by itself: every kernel on every instruction set and as CUDA would run it."""
 
 import mmap
-import os
 from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import pytest
 
-from . import checks, coded, codes, coding
+from . import checks, coded, codes, coding, core_checks
+from .coded_streams import CodedStreams
 from .library import DTYPES, THREADED, Core, Kernel
 from .memory import Streams, extreme
 from .options import RULES
@@ -32,7 +32,7 @@ def test_every_coded_kernel(core: Core, check: Callable[[Core, Kernel], None]) -
         check(core, kernel)
 
 
-@pytest.mark.parametrize("check", checks.CORE_CHECKS.values(), ids=checks.CORE_CHECKS)
+@pytest.mark.parametrize("check", core_checks.CORE_CHECKS.values(), ids=core_checks.CORE_CHECKS)
 def test_core(core: Core, check: Callable[[Core], None]) -> None:
     check(core)
 
@@ -43,12 +43,10 @@ def test_codes(core: Core, check: Callable[[Core], None]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    os.environ.get("FUSEDOPT_SLOW") != "1", reason="takes minutes; FUSEDOPT_SLOW=1 runs it"
-)
 def test_every_float32_is_split_and_joined(core: Core) -> None:
-    for begin in range(0, 1 << 32, 1 << 24):
-        codes.check_split(core, np.arange(begin, begin + (1 << 24), dtype=np.uint32))
+    piece = 1 << 18  # which stays in the cache
+    for begin in range(0, 1 << 32, piece):
+        codes.check_split(core, np.arange(begin, begin + piece, dtype=np.uint32))
 
 
 def test_step_over_mixed_kernels(core: Core) -> None:
@@ -87,7 +85,7 @@ def test_step_over_mixed_coded_kernels(core: Core) -> None:
     for i, kernel in enumerate(core.coded_kernels):
         codes_of = [coded.CODINGS[int(k)] for k in random.integers(0, len(coded.CODINGS), 40)]
         spans = [(code, int(random.integers(1, 700))) for code in codes_of]
-        memory = coded.CodedStreams(core, kernel, spans, rows, seed=i)
+        memory = CodedStreams(core, kernel, spans, rows, seed=i)
         memory.spans["row"] = 3 * i + random.integers(0, 3, len(spans))
         memories.append(memory)
     want = [memory.expected() for memory in memories]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from . import checks, coded, codes
+from . import checks, coded, codes, core_checks
 from .faults import FAULTS, make, make_faultless
 from .library import Core
 
@@ -14,8 +14,8 @@ def build_ahead(check: str, name: str = "") -> Path:
 
 
 def run(check: str, core: Core) -> None:
-    if check in checks.CORE_CHECKS:
-        checks.CORE_CHECKS[check](core)
+    if check in core_checks.CORE_CHECKS:
+        core_checks.CORE_CHECKS[check](core)
     elif check in codes.CODE_CHECKS:
         codes.CODE_CHECKS[check](core)
     elif check in coded.CODED_CHECKS:

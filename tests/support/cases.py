@@ -88,6 +88,10 @@ class Data:
     params: Tensor
     grads: Tensor
 
+    def first(self, count: int) -> "Data":
+        """That of so many elements."""
+        return Data(self.params[:count], self.grads[:, :count])
+
     def to(self, param: torch.dtype, grad: torch.dtype) -> "Data":
         return Data(self.params.to(param), self.grads.to(grad))
 
@@ -176,11 +180,29 @@ def real_view(values: Tensor) -> Tensor:
     return torch.view_as_real(values).flatten(-2) if values.is_complex() else values
 
 
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By size in bytes."""
+
+
 def bits(values: Tensor) -> Tensor:
     """As integers; all NaN alike, as which of them a processor makes is its own affair."""
-    sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    integer = sizes[values.element_size()]
+    integer = INTEGERS[values.element_size()]
     return values.view(integer).masked_fill(values.isnan(), -1)
+
+
+def assert_same_result(a: Result, b: Result) -> None:
+    """All that they are made of has the same bits; which NaN it is does not matter."""
+    assert a.values.keys() == b.values.keys()
+    for key, ours in a.values.items():
+        theirs = b.values[key]
+        integer = INTEGERS[ours.element_size()]
+        if ours.dtype == theirs.dtype and torch.equal(ours.view(integer), theirs.view(integer)):
+            continue  # as nearly always, and much faster
+        differ = (bits(ours) != bits(theirs)).nonzero().flatten()
+        assert not differ.numel(), (
+            f"{key}: {differ.numel()} elements of {ours.numel()} differ, the first at "
+            f"{differ[0]}: {ours[differ[0]]!r} and {theirs[differ[0]]!r}"
+        )
 
 
 @dataclass(frozen=True)
