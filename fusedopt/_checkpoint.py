@@ -6,10 +6,10 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from fusedopt._formats import CODE, MASTERS, ORDER, OWN_OPTIONS, SCALE, part_of
 from fusedopt._members import Member
 from fusedopt._rules import state_keys
 from fusedopt._states import allocate, check_state, convert
-from fusedopt._storage import CODE, MASTERS, ORDER, OWN_OPTIONS, SCALE, part_of
 from fusedopt._watched_state import OptimizerState
 
 # torch's load_state_dict casts the state of a parameter in a way that no subclass can change, but

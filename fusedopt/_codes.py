@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fusedopt._extension import _C
-from fusedopt._storage import layout_of
+from fusedopt._formats import layout_of
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:

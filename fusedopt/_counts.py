@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fusedopt._extension import _C
+from fusedopt._formats import MASTERS
 from fusedopt._members import Group, Member
 from fusedopt._rules import state_keys
-from fusedopt._storage import MASTERS
 
 FirstCounts = dict[Tensor, Tensor]
 

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from fusedopt._extension import _C
+from fusedopt._formats import REMAINDER, WHOLE_MASTER, master_key
 from fusedopt._members import Member
-from fusedopt._storage import REMAINDER, WHOLE_MASTER, master_key
 
 
 def convert_master(values: Mapping[str, Any], member: Member) -> dict[str, Tensor]:
-    """What a member's storage keeps for its master, out of a state of any storage."""
-    bits = member.storage.master_bits
+    """What a member's format keeps for its master, out of a state of any format."""
+    bits = member.format.master_bits
     if not bits:
         return {}
     param = member.local.detach()
@@ -37,7 +37,7 @@ def convert_master(values: Mapping[str, Any], member: Member) -> dict[str, Tenso
 def exact_weights(member: Member, values: Mapping[str, Any]) -> Tensor:
     """What a step works on: the master that values have, else the parameter itself."""
     param = member.local.detach()
-    stored = values.get(master_key(param)) if member.storage.master_bits else None
+    stored = values.get(master_key(param)) if member.format.master_bits else None
     return param if stored is None else _C.join_master(param, stored)
 
 
@@ -87,7 +87,7 @@ def load_masters(
                 f"of shape {shape}"
             )
     for member, master in zip(members, masters, strict=True):
-        param, bits = member.local, member.storage.master_bits
+        param, bits = member.local, member.format.master_bits
         if bits:
             exact = master.to(param.device, torch.float32)
             weights, stored = _C.split_master(exact, param.dtype, bits)

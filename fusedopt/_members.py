@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fusedopt._extension import _C
+from fusedopt._formats import COMBINATIONS, Format, Spec, format_of
 from fusedopt._overlap import check_overlap
 from fusedopt._rules import rule_info
-from fusedopt._storage import COMBINATIONS, Spec, Storage, storage_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +58,9 @@ class Group:
             name = f"parameter '{names[i]}'" if names else f"parameter {i} of group {self.index}"
             yield name, param
 
-    def storage_of(self, name: str, param: Tensor, numel: int) -> Storage:
+    def format_of(self, name: str, param: Tensor, numel: int) -> Format:
         what = f"{self.optimizer}: {name}"
-        return storage_of(self.options, param, numel, what, self.unsafe_in_int8, self.weight_like)
+        return format_of(self.options, param, numel, what, self.unsafe_in_int8, self.weight_like)
 
     def counts_on_device(self, param: Tensor) -> bool:
         """Whether the device counts a parameter's steps, so that the host need not know of them."""
@@ -87,7 +87,7 @@ class Member:
         name: what errors call it.
         group: the parameter group that it is in.
         ordinal: its number among all parameters, by which its random bits are its own.
-        storage: how it and its states are stored.
+        format: how it and its states are stored.
         counts_on_device: whether the device counts its steps.
         duplicate: whether it has been in the list before. It is stepped once.
     """
@@ -98,7 +98,7 @@ class Member:
     name: str
     group: Group
     ordinal: int
-    storage: Storage
+    format: Format
     counts_on_device: bool
     duplicate: bool
 
@@ -114,11 +114,11 @@ class Member:
     @property
     def keys(self) -> tuple[str, ...]:
         """All keys of its state, in the order of a plan."""
-        return self.storage.keys(self.names, self.local)
+        return self.format.keys(self.names, self.local)
 
     def spec(self, key: str) -> Spec:
         """What the tensor of a key has to be."""
-        return self.storage.spec(key, self.local)
+        return self.format.spec(key, self.local)
 
     def where(self, key: str) -> str:
         """What errors call a tensor of its state."""
@@ -143,7 +143,7 @@ def list_members(groups: Iterable[Group]) -> list[Member]:
                 name=name,
                 group=group,
                 ordinal=len(members),
-                storage=group.storage_of(name, param, position.numel),
+                format=group.format_of(name, param, position.numel),
                 counts_on_device=group.counts_on_device(param),
                 duplicate=id(param) in seen,
             )
@@ -172,7 +172,7 @@ def check_params(groups: Iterable[Group]) -> None:
             if id(param) not in params:
                 params[id(param)] = name, param
                 _check_param(f"{optimizer}: {name}", param)
-                group.storage_of(name, param, _position_of(param).numel)
+                group.format_of(name, param, _position_of(param).numel)
     check_overlap([param for _, param in params.values()], optimizer, lambda p: params[id(p)][0])
 
 
@@ -228,9 +228,9 @@ def add_member(
             states=states,
             first=first,
             flat_grad=flat_grad,
-            state_type=member.storage.state,
-            master_bits=member.storage.master_bits,
-            stochastic=member.storage.stochastic,
+            state_type=member.format.state,
+            master_bits=member.format.master_bits,
+            stochastic=member.format.stochastic,
             counts_steps="step" in member.keys,
             seed=member.group.options.get("seed", 0),
             ordinal=member.ordinal,

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedopt._formats import MASTERS
 from fusedopt._members import list_members
 from fusedopt._optimizer import FusedOptimizer
-from fusedopt._storage import MASTERS
 
 CHOICES: dict[str, dict[str, Any]] = {
     "float32 states": {"state_dtype": torch.float32},

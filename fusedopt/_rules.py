@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from fusedopt._extension import _C
-from fusedopt._storage import related
+from fusedopt._formats import related
 
 if TYPE_CHECKING:
     from fusedopt._C import RuleInfo

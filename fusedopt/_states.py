@@ -9,10 +9,7 @@ from torch import Tensor
 
 from fusedopt._codes import decode, encode, is_same_order, order_of
 from fusedopt._extension import _C
-from fusedopt._masters import convert_master, exact_weights
-from fusedopt._members import Member
-from fusedopt._rules import is_never_negative, rule_info
-from fusedopt._storage import (
+from fusedopt._formats import (
     CODE,
     MASTERS,
     ORDER,
@@ -23,6 +20,9 @@ from fusedopt._storage import (
     related,
     shape_of,
 )
+from fusedopt._masters import convert_master, exact_weights
+from fusedopt._members import Member
+from fusedopt._rules import is_never_negative, rule_info
 from fusedopt._watched_state import OptimizerState
 
 
@@ -70,7 +70,7 @@ def initial_state(member: Member, values: Mapping[str, Any]) -> dict[str, Tensor
     Args:
         values: what there is of its state.
     """
-    local, codes = member.local.detach(), member.storage.codes
+    local, codes = member.local.detach(), member.format.codes
     beginnings = rule_info(member.rule)["beginnings"]
     made: dict[str, Tensor] = {}
     for name in member.names:
@@ -209,7 +209,7 @@ def _check_part(key: str, value: Tensor, param: Tensor, where: str) -> None:
 
 
 def convert(values: Mapping[str, Any], member: Member) -> dict[str, Any]:
-    """A state in the form that a member's storage wants, of whatever storage it was.
+    """A state in the form that a member's format wants, of whatever format it was.
 
     What has that form already is passed on as it is. States are decoded, or encoded with each
     element rounded to nearest; a remainder is rounded to the bits that there are, and one that is
@@ -220,7 +220,7 @@ def convert(values: Mapping[str, Any], member: Member) -> dict[str, Any]:
 
 def convert_states(values: Mapping[str, Any], member: Member) -> dict[str, Any]:
     """The same without the master."""
-    local, codes = member.local, member.storage.codes
+    local, codes = member.local, member.format.codes
     squares = functools.partial(is_never_negative, member.rule)
     result = {k: v for k, v in values.items() if part_of(k) is None}
     order, old_order = order_of(local), values.get(ORDER)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from fusedopt._formats import storage_options
 from fusedopt._optimizer import FusedOptimizer
-from fusedopt._storage import storage_options
 
 
 class RMSprop(FusedOptimizer, torch.optim.RMSprop):

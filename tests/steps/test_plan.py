@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import fusedopt
+from fusedopt._formats import storage_options
 from fusedopt._optimizer import FusedOptimizer
-from fusedopt._storage import storage_options
 
 every_class = pytest.mark.parametrize("case", RICHEST, ids=str)
 

@@ -22,8 +22,8 @@ from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
 import fusedopt
+from fusedopt._formats import storage_options
 from fusedopt._optimizer import FusedOptimizer
-from fusedopt._storage import storage_options
 
 FIXED = {"dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
 OPTIONS = {"lr", "momentum", *FIXED, *storage_options(None, 0, None, "nearest", 0), "params"}

@@ -40,7 +40,7 @@ MASTERS = frozenset(f.master_key for f in WITH_MASTER.values())
 (WHOLE_MASTER,) = {f.master_key for f in WITH_MASTER.values() if f.master_dtype == torch.float32}
 (REMAINDER,) = MASTERS - {WHOLE_MASTER}
 
-# What a storage puts in place of a rule's states, or beside them, and the dtypes that it may have.
+# What a format puts in place of a rule's states, or beside them, and the dtypes that it may have.
 PARTS: Mapping[str, tuple[torch.dtype, ...]] = {
     CODE: (torch.uint8,),
     SCALE: (torch.float32,),
@@ -88,7 +88,7 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Storage:
+class Format:
     """What a group's options mean for one parameter.
 
     Attributes:
@@ -134,7 +134,7 @@ def master_key(param: Tensor) -> str:
 
 @functools.cache
 def part_of(key: str) -> str | None:
-    """Which of a storage's own parts a key names; None for the name of a rule's state."""
+    """Which of a format's own parts a key names; None for the name of a rule's state."""
     if key in PARTS:
         return key
     return next((part for part in (CODE, SCALE) if key.endswith(part)), None)
@@ -156,14 +156,14 @@ def layout_of(param: Tensor) -> Tensor:
     return param if is_dense(param) else torch.empty_like(param, device="meta")
 
 
-def storage_of(
+def format_of(
     group: Mapping[str, Any],
     param: Tensor,
     numel: int,
     what: str,
     unsafe: Mapping[str, str],
     weight_like: Callable[[], Iterable[str]],
-) -> Storage:
+) -> Format:
     """What a group's options mean for a parameter.
 
     Args:
@@ -195,7 +195,7 @@ def storage_of(
                 f"{what}: state_dtype=torch.float16 with master_bits={master_bits}: squares of "
                 'gradients below 2e-4 are zero in float16; use torch.float32 or "int8"'
             )
-    return Storage(state, master_bits, stochastic)
+    return Format(state, master_bits, stochastic)
 
 
 def _master_bits(wanted: Any, param: Tensor, real: torch.dtype, what: str) -> int:
@@ -283,7 +283,7 @@ def _floats(param: Tensor, real: torch.dtype) -> list[torch.dtype]:
 
 
 def related(keys: Iterable[str]) -> set[str]:
-    """These keys of a state, and all that a state of another storage would have in their place."""
+    """These keys of a state, and all that a state of another format would have in their place."""
     result = {*MASTERS, ORDER}
     for key in keys:
         result.add(key)
