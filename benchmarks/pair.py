@@ -25,7 +25,8 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "AdamW 1x1": (1, 1, {}),
     "AdamW 1x64Mi int8": (1, 64 * 2**20, {"state_dtype": "int8"}),
 }
-TURN_SECONDS = 0.1  # a turn takes at least so long
+TURN_SECONDS = 0.2  # a turn takes at least so long
+PAUSE_SECONDS = 0.02  # before a turn, in which the other's threads stop waiting for more
 
 
 # -- in the process of a checkout ---------------------------------------------------------------
@@ -85,6 +86,7 @@ class Checkout:
 
     def ask(self, request: str | int) -> float:
         assert self._process.stdin is not None and self._process.stdout is not None
+        time.sleep(PAUSE_SECONDS)
         print(json.dumps(request), file=self._process.stdin, flush=True)
         return float(self._process.stdout.readline())
 
