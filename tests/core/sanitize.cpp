@@ -61,7 +61,7 @@ struct Work {
     Span span = {};
     span.param = make(types.param);
     span.grad = make(types.grad);
-    for (int k = 0; k < registry().variants[variant].states; ++k)
+    for (size_t k = 0; k < registry().variants[variant].states.size(); ++k)
       span.states[k] = make(types.state);
     add(span, numel, registry().kernel(variant, combination), row);
   }
@@ -75,16 +75,16 @@ struct Work {
     const int64_t blocks = (numel + kBlock - 1) / kBlock;
     auto coding = std::make_unique<Coding>(like);
     Span span = {};
-    span.param = make(size_of(coding->param), numel);
-    if (size_of_master(coding->param) > 0)
-      coding->master = make(size_of_master(coding->param), numel);
-    span.grad = make(size_of(coding->grad), numel);
-    for (int k = 0; k < registry().variants[variant].states; ++k) {
-      if (coding->state == StateCode::int8) {
+    const StreamBytes bytes(*coding);
+    span.param = make(bytes.param, numel);
+    if (bytes.master > 0) coding->master = make(bytes.master, numel);
+    span.grad = make(bytes.grad, numel);
+    for (size_t k = 0; k < registry().variants[variant].states.size(); ++k) {
+      if (coding->state == state_format<CodedState>) {
         span.states[k] = make(8, blocks * kBlock / 8);
         coding->scales[k] = static_cast<float*>(make(4, blocks));
       } else {
-        span.states[k] = make(size_of(coding->state), numel);
+        span.states[k] = make(bytes.state, numel);
       }
     }
     if (shift % 2 == 1) coding->count = static_cast<const float*>(make(4, 1));
@@ -115,7 +115,7 @@ struct Work {
 void run_kernel(int rule, int variant, int combination) {
   const auto& info = registry().rules[rule];
   const bool wide = registry().combinations[combination].param == DType::float64;
-  const std::vector<double> options(info.option_count, 0.25);
+  const std::vector<double> options(info.options.size(), 0.25);
   std::vector<HyperRow> rows(5);
   for (size_t i = 0; i < rows.size(); ++i)
     make_row(rule, options.data(), double(i + 1), i == 0, 1, wide, &rows[i]);
@@ -139,22 +139,22 @@ void run_kernel(int rule, int variant, int combination) {
 }
 
 void run_coded(int rule, int variant) {
-  const std::vector<double> options(registry().rules[rule].option_count, 0.25);
+  const std::vector<double> options(registry().rules[rule].options.size(), 0.25);
   std::vector<HyperRow> rows(5);
   for (size_t i = 0; i < rows.size(); ++i)
     make_row(rule, options.data(), double(i + 1), i == 0, 1, false, &rows[i]);
   Work all;
   int shift = 0;
-  for (int param = 0; param <= int(ParamCode::float16_and_float32); ++param)
+  for (int param = 0; param < ParamFormats::size; ++param)
     for (DType grad : {DType::float32, DType::bfloat16, DType::float16})
-      for (StateCode state : {StateCode::float32, StateCode::bfloat16, StateCode::int8})
+      for (int state = 0; state < StateFormats::size; ++state)
         for (int64_t numel : {0, 1, 3, 255, 256, 257, 2047, 2048, 2049, 5000}) {
           Coding coding = {};
           coding.key = 1;
           coding.step = 7;
-          coding.param = ParamCode(param);
+          coding.param = uint8_t(param);
           coding.grad = grad;
-          coding.state = state;
+          coding.state = uint8_t(state);
           all.add_coded(variant, coding, numel, ++shift % 8, shift % 5);
         }
   all.run(rows);
