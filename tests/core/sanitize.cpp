@@ -155,7 +155,8 @@ void run_coded(int rule, int variant) {
           coding.param = uint8_t(param);
           coding.grad = grad;
           coding.state = uint8_t(state);
-          all.add_coded(variant, coding, numel, ++shift % 8, shift % 5);
+          ++shift;
+          all.add_coded(variant, coding, numel, shift % 8, shift % 5);
         }
   all.run(rows);
 }
@@ -218,7 +219,7 @@ void run_prepare(int rule, size_t source_count, size_t range_count) {
   }
   for (size_t i = 0; i < source_count; ++i) {
     RowSource& source = sources[i];
-    for (int option = 0; option < registry().rules[rule].option_count; ++option) {
+    for (int option = 0; option < int(registry().rules[rule].options.size()); ++option) {
       const auto kind = OptionKind((i + size_t(option)) % 3);
       if (kind == OptionKind::number) {
         source.set(option, 0.25);
