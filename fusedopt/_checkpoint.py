@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from torch import Tensor
 
@@ -10,16 +10,34 @@ from fusedopt._formats import CODE, MASTERS, ORDER, OWN_OPTIONS, SCALE, part_of
 from fusedopt._members import Member
 from fusedopt._rules import state_keys
 from fusedopt._states import allocate, check_state, convert
-from fusedopt._watched_state import OptimizerState
+from fusedopt._watched_state import OptimizerState, watched
 
 # torch's load_state_dict casts the state of a parameter in a way that no subclass can change, but
 # passes on what has any other key. So all states travel under this one.
 LOADED: Final = object()
 
+# Under this key a copied or pickled optimizer has what is known of its state besides.
+COPIED: Final = "_copied"
 
-def own_options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Those options of a group that a checkpoint leaves as they are."""
-    return {key: group[key] for key in OWN_OPTIONS if key in group}
+
+class Copied(NamedTuple):
+    """What a copy of an optimizer has to know of its state.
+
+    Attributes:
+        watched: whether the dictionaries are the optimizer's own, rather than a user's.
+        begun: the parameters whose state was made for a step that is still to come.
+        known_weights: those of which it is known to which weights their masters belong.
+    """
+
+    watched: bool = True
+    begun: Sequence[Tensor] = ()
+    known_weights: Sequence[Tensor] = ()
+
+
+def with_own_options(group: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """A group with those options of ours that a checkpoint leaves as they are."""
+    theirs = {key: value for key, value in group.items() if key not in OWN_OPTIONS}
+    return theirs | {key: ours[key] for key in OWN_OPTIONS if key in ours}
 
 
 def options_when_loaded(
@@ -32,9 +50,7 @@ def options_when_loaded(
         return None
     return [
         {
-            **defaults,
-            **theirs,
-            **own_options(ours),
+            **with_own_options({**defaults, **theirs}, ours),
             "params": ours["params"],
             "param_names": ours.get("param_names"),
         }
@@ -57,6 +73,7 @@ def states_by_param(loaded: Mapping[str, Any], members: Sequence[Member]) -> dic
         # Without a momentum buffer, SGD's first step is still to come.
         number: set(member.names) if "step" in member.names else set()
         for number, member in by_number.items()
+        if number in loaded["state"]
     }
     states: dict[Any, Any] = {}
     for number, values in loaded["state"].items():
@@ -122,4 +139,4 @@ def own_states(
         values |= rest[param]
         kept = {k: values[k] for k in states[param] if k in values}
         rest[param] = kept | values
-    return OptimizerState(rest)
+    return watched(rest)

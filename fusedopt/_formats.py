@@ -58,6 +58,16 @@ COMBINATIONS = _C.combinations()
 OWN_OPTIONS = ("state_dtype", "min_8bit_size", "master_bits", "rounding")
 
 
+# What a group says of storage that says nothing of it.
+DEFAULTS: Mapping[str, Any] = {
+    "state_dtype": None,
+    "min_8bit_size": 4096,
+    "master_bits": None,
+    "rounding": "nearest",
+    "seed": 0,
+}
+
+
 def storage_options(
     state_dtype: torch.dtype | str | None,
     min_8bit_size: int,
@@ -65,14 +75,27 @@ def storage_options(
     rounding: str,
     seed: int,
 ) -> dict[str, Any]:
-    """What a parameter group says of storage."""
-    return {
-        "state_dtype": state_dtype,
+    """What a parameter group says of storage, as a JSON file could.
+
+    torch's checkpoints insist on every key that a group has, so that a key that torch's own
+    optimizers lack is there only where somebody wants it.
+    """
+    options = {
+        "state_dtype": name_of(state_dtype),
         "min_8bit_size": min_8bit_size,
         "master_bits": master_bits,
         "rounding": rounding,
         "seed": seed,
     }
+    return {key: value for key, value in options.items() if value != DEFAULTS[key]}
+
+
+def name_of(dtype: Any) -> Any:
+    """A floating-point dtype by its name, such as "bfloat16"; anything else as it is."""
+    # "int8" stands for codes, which torch.int8 does not.
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return str(dtype).removeprefix("torch.")
+    return dtype
 
 
 @dataclass(frozen=True)
@@ -107,12 +130,16 @@ class Format:
 
     def keys(self, names: tuple[str, ...], param: Tensor) -> tuple[str, ...]:
         """The keys of a state, of which ``names`` are the rule's, in the order of a plan."""
+        return self._keys(names, master_key(param) if self.master_bits else None)
+
+    @functools.cache  # noqa: B019 - there are few formats, and each member asks several times
+    def _keys(self, names: tuple[str, ...], master: str | None) -> tuple[str, ...]:
         keys: list[str] = ["step"] if self.stochastic or "step" in names else []
         for name in names:
             if name != "step":
                 keys += [name + CODE, name + SCALE] if self.codes else [name]
-        if self.master_bits:
-            keys.append(master_key(param))
+        if master is not None:
+            keys.append(master)
         return tuple(keys)
 
     def spec(self, key: str, param: Tensor) -> Spec:
@@ -176,15 +203,16 @@ def format_of(
         TypeError, ValueError: where a choice is unknown or makes no sense for the parameter.
     """
     real = param.dtype.to_real() if param.is_complex() else param.dtype
-    master_bits = _master_bits(group.get("master_bits"), param, real, what)
-    stochastic = _stochastic(group.get("rounding", "nearest"), master_bits, param, what)
-    seed = group.get("seed", 0)
+    group = {**DEFAULTS, **group}
+    master_bits = _master_bits(group["master_bits"], param, real, what)
+    stochastic = _stochastic(group["rounding"], master_bits, param, what)
+    seed = group["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ValueError(f"{what}: seed={seed!r}; expected an integer from 0 to 2**64 - 1")
-    smallest = group.get("min_8bit_size", 0)
+    smallest = group["min_8bit_size"]
     if isinstance(smallest, bool) or not isinstance(smallest, int) or smallest < 0:
         raise ValueError(f"{what}: min_8bit_size={smallest!r}; expected a number of elements")
-    wanted = group.get("state_dtype")
+    wanted = group["state_dtype"]
     if isinstance(wanted, str) and wanted == "int8":
         _check_codes(group, param, real, what, unsafe, weight_like)
         state = torch.float32 if numel < smallest else torch.uint8
@@ -263,15 +291,15 @@ def _check_codes(
 
 def _float(wanted: Any, param: Tensor, real: torch.dtype, what: str) -> torch.dtype:
     default = torch.float64 if real == torch.float64 else torch.float32
-    dtype = default if wanted is None else wanted
-    accepted = _floats(param, real)
-    if not isinstance(dtype, torch.dtype) or dtype not in accepted:
+    accepted = {str(dtype).removeprefix("torch."): dtype for dtype in _floats(param, real)}
+    name = name_of(default if wanted is None else wanted)
+    if not isinstance(name, str) or name not in accepted:
         also = ' or "int8"' if default == torch.float32 and not param.is_complex() else ""
         raise TypeError(
             f"{what} of dtype {param.dtype} cannot have state_dtype={wanted!r}; expected one of "
-            f"{', '.join(map(str, accepted))}{also}"
+            f"{', '.join(map(str, accepted.values()))}{also}"
         )
-    return dtype
+    return accepted[name]
 
 
 def _floats(param: Tensor, real: torch.dtype) -> list[torch.dtype]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from fusedopt._extension import _C
 from fusedopt._formats import REMAINDER, WHOLE_MASTER, master_key
 from fusedopt._members import Member
+from fusedopt._watched_state import ParameterState, values_of
 
 
 def convert_master(values: Mapping[str, Any], member: Member) -> dict[str, Tensor]:
@@ -46,10 +47,27 @@ def forget_outdated(
 ) -> None:
     """Make weights that somebody has changed their own masters, as the next step would."""
     for param in params:
-        if workspace.are_outdated(param):
-            if (remainder := state.get(param, {}).get(REMAINDER)) is not None:
-                remainder.zero_()
+        remainder = values_of(state, param).get(REMAINDER)
+        if remainder is not None and workspace.are_outdated(param, remainder):
+            remainder.zero_()
             workspace.forget_weights_of(param)
+
+
+def with_known_weights(
+    params: Iterable[Tensor], state: Mapping[Tensor, Any], workspace: _C.Workspace
+) -> list[Tensor]:
+    """Those parameters of which it is known to which weights their remainders belong."""
+    remainders = ((param, values_of(state, param).get(REMAINDER)) for param in params)
+    return [p for p, r in remainders if r is not None and workspace.knows_weights_of(p, r)]
+
+
+def note_weights(
+    params: Iterable[Tensor], state: Mapping[Tensor, Any], workspace: _C.Workspace
+) -> None:
+    """Note that the remainders of these parameters belong to their weights as they are now."""
+    for param in params:
+        if (remainder := values_of(state, param).get(REMAINDER)) is not None:
+            workspace.note_weights_of(param, remainder)
 
 
 def read_masters(params: Iterable[Tensor], state: Mapping[Tensor, Any]) -> Iterator[Tensor]:
@@ -57,7 +75,7 @@ def read_masters(params: Iterable[Tensor], state: Mapping[Tensor, Any]) -> Itera
     for param in params:
         weights = param.detach()
         half = weights.dtype in (torch.bfloat16, torch.float16)
-        stored = state.get(param, {}).get(master_key(param)) if half else None
+        stored = values_of(state, param).get(master_key(param)) if half else None
         if stored is not None:
             yield _C.join_master(weights, stored)
         else:
@@ -87,12 +105,16 @@ def load_masters(
                 f"of shape {shape}"
             )
     for member, master in zip(members, masters, strict=True):
-        param, bits = member.local, member.format.master_bits
+        param = member.local
+        half = param.dtype in (torch.bfloat16, torch.float16)
+        bits = member.format.master_bits if half else 0
         if bits:
             exact = master.to(param.device, torch.float32)
             weights, stored = _C.split_master(exact, param.dtype, bits)
             param.copy_(weights)
+            if member.param not in state:
+                state[member.param] = ParameterState()
             state[member.param][master_key(param)] = stored
         else:
             param.copy_(master)
-        workspace.note_weights_of(param)
+    note_weights((member.param for member in members), state, workspace)

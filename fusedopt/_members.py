@@ -7,9 +7,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from fusedopt._extension import _C
-from fusedopt._formats import COMBINATIONS, Format, Spec, format_of
+from fusedopt._formats import COMBINATIONS, DEFAULTS, Format, Spec, format_of
 from fusedopt._overlap import check_overlap
 from fusedopt._rules import rule_info
 
@@ -76,31 +77,50 @@ class Position:
     numel: int  # of the whole
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Member:
     """One parameter as its optimizer has it.
 
+    Nothing but the parameter's identity is looked at before it is asked for: a parameter that has
+    had no gradient may be of any kind, or have no memory yet.
+
     Attributes:
         param: the user's tensor, and the key of its state.
-        local: the plain memory that is stepped; states are laid out like it.
-        position: where local lies in the whole parameter.
         name: what errors call it.
         group: the parameter group that it is in.
         ordinal: its number among all parameters, by which its random bits are its own.
-        format: how it and its states are stored.
-        counts_on_device: whether the device counts its steps.
         duplicate: whether it has been in the list before. It is stepped once.
     """
 
     param: Tensor
-    local: Tensor
-    position: Position
     name: str
     group: Group
     ordinal: int
-    format: Format
-    counts_on_device: bool
     duplicate: bool
+
+    @property
+    def local(self) -> Tensor:
+        """The plain memory that is stepped; states are laid out like it."""
+        return self.param
+
+    @functools.cached_property
+    def position(self) -> Position:
+        """Where local lies in the whole parameter."""
+        return Position(offset=0, numel=self.param.numel())
+
+    @functools.cached_property
+    def format(self) -> Format:
+        """How it and its states are stored.
+
+        Raises:
+            TypeError, ValueError: where the group's choice makes no sense for the parameter.
+        """
+        return self.group.format_of(self.name, self.local, self.position.numel)
+
+    @property
+    def counts_on_device(self) -> bool:
+        """Whether the device counts its steps."""
+        return self.group.counts_on_device(self.local)
 
     @property
     def rule(self) -> str:
@@ -126,63 +146,77 @@ class Member:
 
 
 def list_members(groups: Iterable[Group]) -> list[Member]:
-    """The parameters of these groups, in their order.
-
-    Raises:
-        TypeError, ValueError: where a group's choice of storage makes no sense for a parameter.
-    """
+    """The parameters of these groups, in their order."""
     members: list[Member] = []
     seen: set[int] = set()
     for group in groups:
         for name, param in group.named():
-            position = _position_of(param)
-            member = Member(
-                param=param,
-                local=param,
-                position=position,
-                name=name,
-                group=group,
-                ordinal=len(members),
-                format=group.format_of(name, param, position.numel),
-                counts_on_device=group.counts_on_device(param),
-                duplicate=id(param) in seen,
-            )
-            members.append(member)
+            members.append(Member(param, name, group, len(members), id(param) in seen))
             seen.add(id(param))
     return members
 
 
-def _position_of(param: Tensor) -> Position:
-    return Position(offset=0, numel=param.numel())
+def is_ready(param: Tensor) -> bool:
+    """Whether a parameter is one that a step can be asked of as it is.
+
+    Another may become so (it is frozen, uninitialised, or has no memory yet) or will never have a
+    gradient.
+    """
+    return (
+        param.requires_grad
+        and not is_lazy(param)
+        and param.layout == torch.strided
+        and _real(param) in _PARAM_DTYPES
+        and _has_memory(param)
+    )
 
 
-def check_params(groups: Iterable[Group]) -> None:
-    """Raise where a parameter cannot be stepped, or not as its group wants it.
+def _has_memory(param: Tensor) -> bool:
+    if param.numel() == 0:
+        return param.device.type != "meta"
+    try:
+        return param.data_ptr() != 0
+    except RuntimeError:  # of some subclasses that have none
+        return False
+
+
+def check_members(members: Iterable[Member]) -> None:
+    """Raise where a member cannot be stepped, or not as its group wants it.
 
     Raises:
         TypeError: for a parameter, or a state_dtype for it, that is not supported.
         ValueError: for parameters that overlap in memory, and choices of storage that make no sense
             together.
     """
-    params: dict[int, tuple[str, Tensor]] = {}
+    names: dict[int, str] = {}
+    params: list[Tensor] = []
     optimizer = ""
-    for group in groups:
-        optimizer = group.optimizer
-        for name, param in group.named():
-            if id(param) not in params:
-                params[id(param)] = name, param
-                _check_param(f"{optimizer}: {name}", param)
-                group.format_of(name, param, _position_of(param).numel)
-    check_overlap([param for _, param in params.values()], optimizer, lambda p: params[id(p)][0])
+    for member in members:
+        optimizer = member.group.optimizer
+        if not member.duplicate:
+            _check_param(f"{optimizer}: {member.name}", member.param)
+            params.append(member.local)
+            names[id(member.local)] = member.name
+        _ = member.format  # of each group that it is in
+    check_overlap(params, optimizer, lambda p: names[id(p)])
+
+
+def _real(param: Tensor) -> torch.dtype:
+    return param.dtype.to_real() if param.is_complex() else param.dtype
+
+
+_PARAM_DTYPES = dict.fromkeys(p for p, _, _ in COMBINATIONS)
 
 
 def _check_param(what: str, param: Tensor) -> None:
     def fail(got: str, expected: str) -> NoReturn:
         raise TypeError(f"{what} is {got}; expected {expected}")
 
+    if is_lazy(param):
+        fail("uninitialised", "one whose module has run once")
     if param.layout != torch.strided:
         fail(f"a tensor of layout {param.layout}", "a dense tensor")
-    if param.data_ptr() == 0 and param.numel() > 0:
+    if not _has_memory(param):
         fail(
             f"a {type(param).__name__} on {param.device} without memory of its own",
             "an ordinary tensor (for a DTensor: its to_local())",
@@ -195,16 +229,14 @@ def _check_param(what: str, param: Tensor) -> None:
             "a build with CUDA: install the CUDA toolkit (nvcc) that torch was built with, "
             "set CUDA_HOME, and install fusedopt again",
         )
-    real = param.dtype.to_real() if param.is_complex() else param.dtype
-    accepted = dict.fromkeys(p for p, _, _ in COMBINATIONS)
-    if real not in accepted:
-        fail(f"of dtype {param.dtype}", f"one of {', '.join(map(str, accepted))}, or complex")
+    if _real(param) not in _PARAM_DTYPES:
+        accepted = ", ".join(map(str, _PARAM_DTYPES))
+        fail(f"of dtype {param.dtype}", f"one of {accepted}, or complex")
 
 
 def add_member(
     plan: _C.Plan,
     member: Member,
-    states: tuple[Tensor, ...] | None,
     first: bool,
     flat_grad: int,
     first_count: Tensor | None,
@@ -213,26 +245,26 @@ def add_member(
     """Add a member to the group that a plan got last.
 
     Args:
-        states: the tensors of its keys; None while it has had no gradient.
-        first: whether they were made for the step to come.
+        first: whether its state has taken no step yet.
         flat_grad: the address of its flat gradient; 0: it has none.
         first_count: of its steps on the device, where its state has none.
         lineage: a number that it shares with those that have taken the same steps on the device.
     """
+    keys, options = member.keys, member.group.options
     plan.add(
         _C.Member(
             param=member.param,
             local=member.local,
             name=member.name,
             duplicate=member.duplicate,
-            states=states,
+            keys=keys,
             first=first,
             flat_grad=flat_grad,
             state_type=member.format.state,
             master_bits=member.format.master_bits,
             stochastic=member.format.stochastic,
-            counts_steps="step" in member.keys,
-            seed=member.group.options.get("seed", 0),
+            counts_steps="step" in keys,
+            seed=options.get("seed", DEFAULTS["seed"]),
             ordinal=member.ordinal,
             on_device=member.counts_on_device,
             first_count=first_count,

@@ -4,7 +4,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -12,11 +12,13 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fusedopt._checkpoint import (
+    COPIED,
     LOADED,
+    Copied,
     options_when_loaded,
-    own_options,
     own_states,
     states_by_param,
+    with_own_options,
 )
 from fusedopt._counts import (
     FirstCounts,
@@ -27,11 +29,22 @@ from fusedopt._counts import (
 )
 from fusedopt._extension import _C
 from fusedopt._flat import FlatGradients, FlatParameters, are_flat, find_buffer
-from fusedopt._masters import forget_outdated, load_masters, read_masters
-from fusedopt._members import Group, Member, add_member, check_params, list_members
+from fusedopt._formats import name_of
+from fusedopt._masters import (
+    forget_outdated,
+    load_masters,
+    note_weights,
+    read_masters,
+    with_known_weights,
+)
+from fusedopt._members import Group, Member, add_member, check_members, is_ready, list_members
 from fusedopt._rules import state_keys
-from fusedopt._states import complete_states
-from fusedopt._watched_state import OptimizerState, plain
+from fusedopt._states import complete_states, lacks_state, replace_values
+from fusedopt._watched_state import OptimizerState, ParameterState, plain, watched
+
+# Plans that are made for one step before it gives up: more than one round is needed only where
+# another thread changes what was looked up.
+MOST_PLANS: Final = 20
 
 
 class FusedOptimizer(Optimizer):
@@ -47,15 +60,12 @@ class FusedOptimizer(Optimizer):
 
     # Class-level, as unpickling calls no constructor.
     _plan: _C.Plan | None = None
-    _plan_state: OptimizerState | None = None  # the state, and its count of changes, of the plan
-    _plan_changes = -1
     _flats: tuple[FlatParameters, ...] = ()
     _flat_gradients: FlatGradients | None = None  # None: not known yet
     _warned_detached = False
     _own_defaults: Mapping[str, Any] = {}
     _flat = False
     _max_grad_norm: float | None = None
-    _scales_in_step: bool | None = None  # None: not known yet
     _workspace: _C.Workspace
     # Of parameters whose state names no count, the steps taken on the device since it was made.
     _first_counts: FirstCounts
@@ -86,7 +96,7 @@ class FusedOptimizer(Optimizer):
         self.max_grad_norm = max_grad_norm
         super().__init__(**args)
         self.defaults.update(options)
-        self.state = OptimizerState(self.state)
+        self.state = OptimizerState(dict, self.state)
 
     @classmethod
     def _twin(cls) -> type[Optimizer] | None:
@@ -122,21 +132,24 @@ class FusedOptimizer(Optimizer):
         if isinstance(param_group, dict):
             for key, default in self._own_defaults.items():
                 param_group.setdefault(key, default)
+            if "state_dtype" in param_group:
+                param_group["state_dtype"] = name_of(param_group["state_dtype"])
         super().add_param_group(param_group)
         added = self._group(index, self.param_groups[index])
         try:
-            if not added.params:
-                raise ValueError(
-                    f"{type(self).__name__}: group {index} has no parameters; expected at least one"
-                )
             added.check_options()
-            check_params([added])
-            if self._flat and not are_flat(added.params, type(self).__name__):
+            # Others are looked at when they first have a gradient, as in torch.
+            check_members(m for m in list_members([added]) if is_ready(m.param))
+            if self._flat and added.params and not are_flat(added.params, type(self).__name__):
                 self._flats += (FlatParameters(added.params, gradients=True),)
+            self._plan = None
+            if self._flat:
+                # Flat gradients always exist: torch's checkpoint code, which makes state by a step
+                # where there is no gradient yet, leaves it to us.
+                self._make_plan(added.params)
         except Exception:
             self.param_groups.pop()
             raise
-        self._plan = None
 
     # -- the step -----------------------------------------------------------------------------
 
@@ -169,23 +182,12 @@ class FusedOptimizer(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # GradScaler asks: may it leave unscaling and skipping to step()? Where one device counts
-        # the steps, the host need not know; on a CPU it can look for nothing. Else it would wait
-        # for the device, which GradScaler does once for all optimizers by itself.
-        if self._scales_in_step is None or self._plan is None:
-            on_device = [
-                (p.device, p.device.type == "cpu" or group.counts_on_device(p))
-                for group in self._groups()
-                for p in group.params
-            ]
-            self._scales_in_step = len({device for device, _ in on_device}) == 1 and all(
-                known for _, known in on_device
-            )
-        return self._scales_in_step
+        # With it GradScaler leaves unscaling and skipping to step(), in which nobody can clip.
+        return bool(self.defaults.get("fused"))
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
-        """torch's constructors set it where fused=True; here it follows from the devices."""
+        """torch's constructors set it where fused=True; a copy has to know it, too."""
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -229,86 +231,96 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        plan = self._plan
-        state = self.state
-        if (
-            plan is None
-            or state is not self._plan_state
-            or state.changes.count != self._plan_changes
-        ):
-            plan = self._make_plan()
-        missing = self._take_step(plan)
+        missing = self._take_step(self._plan or self._make_plan())
         if missing is not None:
-            # A new plan for what changed outside, then one with the state that is missing.
-            missing = self._step_anew(missing)
-            if missing is not None:
-                missing = self._step_anew(missing)
-            assert missing is None, "a plan that was just made must fit"
+            self._step_anew(missing)
         return loss
 
     def _take_step(self, plan: _C.Plan) -> list[int] | None:
         """Step by a plan; see _C.Plan.step."""
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
-        return plan.step(self.param_groups, grad_scale, found_inf, self._max_grad_norm)
+        return plan.step(self.param_groups, self.state, grad_scale, found_inf, self._max_grad_norm)
 
-    def _step_anew(self, missing: list[int]) -> list[int] | None:
-        """Step by a new plan, in which the parameters at these positions get their state."""
-        params = [*self._params()]
-        new = {id(params[i]): params[i] for i in missing}
-        for param in new.values():
-            if _C.is_capturing(param.device):
-                raise RuntimeError(
-                    f"{type(self).__name__}: the first step, which makes the state, cannot be "
-                    "captured into a CUDA graph; take a step before capture begins"
-                )
-        before = [(p, dict(self.state[p]) if p in self.state else None) for p in new.values()]
+    def _step_anew(self, missing: list[int]) -> None:
+        """Step by a new plan, in which the parameters at these positions get their state.
+
+        The first one only tells which parameters lack state, where something else has changed.
+        """
+        new: dict[int, Tensor] = {}
+        before: list[tuple[Tensor, Any]] = []
         try:
-            return self._take_step(self._make_plan(new))
+            for _ in range(MOST_PLANS):
+                params = [*self._params()]
+                for param in (params[i] for i in missing if i < len(params)):
+                    if id(param) not in new:
+                        self._check_capture(param)
+                        new[id(param)] = param
+                        values = self.state.get(param)
+                        before.append((param, dict(values) if values is not None else None))
+                found = self._take_step(self._make_plan(new.values()))
+                if found is None:
+                    return
+                missing = found
+            raise RuntimeError(
+                f"{type(self).__name__}: another thread changes parameters or their state faster "
+                "than they can be looked up; nothing was stepped"
+            )
         except BaseException:
             for param, values in before:
-                if values is None:
-                    self.state.pop(param, None)
-                else:
-                    self.state[param] = values
+                replace_values(self.state, param, values)
+                if not values:
+                    self._workspace.forget_begun(param)
             raise
 
-    def _make_plan(self, new: Mapping[int, Tensor] | None = None) -> _C.Plan:
-        """Look up everything that steps walk over; make state for the parameters in new."""
-        new = new or {}
-        if not isinstance(self.state, OptimizerState):
-            self.state = OptimizerState(self.state)
-        groups = self._groups()
-        check_params(groups)
-        members = list_members(groups)
-        drop_first_counts(self._first_counts, self.state, members, self._state_keys())
-        complete_states(self.state, members, new)
-        make_first_counts(self._first_counts, members, new)
-        lineage = lineages(self.state, self._first_counts, members, self._workspace.captured)
+    def _check_capture(self, param: Tensor) -> None:
+        if _C.is_capturing(param.device):
+            raise RuntimeError(
+                f"{type(self).__name__}: the first step, which makes the state, cannot be "
+                "captured into a CUDA graph; take a step before capture begins"
+            )
 
-        plan = _C.Plan(type(self).__name__, self._workspace)
+    def _make_plan(self, new: Iterable[Tensor] = ()) -> _C.Plan:
+        """Look up everything that steps walk over; make state for the parameters in new."""
+        groups = self._groups()
+        members = list_members(groups)
+        wanted = {id(param) for param in new}
+        live = {m for m in members if id(m.param) in wanted or self._is_live(m)}
+        looked_at = [member for member in members if member in live]
+        check_members(looked_at)
+        drop_first_counts(self._first_counts, self.state, members, self._state_keys())
+        for param in complete_states(self.state, looked_at, wanted):
+            self._workspace.begin(param)
+        make_first_counts(self._first_counts, looked_at, wanted)
+        lineage = lineages(self.state, self._first_counts, looked_at, self._workspace.captured)
+
+        plan = _C.Plan(type(self).__name__, self._workspace, OptimizerState, ParameterState)
         remaining = iter(members)
         for group in groups:
             plan.add_group(group.rule, group.options, bool(group.options.get("capturable")))
             for member in islice(remaining, len(group.params)):
-                param, keys = member.param, member.keys
-                values = self.state.get(param, {})
-                states = tuple(values[key] for key in keys if values.get(key) is not None)
+                param = member.param
+                if member not in live:
+                    plan.add_idle(param)
+                    continue
                 add_member(
                     plan,
                     member,
-                    states=states if len(states) == len(keys) else None,
-                    first=id(param) in new,
+                    first=self._workspace.is_begun(param),
                     flat_grad=self._flat_grad(member),
                     first_count=self._first_counts.get(param),
                     lineage=lineage.get(id(param), 0),
                 )
         self._plan = plan
-        self._scales_in_step = None
-        self._plan_state = self.state
-        self._plan_changes = self.state.changes.count
         self._flat_gradients = None
         return plan
+
+    def _is_live(self, member: Member) -> bool:
+        """Whether a parameter has its state, or a gradient where it needs no state."""
+        param = member.param
+        if self.state.get(param):
+            return not lacks_state(self.state, member)
+        return param.grad is not None and is_ready(param) and not member.keys
 
     def _flat_grad(self, member: Member) -> int:
         """The address of a member's flat gradient; 0 for none. Warns of a lost parameter."""
@@ -363,14 +375,31 @@ class FusedOptimizer(Optimizer):
             return {**loaded, "state": {LOADED: states_by_param(loaded, members)}}
 
         handle = self.register_load_state_dict_pre_hook(check)
+        before = {**self.__dict__, "defaults": dict(self.defaults)}
         try:
             super().load_state_dict(dict(state_dict))
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
         finally:
             handle.remove()
+        self._workspace.forget_weights()
 
     def __getstate__(self) -> dict[str, Any]:
         self._forget_outdated_masters()
-        state = {**super().__getstate__(), "_max_grad_norm": self._max_grad_norm}
+        state = {
+            **super().__getstate__(),
+            "_max_grad_norm": self._max_grad_norm,
+            # A plain tuple, as private classes have no place in pickles.
+            COPIED: tuple(
+                Copied(
+                    isinstance(self.state, OptimizerState),
+                    [p for p in self._params() if self._workspace.is_begun(p)],
+                    with_known_weights(self._params(), self.state, self._workspace),
+                )
+            ),
+        }
         if self._first_counts:
             packed = plain(self.state)
             state["state"] = without_skipped_first(packed, self._first_counts, self._groups())
@@ -379,22 +408,30 @@ class FusedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_workspace" not in self.__dict__:
             self._workspace = _C.Workspace()
-        self._workspace.forget_weights()
         self._first_counts = {}
-        loaded = state.get("state", {}).get(LOADED)  # None: this is a copy, or comes from a pickle
-        kept = [own_options(group) for group in self.__dict__.get("param_groups", [])]
-        super().__setstate__(state if loaded is None else {**state, "state": {}})
+        given = dict(state)
+        states, copied = given.pop("state", {}), Copied(*given.pop(COPIED, ()))
+        before = self.__dict__.get("param_groups", [])
+        # torch would convert counts of steps in it, and trips over a state that has none.
+        super().__setstate__({**given, "state": {}})
         if self._twin() is None:  # torch adds an option that only its own classes have
             self.defaults.pop("differentiable", None)
         for group in self.param_groups:
             for key, default in self.defaults.items():
                 group.setdefault(key, default)
-        if loaded is not None:
-            for group, options in zip(self.param_groups, kept, strict=True):
-                group.update(options)
-        members = list_members(self._groups())
-        states = self.state if loaded is None else loaded
-        self.state = own_states(states, members, self._state_keys())
+        if LOADED in states:
+            for group, ours in zip(self.param_groups, before, strict=True):
+                own = with_own_options(group, ours)
+                group.clear()
+                group.update(own)
+            members = list_members(self._groups())
+            states = own_states(states[LOADED], members, self._state_keys())
+        elif copied.watched and not isinstance(states, OptimizerState):
+            states = watched(states)
+        self.state = states
+        note_weights(copied.known_weights, states, self._workspace)
+        for param in copied.begun:
+            self._workspace.begin(param)
         self._plan = None
 
     # -- master weights -----------------------------------------------------------------------
@@ -419,7 +456,6 @@ class FusedOptimizer(Optimizer):
         """
         members = list_members(self._groups())
         load_masters(type(self).__name__, [*masters], members, self.state, self._workspace)
-        self._plan = None
 
     # -- gradients ----------------------------------------------------------------------------
 

@@ -21,6 +21,18 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
 
 
+def has_own_elements(tensor: Tensor) -> bool:
+    """Whether each element has memory of its own, and is not shared as in an expanded tensor."""
+    if is_dense(tensor):
+        return True
+    reach = 0
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and step <= reach:
+            return False
+        reach += (size - 1) * step
+    return True
+
+
 def check_overlap(tensors: Sequence[Tensor], what: str, describe: Callable[[Tensor], str]) -> None:
     """Raise ValueError where a tensor's memory overlaps itself (expanded) or another's.
 

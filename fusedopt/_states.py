@@ -1,7 +1,7 @@
 """States of members: made, checked, and brought into the form in which a step walks over them."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fusedopt._codes import decode, encode, is_same_order, order_of
 from fusedopt._extension import _C
+from fusedopt._flat import find_buffer
 from fusedopt._formats import (
     CODE,
     MASTERS,
@@ -22,18 +23,33 @@ from fusedopt._formats import (
 )
 from fusedopt._masters import convert_master, exact_weights
 from fusedopt._members import Member
+from fusedopt._overlap import has_own_elements
 from fusedopt._rules import is_never_negative, rule_info
-from fusedopt._watched_state import OptimizerState
+from fusedopt._watched_state import ParameterState, values_of
+
+# Bytes of a state tensor that has a buffer of its own.
+LARGE = 2**18
+
+
+def lacks_state(state: Mapping[Tensor, Any], member: Member) -> bool:
+    """Whether there is not all of a member's state."""
+    values = values_of(state, member.param)
+    return any(values.get(key) is None for key in member.keys)
 
 
 def complete_states(
-    state: OptimizerState, members: Sequence[Member], new: Mapping[int, Tensor]
-) -> None:
+    state: MutableMapping[Tensor, Any], members: Sequence[Member], new: Container[int]
+) -> list[Tensor]:
     """Make what the parameters in new lack, and convert what does not fit its parameter.
 
-    Tensors that somebody put there are used as they are where that is possible; one of another
-    dtype, device or stride is replaced by a converted copy.
+    Tensors that somebody put there are used as they are where that is possible. One of another
+    dtype or device is replaced by a converted copy, in the dictionary in which it is.
+
+    Returns:
+        The parameters that had none of their rule's states.
     """
+    begun: list[Tensor] = []
+    changed: dict[Tensor, dict[str, Any]] = {}
     wanted: dict[Tensor, dict[str, Any]] = {}
     for member in members:
         if member.duplicate:
@@ -41,25 +57,53 @@ def complete_states(
         param, keys = member.param, member.keys
         those = related(keys)
         before = state.get(param, {})
+        _check_values(member, before)
         values = {k: before[k] for k in those if before.get(k) is not None}
         if "step" in keys and values.keys() - {"step", *MASTERS}:
             values.setdefault("step", None if rule_info(member.rule)["counts_steps"] else 0.0)
         check_state(member, values)
         values = convert(values, member)
         if any(values.get(k) is not before.get(k) for k in those - {"step"}):
-            rest = {k: v for k, v in before.items() if k not in those}
-            state[param] = rest | values
+            changed[param] = {k: v for k, v in before.items() if k not in those} | values
         present = {k: values[k] for k in keys if k in values}
         wanted[param] = {k: v for k, v in present.items() if not fits(member, k, v)}
         if id(param) in new:
-            begun = convert_states(initial_state(member, values), member)
-            wanted[param].update({k: begun.get(k) for k in keys if k not in present})
+            if not present.keys() - {"step", *MASTERS}:
+                begun.append(param)
+            made = convert_states(initial_state(member, values), member)
+            wanted[param].update({k: made.get(k) for k in keys if k not in present})
             has_codes = any(part_of(key) == CODE for key in keys)
             if has_codes and (order := order_of(member.local)) is not None:
                 wanted[param][ORDER] = order
     for param, values in allocate(members, wanted).items():
         if values:
-            state[param] = {**state.get(param, {}), **values}
+            changed[param] = {**changed.get(param, state.get(param, {})), **values}
+    for param, values in changed.items():
+        replace_values(state, param, values)
+    return begun
+
+
+def replace_values(state: MutableMapping[Tensor, Any], param: Tensor, values: Any) -> None:
+    """Give a parameter this state, in the dictionary that it has; None: it has none."""
+    if values is None:
+        state.pop(param, None)
+        return
+    if param not in state:
+        state[param] = ParameterState()
+    there = state[param]
+    if list(there) == [k for k in values if k in there]:  # the rest comes behind
+        there.update({k: v for k, v in values.items() if there.get(k) is not v})
+    else:
+        there.clear()
+        there.update(values)
+
+
+def _check_values(member: Member, values: Any) -> None:
+    if not isinstance(values, dict):
+        raise TypeError(
+            f"{member.group.optimizer}: the state of {member.name} is a {type(values).__name__}; "
+            "expected a dictionary"
+        )
 
 
 def initial_state(member: Member, values: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -101,10 +145,15 @@ def allocate(
         for key in wanted.get(member.param, {}):
             if key == ORDER:
                 continue
-            # One buffer per dtype of the parameters, so that it has the layout of theirs.
-            kind = key, home_of(member, key), member.spec(key).dtype, member.local.dtype
+            # One buffer per dtype of the parameters, so that it has the layout of theirs. A large
+            # tensor has one of its own: nothing is gained, and all of a buffer stays as long as
+            # any of it is in use.
+            spec, alone = member.spec(key), 0
+            if spec.bytes_for(member.local) >= LARGE and find_buffer(member.param) is None:
+                alone = id(member.param)
+            kind = key, home_of(member, key), spec.dtype, member.local.dtype, alone
             together.setdefault(kind, []).append(member)
-    for (key, device, dtype, _), alike in together.items():
+    for (key, device, dtype, _, _), alike in together.items():
         values = [made[member.param][key] for member in alike]
         if key == "step":
             tensors = _C.flat_steps([float(value or 0) for value in values], device)
@@ -138,14 +187,20 @@ def fits(member: Member, key: str, value: Any) -> bool:
     if value.dtype != spec.dtype or value.device != home_of(member, key):
         return False
     if key == "step":
-        return value.dim() == 0
+        return tuple(value.shape) in ((), (1,))
     if spec.shape is not None:
         # Codes are read as words.
         return value.is_contiguous() and value.data_ptr() % 8 == 0
-    local = member.local
-    strides = layout_of(local).stride()
-    return not (value.is_conj() or value.is_neg()) and all(
-        size == 1 or a == b for size, a, b in zip(local.shape, value.stride(), strides, strict=True)
+    # A state in other strides is gathered in each step. A master is not.
+    if part_of(key) is None:
+        return has_own_elements(value)
+    return is_same_layout(value, layout_of(member.local))
+
+
+def is_same_layout(value: Tensor, like: Tensor) -> bool:
+    return all(
+        size == 1 or a == b
+        for size, a, b in zip(value.shape, value.stride(), like.stride(), strict=True)
     )
 
 

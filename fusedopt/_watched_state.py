@@ -1,98 +1,98 @@
 """Optimizer state that tells when it was changed.
 
-A step walks over memory that was looked up once. So that it never has to look into a thousand
-dictionaries to find that a state tensor was exchanged, the dictionaries count their changes.
-Changes of a tensor's content need no telling: the memory is the tensor's own.
+A step borrows the tensors that it walks over from these dictionaries. So that it need not look into
+a thousand of them to find that one was exchanged, they tell of their changes. Changes of a tensor's
+content need no telling: the memory is the tensor's own.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fusedopt._extension import _C
+
+# In each method what is dropped lives until the change is known: another thread may be about to
+# step.
 
 
-class Changes:
-    """How often something was changed."""
+class _WatchedDict(dict):  # type: ignore[type-arg]
+    def __setitem__(self, key: Any, value: Any) -> None:
+        dropped = dict.get(self, key)
+        dict.__setitem__(self, key, value)
+        _C.note_change()
+        del dropped
 
-    __slots__ = ("count",)
+    def __delitem__(self, key: Any) -> None:
+        dropped = dict.get(self, key)
+        dict.__delitem__(self, key)
+        _C.note_change()
+        del dropped
 
-    def __init__(self) -> None:
-        self.count = 0
+    def pop(self, *args: Any) -> Any:
+        dropped = dict.pop(self, *args)
+        _C.note_change()
+        return dropped
 
+    def popitem(self) -> tuple[Any, Any]:
+        dropped = dict.popitem(self)
+        _C.note_change()
+        return dropped
 
-def _counted(name: str) -> Callable[..., Any]:
-    original = getattr(dict, name)
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        if key not in self:
+            self[key] = default
+        return self[key]
 
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.changes.count += 1
-        return original(self, *args, **kwargs)
-
-    method.__name__ = name
-    return method
-
-
-class _CountingDict(dict):  # type: ignore[type-arg]
-    changes: Changes
-
-    __delitem__ = _counted("__delitem__")
-    clear = _counted("clear")
-    pop = _counted("pop")
-    popitem = _counted("popitem")
-    __setitem__ = _counted("__setitem__")
-    setdefault = _counted("setdefault")
-    update = _counted("update")
-    __ior__ = _counted("__ior__")
-
-
-class ParameterState(_CountingDict):
-    """The state of one parameter: torch's own keys, live tensors. Copies of it are plain dicts."""
-
-    def __init__(self, values: Mapping[str, Any], changes: Changes) -> None:
-        self.changes = changes
-        dict.update(self, values)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (dict(self),)
-
-
-class OptimizerState(_CountingDict, defaultdict[Tensor, Any]):
-    """The state of all parameters, `optimizer.state`. Copies of it are plain dictionaries."""
-
-    def __init__(self, values: Mapping[Any, Any]) -> None:
-        self.changes = Changes()
-        for param, state in values.items():
-            self[param] = state
-
-    def __missing__(self, param: Tensor) -> ParameterState:
-        self[param] = {}
-        state: ParameterState = dict.__getitem__(self, param)
-        return state
-
-    def __setitem__(self, param: Any, state: Any) -> None:
-        self.changes.count += 1
-        if isinstance(param, Tensor) and isinstance(state, Mapping):
-            state = ParameterState(state, self.changes)
-        dict.__setitem__(self, param, state)
-
-    def setdefault(self, param: Any, default: Any = None) -> Any:
-        if param not in self:
-            self[param] = default
-        return self[param]
+    def clear(self) -> None:
+        dropped = dict(self)
+        dict.clear(self)
+        _C.note_change()
+        del dropped
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        for param, state in dict(*args, **kwargs).items():
-            self[param] = state
+        for key, value in dict(*args, **kwargs).items():
+            self[key] = value
 
     def __ior__(self, other: Any) -> Any:  # type: ignore[misc]
         self.update(other)
         return self
 
-    def copy(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+
+class ParameterState(_WatchedDict):
+    """The state of one parameter: torch's own keys, live tensors. Copies of it are plain dicts."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+class OptimizerState(_WatchedDict, defaultdict[Any, Any]):
+    """The state of all parameters, `optimizer.state`: a defaultdict, as torch's.
+
+    What is put in stays itself. Copies of it are plain dictionaries.
+    """
+
+    def __init__(self, default_factory: Callable[[], Any] | None = dict, *args: Any) -> None:
+        super().__init__(default_factory)
+        self.update(*args)
+
+    def __missing__(self, param: Any) -> Any:
+        state = ParameterState() if self.default_factory is dict else super().__missing__(param)
+        self[param] = state
+        return state
+
+    def copy(self) -> defaultdict[Any, Any]:  # type: ignore[override]
         return defaultdict(dict, self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return defaultdict, (dict, plain(self))
+
+
+def values_of(state: Mapping[Any, Any], param: Any) -> dict[str, Any]:
+    """The state of a parameter; an empty one where there is none."""
+    values = state.get(param)
+    return values if isinstance(values, dict) else {}
 
 
 def plain(state: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -101,3 +101,36 @@ def plain(state: Mapping[Any, Any]) -> dict[Any, Any]:
         param: dict(values) if isinstance(values, ParameterState) else values
         for param, values in state.items()
     }
+
+
+def watched(state: Mapping[Any, Any]) -> OptimizerState:
+    """A copy's or a checkpoint's state, which nobody else has yet, as one that tells of changes."""
+    return OptimizerState(
+        dict,
+        {
+            param: ParameterState(values) if type(values) is dict else values
+            for param, values in state.items()
+        },
+    )
+
+
+# For pytrees a dict of another class than their own would be a leaf.
+def _register(cls: type[Any], made: Callable[[dict[Any, Any]], Any]) -> None:
+    def flatten(state: dict[Any, Any]) -> tuple[list[Any], list[Any]]:
+        return [*state.values()], [*state]
+
+    def unflatten(values: Iterable[Any], keys: list[Any]) -> Any:
+        return made(dict(zip(keys, values, strict=True)))
+
+    def flatten_with_keys(
+        state: dict[Hashable, Any],
+    ) -> tuple[list[tuple[pytree.KeyEntry, Any]], list[Any]]:
+        return [(pytree.MappingKey(key), value) for key, value in state.items()], [*state]
+
+    pytree.register_pytree_node(
+        cls, flatten, unflatten, flatten_with_keys_fn=flatten_with_keys
+    )
+
+
+_register(ParameterState, ParameterState)
+_register(OptimizerState, lambda values: OptimizerState(dict, values))

@@ -50,21 +50,10 @@ bool is_in_order(const at::Tensor& param, const at::Tensor& grad) {
          same_strides(param.sizes(), param.strides(), grad.strides());
 }
 
-at::Tensor gather(const at::Tensor& from, at::Tensor to) {
-  to.copy_(from.detach());
-  return to;
-}
-
-// A copy of a gradient in the order of a dense parameter.
-at::Tensor gather_gradient(const at::Tensor& param, const at::Tensor& grad) {
-  return gather(grad, at::empty_strided(param.sizes(), param.strides(), grad.options()));
-}
-
-// A dense copy of a parameter that is not dense, in the order of its states.
-at::Tensor gather_param(const Member& m, const at::Tensor& param) {
-  if (m.states.empty() || m.state_type == at::kByte) return gather(param, at::empty_like(param));
-  const auto strides = THPVariable_Unpack(m.states[0].ptr()).strides();
-  return gather(param, at::empty_strided(param.sizes(), strides, param.options()));
+// A copy with these strides.
+at::Tensor gather(const at::Tensor& from, at::IntArrayRef sizes, at::IntArrayRef strides) {
+  const at::Tensor to = at::empty_strided(sizes, strides, from.options().requires_grad(false));
+  return to.copy_(from.detach());
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 
 #include "flat.h"
 #include "formats.h"
+#include "stored.h"
 #include "work.h"
 #include "workspace.h"
 
@@ -22,15 +23,15 @@ struct MemberInfo {
   py::object local;  // the plain tensor that is stepped
   std::string name;
   bool duplicate;  // the same parameter again: it is stepped once
-  // The tensors of its state, none while there was no gradient yet: the count of steps, where there
-  // is one, the rule's states in order, codes followed by their scales, and then the master.
-  std::optional<py::tuple> states;
-  bool first;                 // its state was made for this very step
+  // The keys of its state: the count of steps, where there is one, the rule's states in order,
+  // codes followed by their scales, and then the master.
+  py::tuple keys;
+  bool first;                 // its state has taken no step yet
   uintptr_t flat_grad;        // where its gradient lies in a flat buffer, else 0
   at::ScalarType state_type;  // a byte: codes and scales
   int master_bits;            // 0: no master
   bool stochastic;            // how it is rounded
-  bool counts_steps;          // whether a count of steps is among the tensors of its state
+  bool counts_steps;          // whether a count of steps is the first of its keys
   uint64_t seed, ordinal;     // of its random bits
   bool on_device;             // whether the host need not know its count of steps
   // That count where a rule has none in its state and the device counts.
@@ -38,15 +39,22 @@ struct MemberInfo {
   int lineage;
 };
 
-// A member, and what a step has to find unchanged, or else a plan is made anew. Tensors are held as
-// Python objects: torch.utils.swap_tensors may exchange the tensor behind one.
+// A member, and what a step has to find unchanged, or else a plan is made anew. All tensors are
+// borrowed: parameters from their group, which is looked up in each step, states from their
+// dictionaries, which tell of changes or are looked up as well. They are known as Python objects,
+// as torch.utils.swap_tensors may exchange the tensor behind one.
 struct Member {
-  py::object param, local;
-  std::vector<py::object> states;  // in the variant's order; empty while there is no gradient yet
-  std::vector<py::object> parts;   // of a Coding: scales of the states, then the master
-  py::object count;                // of its steps; on the device, kernels count
+  PyObject* param = nullptr;
   std::string name;
-  bool has_state = false;
+  PyObject* values = nullptr;  // its state
+  py::tuple keys;              // of that
+  std::vector<TensorKind> kinds;
+  StateTensors tensors{};
+  std::optional<py::object> first_count;
+  uintptr_t flat_grad = 0;
+  bool idle = false;  // it has had no gradient, and nobody has looked at it
+  bool counts_steps = false;
+  bool in_order = true;  // states have the strides of a dense parameter
   bool on_device = false;  // the count, or that there is none, is the device's affair
   bool dense = true;       // its elements, as they are, fill one run of memory
   bool contiguous = true;
@@ -56,6 +64,7 @@ struct Member {
   at::ScalarType state_type = at::kFloat;
   c10::Device device = c10::kCPU;
   std::vector<int64_t> strides;
+  std::vector<int64_t> order;  // the strides of states that are not in codes
 };
 
 // What every step reads of one parameter, apart from its Member as it is read by all steps. Where a
@@ -104,47 +113,78 @@ bool is_coded(const MemberInfo& info, DType param) {
   return combination(param, param, *dtype_of(info.state_type)) < 0;
 }
 
-void set_count(const py::object& count, Member& m, Entry& e) {
-  m.count = count;
-  e.count = static_cast<float*>(address_of(count.ptr()));
-  e.count_version = version_of(count.ptr());
+// Whether a tensor's elements lie as these strides say.
+bool is_in(at::IntArrayRef order, const at::Tensor& tensor) {
+  return !tensor.is_conj() && !tensor.is_neg() &&
+         same_strides(tensor.sizes(), order, tensor.strides());
 }
 
-// Takes the tensors of a state in their order; returns whether all states lie in slots.
-bool set_states(const MemberInfo& info, int state_count, Member& m, Entry& e) {
-  size_t next = 0;
-  bool in_slots = true;
-  const auto take = [&] { return py::reinterpret_borrow<py::object>((*info.states)[next++]); };
+void set_count(PyObject* count, Entry& e) {
+  e.tensors[e.tensor_count] = count;
+  e.count = static_cast<float*>(address_of(count));
+  e.count_version = version_of(count);
+}
+
+// Takes the tensors of a member's state, whose order is that of its keys.
+void set_tensors(const StateTensors& tensors, Member& m, Entry& e) {
+  m.tensors = tensors;
+  size_t next = m.counts_steps ? 1 : 0;
+  e.part_count = 0;
   const auto take_part = [&] {
-    m.parts.push_back(take());
-    e.parts[e.part_count] = m.parts.back().ptr();
-    void* const address = address_of(m.parts.back().ptr());
+    PyObject* const part = tensors[next++];
+    e.parts[e.part_count] = part;
+    void* const address = address_of(part);
     e.part_addresses[e.part_count++] = address;
     return address;
   };
-  if (info.counts_steps) set_count(take(), m, e);
-  for (int k = 0; k < state_count; ++k) {
-    const py::object state = take();
-    e.span.states[k] = address_of(state.ptr());
-    e.tensors[e.tensor_count++] = state.ptr();
-    in_slots = in_slots && slots().holds(THPVariable_Unpack(state.ptr()));
-    m.states.push_back(state);
-    if (info.state_type == at::kByte) e.coding.scales[k] = static_cast<float*>(take_part());
+  m.in_order = true;
+  for (int k = 0; k < e.tensor_count; ++k) {
+    PyObject* const state = tensors[next++];
+    const at::Tensor& tensor = THPVariable_Unpack(state);
+    e.tensors[k] = state;
+    e.span.states[k] = address_of(state);
+    if (m.state_type == at::kByte) {
+      e.coding.scales[k] = static_cast<float*>(take_part());
+    } else {
+      m.in_order = m.in_order && is_in(m.order, tensor);
+    }
   }
-  if (info.master_bits != 0) e.coding.master = take_part();
-  return in_slots;
+  if (next < m.keys.size()) e.coding.master = take_part();
+  if (m.counts_steps) set_count(tensors[0], e);
+}
+
+// Where its gradient lies in a flat buffer and how much padding is behind it there, if it and its
+// states lie in slots.
+void set_padding(const Member& m, Entry& e) {
+  const at::Tensor& local = THPVariable_Unpack(e.local);
+  bool in_slots = !e.coded && slots().holds(local);
+  for (int k = 0; k < e.tensor_count; ++k)
+    in_slots = in_slots && slots().holds(THPVariable_Unpack(e.tensors[k]));
+  const int64_t reals = local.is_complex() ? 2 : 1;
+  e.flat_grad = in_slots ? reinterpret_cast<const void*>(m.flat_grad) : nullptr;
+  e.padding = in_slots ? padded(local.numel()) * reals - e.span.numel : 0;
+}
+
+// A member that nobody has looked at.
+std::pair<Member, Entry> make_idle_member(py::handle param) {
+  std::pair<Member, Entry> made;
+  made.first.param = made.second.param = made.second.local = param.ptr();
+  made.first.idle = true;
+  return made;
 }
 
 // A member and its entry, from what Python says of it. Of groups and lineages they know nothing
-// yet.
+// yet, nor of states.
 std::pair<Member, Entry> make_member(const MemberInfo& info, int state_count,
                                      Workspace& workspace) {
   const at::Tensor& tensor = THPVariable_Unpack(info.local.ptr());
-  const int64_t reals = tensor.is_complex() ? 2 : 1;
   Member m;
-  m.param = info.param;
-  m.local = info.local;
+  m.param = info.param.ptr();
   m.name = info.name;
+  m.keys = info.keys;
+  m.counts_steps = info.counts_steps;
+  m.flat_grad = info.flat_grad;
+  m.first_count = info.on_device ? info.first_count : std::nullopt;
   m.scalar = tensor.scalar_type();
   m.dtype = *dtype_of(m.scalar);
   m.state_type = info.state_type;
@@ -152,7 +192,9 @@ std::pair<Member, Entry> make_member(const MemberInfo& info, int state_count,
   m.dense = tensor.is_non_overlapping_and_dense() && !tensor.is_conj() && !tensor.is_neg();
   m.contiguous = tensor.is_contiguous();
   m.strides = tensor.strides().vec();
-  m.has_state = info.states.has_value();
+  m.order = tensor.is_non_overlapping_and_dense()
+                ? m.strides
+                : at::empty_like(tensor, at::TensorOptions(at::kMeta)).strides().vec();
   m.on_device = info.on_device;
 
   Entry e;
@@ -163,14 +205,11 @@ std::pair<Member, Entry> make_member(const MemberInfo& info, int state_count,
   e.float64 = m.dtype == DType::float64;
   e.param_size = uint8_t(size_of(m.dtype));
   e.state_size = uint8_t(c10::elementSize(info.state_type));
+  e.tensor_count = state_count;
   e.coded = is_coded(info, m.dtype);
   e.span.param = const_cast<void*>(tensor.unsafeGetTensorImpl()->data());
-  e.span.numel = tensor.numel() * reals;
-  bool in_slots = slots().holds(tensor);
-  if (info.first_count && info.on_device) set_count(*info.first_count, m, e);
-  if (info.states) in_slots = set_states(info, state_count, m, e) && in_slots;
+  e.span.numel = tensor.numel() * (tensor.is_complex() ? 2 : 1);
   if (e.coded) {
-    in_slots = false;
     const auto format = find_param_format(m.scalar, info.master_bits, info.stochastic);
     TORCH_INTERNAL_ASSERT(format.has_value(), "no kernel knows how ", m.name, " is stored");
     e.coding.param = *format;
@@ -179,16 +218,8 @@ std::pair<Member, Entry> make_member(const MemberInfo& info, int state_count,
     if (info.master_bits != 0 && m.dtype == DType::bfloat16)
       e.weights = &workspace.weights_of(info.param.ptr());
   }
-  if (m.count) e.tensors[e.tensor_count] = m.count.ptr();
-  if (in_slots) {
-    e.flat_grad = reinterpret_cast<const void*>(info.flat_grad);
-    e.padding = padded(tensor.numel()) * reals - e.span.numel;
-  }
-  e.device_counts = info.on_device && e.count != nullptr;
-  if (e.device_counts) {
-    e.coding.count = e.count;
-    e.lineage = info.lineage;
-  }
+  e.device_counts = info.on_device && (info.counts_steps || m.first_count);
+  if (e.device_counts) e.lineage = info.lineage;
   return {std::move(m), e};
 }
 
@@ -204,6 +235,12 @@ bool has_same_state(const Entry& e) {
   return address_of(count) == e.count && (!e.device_counts || version_of(count) == e.count_version);
 }
 
+// Whether a remainder belongs to other weights than those that there are.
+bool is_outdated(const Entry& e) {
+  return e.weights != nullptr && e.weights->are_known(e.coding.master) &&
+         !e.weights->are_those_of(e.local);
+}
+
 // As all checks have let it pass.
 bool is_as_checked(const Entry& e, const c10::TensorImpl& param, const c10::TensorImpl& grad) {
   // First the keys, which tell of subclasses whose other properties only Python knows.
@@ -214,13 +251,15 @@ bool is_as_checked(const Entry& e, const c10::TensorImpl& param, const c10::Tens
          (e.weights == nullptr || e.weights->are_those_of(e.local));
 }
 
-// As when the plan was made.
+// As when the plan was made, but for where it is.
 bool is_as_planned(const Entry& e, const Member& m, const at::Tensor& param) {
   const c10::TensorImpl* impl = param.unsafeGetTensorImpl();
-  if (impl->data() != e.span.param || param.scalar_type() != m.scalar ||
-      impl->is_contiguous() != m.contiguous ||
+  if (impl->layout() != at::kStrided || param.scalar_type() != m.scalar ||
+      param.device() != m.device || impl->is_contiguous() != m.contiguous ||
       impl->numel() * (param.is_complex() ? 2 : 1) != e.span.numel)
     return false;
+  // Padding belongs to the flat buffer that a parameter was in. Without memory it is no plain one.
+  if (impl->data() != e.span.param && (e.padding > 0 || impl->data() == nullptr)) return false;
   if (!m.contiguous && param.strides() != at::IntArrayRef(m.strides)) return false;
   return has_same_state(e);
 }

@@ -11,31 +11,6 @@
 
 using namespace fusedopt;
 
-namespace {
-
-Plan* plan_of(PyObject* self) {
-  auto* instance = reinterpret_cast<py::detail::instance*>(self);
-  const bool constructed = instance->get_value_and_holder().holder_constructed();
-  return constructed ? py::cast<Plan*>(py::handle(self)) : nullptr;
-}
-
-// Lets the garbage collector look through a Plan.
-void collect_plans(PyHeapTypeObject* heap_type) {
-  PyTypeObject* type = &heap_type->ht_type;
-  type->tp_flags |= Py_TPFLAGS_HAVE_GC;
-  type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
-    Py_VISIT(Py_TYPE(self));
-    const Plan* plan = plan_of(self);
-    return plan == nullptr ? 0 : plan->traverse(visit, arg);
-  };
-  type->tp_clear = [](PyObject* self) {
-    if (Plan* plan = plan_of(self)) plan->clear();
-    return 0;
-  };
-}
-
-}  // namespace
-
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   if (const char* name = std::getenv("FUSEDOPT_ISA"); name != nullptr && *name != 0) set_isa(name);
 
@@ -63,30 +38,36 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("remainder_of", remainder_of);
   m.def("flat_tensors", flat_tensors);
   m.def("flat_steps", flat_steps);
+  m.def("note_change", note_change);
   m.def("is_capturing", is_capturing);
   m.def("is_recorded", at::hasCallbacks);
   m.def("attach_gradients", attach_gradients);
   py::class_<Workspace, std::shared_ptr<Workspace>>(m, "Workspace")
       .def(py::init<>())
       .def_readonly("captured", &Workspace::captured)
+      .def("begin", &Workspace::begin)
+      .def("forget_begun", &Workspace::forget_begun)
+      .def("is_begun", &Workspace::is_begun)
       .def("forget_weights", &Workspace::forget_weights)
       .def("forget_weights_of", &Workspace::forget_weights_of)
       .def("note_weights_of", &Workspace::note_weights_of)
+      .def("knows_weights_of", &Workspace::knows_weights_of)
       .def("are_outdated", &Workspace::are_outdated)
       .def_property_readonly("grad_norm", &Workspace::grad_norm);
   py::class_<MemberInfo>(m, "Member")
-      .def(py::init<py::object, py::object, std::string, bool, std::optional<py::tuple>, bool,
-                    uintptr_t, at::ScalarType, int, bool, bool, uint64_t, uint64_t, bool,
+      .def(py::init<py::object, py::object, std::string, bool, py::tuple, bool, uintptr_t,
+                    at::ScalarType, int, bool, bool, uint64_t, uint64_t, bool,
                     std::optional<py::object>, int>(),
            py::kw_only(), py::arg("param"), py::arg("local"), py::arg("name"), py::arg("duplicate"),
-           py::arg("states"), py::arg("first"), py::arg("flat_grad"), py::arg("state_type"),
+           py::arg("keys"), py::arg("first"), py::arg("flat_grad"), py::arg("state_type"),
            py::arg("master_bits"), py::arg("stochastic"), py::arg("counts_steps"), py::arg("seed"),
            py::arg("ordinal"), py::arg("on_device"), py::arg("first_count"), py::arg("lineage"));
-  py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_plans))
-      .def(py::init<std::string, std::shared_ptr<Workspace>>())
+  py::class_<Plan>(m, "Plan")
+      .def(py::init<std::string, std::shared_ptr<Workspace>, py::handle, py::handle>())
       .def("add_group", &Plan::add_group)
       .def("add", &Plan::add)
-      .def("step", &Plan::step, py::arg("groups"), py::arg("grad_scale"), py::arg("found_inf"),
-           py::arg("max_grad_norm"), py::arg("positions") = py::none())
+      .def("add_idle", &Plan::add_idle)
+      .def("step", &Plan::step, py::arg("groups"), py::arg("state"), py::arg("grad_scale"),
+           py::arg("found_inf"), py::arg("max_grad_norm"), py::arg("positions") = py::none())
       .def_property_readonly("span_count", &Plan::span_count);
 }

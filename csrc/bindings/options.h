@@ -74,6 +74,10 @@ class OptionReader {
       const OptionInfo& option = rule_.options[i];
       const auto what = [&] { return describe(optimizer, g, i); };
       PyObject* value = PyDict_GetItem(group, keys_[i].ptr());
+      if (value == nullptr && option.may_be_missing) {
+        options.values[i] = 0;
+        continue;
+      }
       if (value == nullptr) throw py::key_error(what() + " is missing");
       py::object element;
       if (option.element >= 0) {

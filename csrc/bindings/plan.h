@@ -7,25 +7,31 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <unordered_set>
 #include <vector>
 
+#include "extents.h"
 #include "gradient.h"
+#include "hold.h"
 #include "hyper_table.h"
 #include "lineages.h"
 #include "runner.h"
+#include "state_finder.h"
 
 namespace fusedopt {
 namespace {
 
-// A plan is made anew whenever parameters, their state or the set of buffers change; gradients are
-// looked up in every step.
+// A cache: parameters and gradients are looked up in every step, states where they may have
+// changed, and where these cannot be walked over as planned, another plan is made. It holds no
+// memory of theirs.
 class Plan {
  public:
-  Plan(std::string optimizer, std::shared_ptr<Workspace> workspace)
+  // The types are those of optimizer.state, and of the state of a parameter, that tell of changes.
+  Plan(std::string optimizer, std::shared_ptr<Workspace> workspace, py::handle state_type,
+       py::handle values_type)
       : optimizer_(std::move(optimizer)),
         params_key_("params"),
         workspace_(std::move(workspace)),
+        states_(state_type, values_type),
         table_(optimizer_),
         runner_(optimizer_, workspace_) {}
 
@@ -35,63 +41,61 @@ class Plan {
 
   // Adds the next parameter of the group added last.
   void add(const MemberInfo& info) {
-    Group& group = table_.groups().back();
+    const Group& group = table_.groups().back();
     const VariantInfo& variant = group.variant_info();
     auto [m, e] = make_member(info, int(variant.states.size()), *workspace_);
-    e.group = int(table_.groups().size()) - 1;
-    e.in_group = int(group.size++);
+    if (m.first_count) set_count(m.first_count->ptr(), e);
+    if (m.keys.empty()) set_padding(m, e);
     if (!e.duplicate) {
-      if (e.count != nullptr)
-        counts_are_shared_ = !counts_.insert(e.count).second || counts_are_shared_;
       if (e.device_counts) lineages_.add(e.lineage);
       const bool without_state = !group.rule->counts_steps && variant.states.empty();
       device_decides_ = device_decides_ && (m.on_device || without_state);
       one_accelerator_ = one_accelerator_ && m.device.type() == kAccelerator &&
-                         (members_.empty() || members_[0].device == m.device);
+                         (!first_device_ || *first_device_ == m.device);
+      if (!first_device_) first_device_ = m.device;
       elements_ += e.span.numel;
     }
-    entries_.push_back(e);
-    params_.push_back(nullptr);
-    found_.push_back(nullptr);
-    members_.push_back(std::move(m));
+    append(std::move(m), e);
+  }
+
+  // Likewise one that nobody has looked at, as it has had no gradient yet.
+  void add_idle(const py::object& param) {
+    auto [m, e] = make_idle_member(param);
+    append(std::move(m), e);
   }
 
   // One step over all parameters that have a gradient or, with positions, those of them. Returns
   // None when it is done. A list means that nothing was changed and the plan has to be made anew
   // first, with state for the parameters listed (by position).
-  std::optional<std::vector<int>> step(const py::list& groups, const py::object& grad_scale,
-                                       const py::object& found_inf,
+  std::optional<std::vector<int>> step(const py::list& groups, const py::object& state,
+                                       const py::object& grad_scale, const py::object& found_inf,
                                        const std::optional<double>& max_grad_norm,
                                        const std::optional<std::vector<int>>& positions) {
+    const Turn turn(workspace_->turn);
     const at::NoGradGuard no_grad;
-    if (members_.empty()) one_accelerator_ = false;
+    // What runs below Python lets no other thread run.
+    const c10::impl::ExcludeDispatchKeyGuard below_python(c10::python_ks);
+    const Forget forget{*this};
     partial_ = positions ? &*positions : nullptr;
     if (!set_factor(grad_scale, found_inf, max_grad_norm)) return std::nullopt;
-    if (!prepare(groups)) return std::move(missing_);
+    if (!prepare(groups, state)) return std::move(missing_);
     check_capture();
     // Others' weights are their own masters.
     for (const size_t position : outdated_)
-      THPVariable_Unpack(members_[position].parts.back().ptr()).zero_();
-    run();
+      THPVariable_Unpack(entries_[position].parts[entries_[position].part_count - 1]).zero_();
+    if (duration_.is_short(members_.size())) {
+      run();
+      finish();
+      return std::nullopt;
+    }
+    Hold hold;
+    for (const size_t at : active_) hold.add(entries_[at]);
+    {
+      const py::gil_scoped_release release;
+      run();
+    }
     finish();
     return std::nullopt;
-  }
-
-  // For the garbage collector: a parameter may refer to its optimizer, which holds its plan.
-  int traverse(visitproc visit, void* arg) const {
-    for (const Member& m : members_) {
-      Py_VISIT(m.param.ptr());
-      Py_VISIT(m.local.ptr());
-      for (const auto& state : m.states) Py_VISIT(state.ptr());
-      for (const auto& part : m.parts) Py_VISIT(part.ptr());
-      if (m.count) Py_VISIT(m.count.ptr());
-    }
-    return 0;
-  }
-  void clear() {
-    table_.groups().clear();  // so that a step, should there be one yet, asks for another plan
-    entries_.clear();
-    std::vector<Member>().swap(members_);
   }
 
   // Spans walked by the last step.
@@ -130,14 +134,16 @@ class Plan {
 
   // Where kernels can read a scaler's tensor, else null.
   const float* on_the_accelerator(const py::object& value) const {
-    if (!one_accelerator_ || !is_on_accelerator(value.ptr())) return nullptr;
+    if (!on_one_accelerator() || !is_on_accelerator(value.ptr())) return nullptr;
     const at::Tensor& tensor = THPVariable_Unpack(value.ptr());
-    if (tensor.scalar_type() != at::kFloat || tensor.device() != members_[0].device) return nullptr;
+    if (tensor.scalar_type() != at::kFloat || tensor.device() != *first_device_) return nullptr;
     return tensor.const_data_ptr<float>();
   }
 
+  bool on_one_accelerator() const { return first_device_ && one_accelerator_; }
+
   c10::Device norm_device() const {
-    return one_accelerator_ ? members_[0].device : c10::Device(c10::kCPU);
+    return on_one_accelerator() ? *first_device_ : c10::Device(c10::kCPU);
   }
 
   // -- walking -----------------------------------------------------------------------------------
@@ -145,18 +151,23 @@ class Plan {
   int64_t walked() const { return int64_t(partial_ ? partial_->size() : entries_.size()); }
   size_t position(int64_t i) const { return partial_ ? size_t((*partial_)[i]) : size_t(i); }
 
-  // Whether all the spans could be made; if not, missing_ tells for whom state has to be made.
-  bool prepare(const py::list& groups) {
+  // Whether all the spans could be made; if not, missing_ tells for whom state has to be made. From
+  // where parameters are listed on no other thread runs.
+  bool prepare(const py::list& groups, const py::object& state) {
     missing_.clear();
     active_.clear();
-    temporaries_.clear();
-    copy_back_.clear();
+    first_.clear();
     outdated_.clear();
     for (auto& work : works_) work.clear();
     if (groups.size() != table_.groups().size()) return false;
+    if (!(partial_ ? read_options_of_members(groups) : read_options(groups))) return false;
+    if (!states_.find(state, members_, entries_)) return false;
+    if (groups.size() != table_.groups().size()) return false;
     if (!(partial_ ? look_up_members(groups) : look_up_groups(groups))) return false;
+    if (!states_.look_into_others(members_, entries_)) return false;
 
     share<&Plan::look>();
+    bool moved = false;
     for (int64_t i = 0; i < walked(); ++i) {
       const size_t at = position(i);
       const void* grad = found_[at];
@@ -167,19 +178,44 @@ class Plan {
         continue;
       }
       if (params_[at] != e.param) return false;
+      if (members_[at].idle) {
+        missing_.push_back(int(at));
+        continue;
+      }
       const at::Tensor& local = THPVariable_Unpack(e.local);
       if (!is_as_planned(e, members_[at], local)) return false;
-      if (!check_and_add(e, at, local, local.unsafeGetTensorImpl()->grad()))
-        missing_.push_back(int(at));
+      if (!has_same_state(e) && !states_.take(members_[at], e)) return false;
+      void* const address = const_cast<void*>(local.unsafeGetTensorImpl()->data());
+      moved = moved || address != e.span.param;
+      e.span.param = address;
+      check_and_add(e, at, local, local.unsafeGetTensorImpl()->grad());
     }
-    return missing_.empty();
+    return missing_.empty() && !(moved && may_overlap(members_, entries_));
   }
 
-  // Reads the options of all groups and lists their parameters; false where they are others.
-  bool look_up_groups(const py::list& groups) {
+  // Reads the options of all groups; false where they ask for other states.
+  bool read_options(const py::list& groups) {
     table_.begin_step(!lineages_.empty());
     for (size_t g = 0; g < table_.groups().size(); ++g)
-      if (!table_.read(PyList_GET_ITEM(groups.ptr(), g), g)) return false;
+      if (!table_.read(groups[g].ptr(), g)) return false;
+    return true;
+  }
+
+  // Likewise of the groups that have some of the members to be stepped.
+  bool read_options_of_members(const py::list& groups) {
+    table_.begin_step(!lineages_.empty());
+    for (int64_t i = 0; i < walked(); ++i) {
+      const size_t at = position(i);
+      if (at >= entries_.size())
+        throw py::index_error(optimizer_ + ": there is no parameter " + text(at));
+      const int g = entries_[at].group;
+      if (!table_.read(groups[g].ptr(), g)) return false;
+    }
+    return true;
+  }
+
+  // Lists the parameters of all groups; false where they are more or fewer.
+  bool look_up_groups(const py::list& groups) {
     PyObject** next = params_.data();
     for (size_t g = 0; g < table_.groups().size(); ++g) {
       PyObject* params = params_of(groups, g);
@@ -190,15 +226,11 @@ class Plan {
     return true;
   }
 
-  // Likewise of the groups that have some of the members to be stepped, and these.
+  // Likewise those to be stepped.
   bool look_up_members(const py::list& groups) {
-    table_.begin_step(!lineages_.empty());
     for (int64_t i = 0; i < walked(); ++i) {
       const size_t at = position(i);
-      if (at >= entries_.size())
-        throw py::index_error(optimizer_ + ": there is no parameter " + text(at));
       const Entry& e = entries_[at];
-      if (!table_.read(PyList_GET_ITEM(groups.ptr(), e.group), e.group)) return false;
       PyObject* params = params_of(groups, e.group);
       if (params == nullptr) return false;
       params_[at] = PySequence_Fast_GET_ITEM(params, e.in_group);
@@ -220,7 +252,7 @@ class Plan {
   template <void (Plan::*method)(int64_t begin, int64_t end)>
   void share() {
     const int64_t size = walked();
-    const bool alone = elements_ < kManyElements || one_accelerator_;
+    const bool alone = elements_ < kManyElements || on_one_accelerator();
     run_in_parallel(size, alone ? size : kShareGrain, this,
                     [](void* plan, int64_t begin, int64_t end) {
                       (static_cast<Plan*>(plan)->*method)(begin, end);
@@ -242,9 +274,13 @@ class Plan {
       const Entry& e = entries_[at];
       found_[at] = unchecked();
       if (params_[at] != e.param) continue;
+      if (e.duplicate) {
+        found_[at] = nullptr;
+        continue;
+      }
       const c10::TensorImpl& local = *THPVariable_Unpack(e.local).unsafeGetTensorImpl();
       const at::Tensor& grad = local.grad();
-      if (!grad.defined() || e.duplicate) {
+      if (!grad.defined()) {
         found_[at] = nullptr;
       } else if (e.checked && is_as_checked(e, local, *grad.unsafeGetTensorImpl())) {
         const void* address = grad.unsafeGetTensorImpl()->data();
@@ -253,31 +289,24 @@ class Plan {
     }
   }
 
-  // Adds the span of one parameter; false where it has no state yet. Throws on a gradient that
-  // cannot be taken.
-  bool check_and_add(Entry& e, size_t at, const at::Tensor& local, const at::Tensor& grad) {
+  // Adds the span of one parameter. Throws on a gradient that cannot be taken.
+  void check_and_add(Entry& e, size_t at, const at::Tensor& local, const at::Tensor& grad) {
     const Member& m = members_[at];
     e.checked = false;
     e.span.kernel = kernel_for(e, m, table_.of(e).variant, local, grad, optimizer_);
-    if (!m.has_state) return false;
     e.work = &work_on(m.device, works_);
     e.grad_dtype = *dtype_of(grad.scalar_type());
     e.grad_size = uint8_t(size_of(e.grad_dtype));
     e.coding.grad = e.grad_dtype;
-    if (e.weights != nullptr && e.weights->address != nullptr && !e.weights->are_those_of(e.local))
-      outdated_.push_back(at);
+    if (is_outdated(e)) outdated_.push_back(at);
     if (e.span.numel == 0) {
       active_.push_back(at);
+      if (e.first) first_.push_back(at);
       if (e.device_counts) e.work->advance(e.count);
-    } else if (!m.dense) {
-      // States of such a parameter are dense; it is gathered and put back afterwards.
-      const at::Tensor gathered = gather_param(m, local);
-      copy_back_.push_back({local, gathered});
-      Entry there = e;
-      there.span.param = gathered.mutable_data_ptr();
-      add_span(there, at, temporary(gather_gradient(gathered, grad)));
+    } else if (!m.dense || !m.in_order) {
+      add_gathered(e, at, local, grad);
     } else if (!is_in_order(local, grad)) {
-      add_span(e, at, temporary(gather_gradient(local, grad)));
+      add_span(e, at, temporary(gather(grad, local.sizes(), m.order)));
     } else {
       e.checked = local.is_contiguous() && grad.is_contiguous() &&
                   !local.unsafeGetTensorImpl()->is_python_dispatch() &&
@@ -290,7 +319,26 @@ class Plan {
       e.device = m.device;
       add_span(e, at, grad.unsafeGetTensorImpl()->data());
     }
-    return true;
+  }
+
+  // The span of a parameter that, or some of whose states, do not lie in one order without gaps:
+  // what lies otherwise is gathered, and put back afterwards.
+  void add_gathered(const Entry& e, size_t at, const at::Tensor& local, const at::Tensor& grad) {
+    const Member& m = members_[at];
+    Entry there = e;
+    const auto borrow = [&](const at::Tensor& tensor) {
+      const at::Tensor gathered = gather(tensor, local.sizes(), m.order);
+      copy_back_.push_back({tensor, gathered});
+      return gathered.mutable_data_ptr();
+    };
+    if (!m.dense) there.span.param = borrow(local);
+    for (int k = 0; k < e.tensor_count && !m.in_order; ++k) {
+      const at::Tensor& state = THPVariable_Unpack(e.tensors[k]);
+      if (!is_in(m.order, state)) there.span.states[k] = borrow(state);
+    }
+    add_span(there, at,
+             is_in(m.order, grad) ? grad.unsafeGetTensorImpl()->data()
+                                  : temporary(gather(grad, local.sizes(), m.order)));
   }
 
   // The address of a tensor that lives as long as the step.
@@ -302,6 +350,7 @@ class Plan {
   void add_span(const Entry& e, size_t at, const void* grad) {
     DeviceWork& work = *e.work;
     active_.push_back(at);
+    if (e.first) first_.push_back(at);
     if (e.device_counts) work.advance(e.count);
     Span span = e.span;
     span.grad = grad;
@@ -345,7 +394,7 @@ class Plan {
     if (!capturing) return;
     for (const size_t at : active_) {
       const Member& m = members_[at];
-      if (!table_.of(entries_[at]).capturable || (m.count && !m.on_device))
+      if (!table_.of(entries_[at]).capturable || (entries_[at].count != nullptr && !m.on_device))
         throw std::runtime_error(
             describe(m) +
             " is to be stepped in a CUDA graph, which would replay today's step count for ever; "
@@ -366,27 +415,28 @@ class Plan {
   // -- the update --------------------------------------------------------------------------------
 
   void run() {
-    const py::gil_scoped_release release;
-    runner_.norm(works_, one_accelerator_ ? std::optional(norm_device()) : std::nullopt);
-    runner_.factor();
-    runner_.update(works_, table_);
+    duration_.measure([&] {
+      runner_.norm(works_, on_one_accelerator() ? first_device_ : std::nullopt);
+      runner_.factor();
+      runner_.update(works_, table_);
+    });
   }
 
   void finish() {
-    for (auto& back : copy_back_) back.param.detach().copy_(back.contiguous);
-    if (counts_are_shared_) {
+    for (auto& back : copy_back_) back.tensor.detach().copy_(back.gathered);
+    if (states_.counts_are_shared()) {
       count_steps(0, walked());
     } else {
       share<&Plan::count_steps>();
     }
+    // Rows of a first step are others; there are few of them.
+    for (const size_t at : first_) workspace_->has_stepped(entries_[at].param);
     if (!lineages_.empty()) {
       stepped_.clear();
       for (const size_t at : active_)
         if (entries_[at].device_counts) stepped_.push_back(&entries_[at].lineage);
       lineages_.part(stepped_);
     }
-    temporaries_.clear();
-    copy_back_.clear();
   }
 
   // Counts the step of those in a range of the walk that took one.
@@ -399,27 +449,49 @@ class Plan {
       e.first = false;
       c10::TensorImpl* impl = THPVariable_Unpack(e.local).unsafeGetTensorImpl();
       if (!impl->is_inference()) impl->bump_version();
-      if (e.weights != nullptr) *e.weights = Weights::of(e.local);
+      // Another thread may have given it other memory meanwhile, which was not stepped.
+      if (e.weights != nullptr)
+        *e.weights = {e.span.param, version_of(e.local), e.coding.master};
     }
   }
 
+  void append(Member m, Entry e) {
+    e.group = int(table_.groups().size()) - 1;
+    e.in_group = int(table_.groups().back().size++);
+    entries_.push_back(e);
+    params_.push_back(nullptr);
+    found_.push_back(nullptr);
+    members_.push_back(std::move(m));
+  }
+
+  // Lets go, at the end of a step, of all that it held.
+  struct Forget {
+    Plan& plan;
+    ~Forget() {
+      plan.states_.release();
+      plan.temporaries_.clear();
+      plan.copy_back_.clear();
+    }
+  };
+
   struct CopyBack {
-    at::Tensor param, contiguous;
+    at::Tensor tensor, gathered;
   };
 
   std::string optimizer_;
   py::str params_key_;
   std::shared_ptr<Workspace> workspace_;
+  StateFinder states_;
   HyperTable table_;
   Runner runner_;
+  Duration duration_;
   std::vector<Member> members_;
   std::vector<Entry> entries_;  // one for each member
   int64_t elements_ = 0;        // of all parameters, in reals
-  std::unordered_set<const float*> counts_;
-  bool counts_are_shared_ = false;  // somebody gave several parameters the same count
   Lineages lineages_;               // empty: the host counts all steps
   bool device_decides_ = true;      // whether a step takes place need not be known to the host
   bool one_accelerator_ = true;     // all parameters are on the same one
+  std::optional<c10::Device> first_device_;  // none: there is nothing to step
 
   // Of the step at hand; kept so that a step allocates nothing.
   const std::vector<int>* partial_ = nullptr;  // the positions to step; null: all
@@ -427,6 +499,7 @@ class Plan {
   std::vector<PyObject*> params_;   // by position
   std::vector<const void*> found_;  // by position, see look()
   std::vector<size_t> active_;      // positions
+  std::vector<size_t> first_;       // those whose first step it is
   std::vector<size_t> outdated_;    // those whose master belongs to other weights
   std::vector<int*> stepped_;       // lineages
   Works works_;                     // of all devices

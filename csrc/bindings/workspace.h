@@ -5,9 +5,11 @@
 #pragma once
 
 #include <algorithm>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "accelerator.h"
@@ -56,20 +58,33 @@ class Workspace {
   bool captured = false;
 
   Weights& weights_of(PyObject* param) { return weights_[param]; }
-  // Whether somebody has changed weights since the last step, which can only be known for some.
-  bool are_outdated(const py::object& param) const {
+  // Whether it is known which weights a master belongs to, which it can be for some only.
+  bool knows_weights_of(const py::object& param, const py::object& master) const {
     const auto found = weights_.find(param.ptr());
-    return found != weights_.end() && found->second.address != nullptr &&
-           !found->second.are_those_of(param.ptr());
+    return found != weights_.end() && found->second.are_known(address_of(master.ptr()));
   }
-  void forget_weights_of(const py::object& param) { weights_[param.ptr()] = Weights{}; }
-  void note_weights_of(const py::object& param) {
-    weights_[param.ptr()] = Weights::of(param.ptr());
+  // Whether these are others now.
+  bool are_outdated(const py::object& param, const py::object& master) const {
+    return knows_weights_of(param, master) &&
+           !weights_.find(param.ptr())->second.are_those_of(param.ptr());
+  }
+  void note_weights_of(const py::object& param, const py::object& master) {
+    weights_[param.ptr()] = Weights::of(param.ptr(), address_of(master.ptr()));
   }
   // What is stored with them now belongs to the weights that the next step finds.
+  void forget_weights_of(const py::object& param) { weights_[param.ptr()] = Weights{}; }
   void forget_weights() {
     for (auto& [param, weights] : weights_) weights = Weights{};
   }
+
+  // Parameters whose state was made for a step that is still to come.
+  void begin(const py::object& param) { begun_.insert(param.ptr()); }
+  void has_stepped(PyObject* param) { begun_.erase(param); }
+  void forget_begun(const py::object& param) { begun_.erase(param.ptr()); }
+  bool is_begun(const py::object& param) const { return begun_.count(param.ptr()) > 0; }
+
+  // Held while a step is on its way: one at a time, should several threads want one.
+  std::mutex turn;
 
   // The sum of squares that the last norm on the device has left; waits for it.
   double sum_of_squares(c10::Device device) {
@@ -112,6 +127,7 @@ class Workspace {
 
   std::vector<Room> rooms_;
   std::vector<at::Tensor> outgrown_;
+  std::unordered_set<PyObject*> begun_;
   std::unordered_map<PyObject*, Weights> weights_;  // whose members stay where they are
   std::optional<c10::Device> norm_device_;
   std::optional<double> norm_;

@@ -19,7 +19,7 @@ namespace fusedopt {
 struct OptionInfo {
   const char* key;
   int element;
-  bool on_device;
+  bool on_device, may_be_missing;
 };
 
 struct VariantInfo {
@@ -150,7 +150,8 @@ inline const Registry& registry() {
       info.name = Rule::name;
       info.counts_steps = Rule::counts_steps;
       for (const auto& option : Rule::options)
-        info.options.push_back({option.key, option.element, option.on_device});
+        info.options.push_back({option.key, option.element, option.on_device,
+                                option.may_be_missing});
       info.first_variant = int(r.variants.size());
       info.variant_count = Rule::Variants::size;
       info.variant = [](const double* o) { return Rule::variant(detail::options_from<Rule>(o)); };

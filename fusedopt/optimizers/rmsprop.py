@@ -105,5 +105,6 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
             "maximize": maximize,
         }
         options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
-        options["eps_inside_sqrt"] = eps_inside_sqrt
+        if eps_inside_sqrt:
+            options["eps_inside_sqrt"] = True
         self._init(options, flat, max_grad_norm, args, differentiable)

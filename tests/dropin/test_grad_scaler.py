@@ -1,5 +1,8 @@
 """Mixed precision: steps by torch's GradScaler."""
 
+import inspect
+from dataclasses import replace
+
 import pytest
 import torch
 from support.training import (
@@ -22,6 +25,13 @@ from torch.optim import Optimizer
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_class = pytest.mark.parametrize("case", RICHEST, ids=str)
+# Those whose steps can unscale and skip by themselves, with fused=True.
+FUSED = [c for c in RICHEST if "fused" in inspect.signature(c.ours).parameters]
+every_fused_class = pytest.mark.parametrize("case", FUSED, ids=str)
+
+
+def with_fused(case: Case) -> Case:
+    return replace(case, name=f"{case.name}-fused", options={**case.options, "fused": True})
 
 
 def scale_grads(optimizer: Optimizer, factor: float) -> None:
@@ -41,7 +51,7 @@ def scaler_step(scaler: torch.amp.GradScaler, optimizer: Optimizer, step: int, b
     scaler.update()
 
 
-@every_case
+@pytest.mark.parametrize("case", [*CASES, *map(with_fused, FUSED)], ids=str)
 @pytest.mark.parametrize("pattern", ["good", "bad first", "bad later"])
 def test_grad_scaler(case: Case, pattern: str) -> None:
     bad = {"good": (), "bad first": (0, 1), "bad later": (2, 4)}[pattern]
@@ -61,10 +71,10 @@ def test_grad_scaler(case: Case, pattern: str) -> None:
     assert_close(ours, theirs)
 
 
-@every_class
+@every_fused_class
 def test_gradients_after_a_scaled_step(case: Case) -> None:
     """They are only read: README says that, other than torch's, they stay scaled."""
-    optimizer = both(case)[0]
+    optimizer = both(with_fused(case))[0]
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     set_grads(params_of(optimizer), 0)
     scale_grads(optimizer, float(scaler.scale(torch.ones(()))))
@@ -92,9 +102,10 @@ def test_unscale_and_clip(case: Case) -> None:
     assert_close(ours, theirs)
 
 
-@every_class
+@every_fused_class
 def test_scaler_with_float16_gradients(case: Case) -> None:
     """torch refuses to unscale those by itself, and leaves it to steps that can."""
+    case = with_fused(case)
     optimizer = case.ours(make_params(torch.float16), **case.options)
     twin = case.ours(make_params(torch.float16), **case.options)
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
@@ -117,11 +128,12 @@ def test_disabled_scaler(case: Case) -> None:
     assert_close(ours, theirs)
 
 
-@every_class
-def test_steps_on_a_cpu_support_scaling(case: Case) -> None:
-    flags = [{"foreach": True}] if case.row.theirs else []
-    for options in ({}, {"flat": True}, *flags):
-        assert case.ours(make_params(), **case.options, **options)._step_supports_amp_scaling
+@every_fused_class
+def test_only_fused_steps_support_scaling(case: Case) -> None:
+    """As with torch: others leave it to the scaler, so that gradients can be clipped before."""
+    for options in ({}, {"flat": True}, {"foreach": True}, {"fused": False}):
+        assert not case.ours(make_params(), **case.options, **options)._step_supports_amp_scaling
+    assert case.ours(make_params(), **case.options, fused=True)._step_supports_amp_scaling
 
 
 @every_class

@@ -140,8 +140,10 @@ def test_dtensor_is_refused() -> None:
     try:
         mesh = init_device_mesh("cpu", (1,))
         p = nn.Parameter(distribute_tensor(torch.ones(5), mesh, [Replicate()]))
+        optimizer = fusedopt.AdamW([p])
+        p.grad = torch.ones_like(p)
         with pytest.raises(TypeError, match="AdamW.*parameter 0 of group 0.*DTensor|Parameter"):
-            fusedopt.AdamW([p])
+            optimizer.step()
         # What the message advises: the local part, of which the DTensor is a view.
         local = p.detach().to_local().requires_grad_()
         optimizer = fusedopt.AdamW([local])

@@ -29,9 +29,8 @@ every_class = pytest.mark.parametrize("case", RICHEST, ids=str)
 
 def step_some(optimizer: Any, positions: list[int]) -> None:
     """A step over the members at these positions; state and plan have to be there."""
-    done = optimizer._plan.step(
-        optimizer.param_groups, None, None, optimizer.max_grad_norm, positions=positions
-    )
+    groups, state, norm = optimizer.param_groups, optimizer.state, optimizer.max_grad_norm
+    done = optimizer._plan.step(groups, state, None, None, norm, positions=positions)
     assert done is None
 
 

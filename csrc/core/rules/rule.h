@@ -21,6 +21,8 @@ struct Option {
   // May be a tensor on the device that its parameters are on, so that a captured graph follows it.
   // Never an option that variant() looks at.
   bool on_device = false;
+  // May be missing in a group, as torch.optim does not have it, and is zero then.
+  bool may_be_missing = false;
 };
 
 // What a state is, which decides how it may be stored.

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+//
+// Where the states of a plan's members are, which others may exchange at any time.
+#pragma once
+
+#include <unordered_set>
+#include <vector>
+
+#include "changes.h"
+#include "member.h"
+
+namespace fusedopt {
+namespace {
+
+// Plans hold no memory: what is found here is borrowed from the dictionaries. Those that are of the
+// watched types tell of changes; others, which somebody has put there, are looked into in each
+// step.
+class StateFinder {
+ public:
+  // The types of optimizer.state and of the state of one parameter.
+  StateFinder(py::handle state, py::handle values)
+      : watched_state_(state.ptr()), watched_values_(values.ptr()) {}
+
+  // Finds the dictionaries, where they may be others than before, and what is in those that tell
+  // of changes; false where the plan has to be made anew. Other threads may run meanwhile.
+  bool find(const py::object& state, std::vector<Member>& members, std::vector<Entry>& entries) {
+    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(state.ptr()));
+    const bool watched = type == watched_state_;
+    if (watched && state.ptr() == state_ && changes == seen_) return true;
+    state_ = nullptr;
+    // While another thread changes them again and again, somebody has to give up.
+    for (int attempt = 0; attempt < 10; ++attempt) {
+      const uint64_t before = changes;
+      looked_into_.clear();
+      held_.clear();
+      for (size_t at = 0; at < members.size(); ++at)
+        if (!find_one(state.ptr(), watched, at, members[at], entries[at])) return false;
+      if (changes != before) continue;
+      if (watched) state_ = state.ptr();
+      seen_ = before;
+      return true;
+    }
+    return false;
+  }
+
+  // Looks into the other dictionaries; false where the plan has to be made anew.
+  bool look_into_others(std::vector<Member>& members, std::vector<Entry>& entries) {
+    for (const size_t at : looked_into_)
+      if (!take(members[at], entries[at])) return false;
+    return true;
+  }
+
+  // Takes the tensors in the dictionary of a member; false where there are not those that there have
+  // to be.
+  bool take(Member& m, Entry& e) {
+    StateTensors tensors{};
+    if (!find_tensors(m.values, m.keys, tensors)) return false;
+    const size_t size = m.keys.size();
+    if (m.kinds.empty()) {
+      for (size_t i = 0; i < size; ++i) m.kinds.push_back(TensorKind::of(tensors[i]));
+    } else {
+      for (size_t i = 0; i < size; ++i)
+        if (!m.kinds[i].is_that_of(tensors[i])) return false;
+      // Nobody knows how many steps other counts on a device have seen.
+      if (tensors != m.tensors && e.device_counts) return false;
+      if (tensors == m.tensors && has_same_state(e)) return true;
+      if (tensors != m.tensors) e.first = false;
+    }
+    set_tensors(tensors, m, e);
+    set_padding(m, e);
+    e.checked = false;
+    if (e.count != nullptr && !e.device_counts && !(*e.count >= 0)) return false;
+    if (e.count != nullptr)
+      counts_are_shared_ = !counts_.insert(e.count).second || counts_are_shared_;
+    return true;
+  }
+
+  // Between steps nothing is held.
+  void release() { held_.clear(); }
+
+  // Whether several parameters may have the same count.
+  bool counts_are_shared() const { return counts_are_shared_; }
+
+ private:
+  bool find_one(PyObject* state, bool watched, size_t at, Member& m, Entry& e) {
+    if (m.idle || e.duplicate || m.keys.empty()) return true;
+    m.values = value_of(state, m.param);
+    if (m.values == nullptr) return false;
+    if (!watched) held_.push_back(py::reinterpret_borrow<py::object>(m.values));
+    if (watched && reinterpret_cast<PyObject*>(Py_TYPE(m.values)) == watched_values_)
+      return take(m, e);
+    looked_into_.push_back(at);
+    return true;
+  }
+
+  PyObject *watched_state_, *watched_values_;
+  PyObject* state_ = nullptr;  // the one that was found, if it tells of changes
+  uint64_t seen_ = 0;          // the changes known of
+  std::vector<size_t> looked_into_;  // positions of those that do not tell of changes
+  std::vector<py::object> held_;
+  std::unordered_set<const float*> counts_;
+  bool counts_are_shared_ = false;
+};
+
+}  // namespace
+}  // namespace fusedopt
