@@ -384,7 +384,7 @@ class FusedOptimizer(Optimizer):
             raise
         finally:
             handle.remove()
-        self._workspace.forget_weights()
+        self._workspace.forget_states()
 
     def __getstate__(self) -> dict[str, Any]:
         self._forget_outdated_masters()

@@ -48,7 +48,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("begin", &Workspace::begin)
       .def("forget_begun", &Workspace::forget_begun)
       .def("is_begun", &Workspace::is_begun)
-      .def("forget_weights", &Workspace::forget_weights)
+      .def("forget_states", &Workspace::forget_states)
       .def("forget_weights_of", &Workspace::forget_weights_of)
       .def("note_weights_of", &Workspace::note_weights_of)
       .def("knows_weights_of", &Workspace::knows_weights_of)

@@ -73,8 +73,10 @@ class Workspace {
   }
   // What is stored with them now belongs to the weights that the next step finds.
   void forget_weights_of(const py::object& param) { weights_[param.ptr()] = Weights{}; }
-  void forget_weights() {
+  // Of states that were loaded nothing is known.
+  void forget_states() {
     for (auto& [param, weights] : weights_) weights = Weights{};
+    begun_.clear();
   }
 
   // Parameters whose state was made for a step that is still to come.

@@ -55,7 +55,10 @@ def scaler_step(scaler: torch.amp.GradScaler, optimizer: Optimizer, step: int, b
 @pytest.mark.parametrize("pattern", ["good", "bad first", "bad later"])
 def test_grad_scaler(case: Case, pattern: str) -> None:
     bad = {"good": (), "bad first": (0, 1), "bad later": (2, 4)}[pattern]
-    ours, theirs = both(case)
+    ours = both(case)[0]
+    # A fused step of torch's SGD that is skipped leaves a momentum buffer of what is in memory.
+    unfused = {key: value for key, value in case.options.items() if key != "fused"}
+    theirs = both(replace(case, options=unfused))[1]
     scales = []
     for optimizer in (ours, theirs):
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
