@@ -1,6 +1,6 @@
 """Two threads: one steps while the other assigns, replaces or clears what belongs to the user.
 
-A program of its own imports torch once and forks for each race, so that a crash is that of one race.
+A program of its own imports torch once and forks for each race: a crash is that of one race.
 """
 
 import faulthandler
