@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from itertools import islice
 from typing import Any, Final
 
@@ -146,7 +146,7 @@ class FusedOptimizer(Optimizer):
             if self._flat:
                 # Flat gradients always exist: torch's checkpoint code, which makes state by a step
                 # where there is no gradient yet, leaves it to us.
-                self._make_plan(added.params)
+                self._make_plan(self.state, added.params)
         except Exception:
             self.param_groups.pop()
             raise
@@ -231,18 +231,19 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        missing = self._take_step(self._plan or self._make_plan())
+        state = self.state  # which another thread may replace meanwhile
+        missing = self._take_step(self._plan or self._make_plan(state), state)
         if missing is not None:
-            self._step_anew(missing)
+            self._step_anew(missing, state)
         return loss
 
-    def _take_step(self, plan: _C.Plan) -> list[int] | None:
+    def _take_step(self, plan: _C.Plan, state: Mapping[Tensor, Any]) -> list[int] | None:
         """Step by a plan; see _C.Plan.step."""
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
-        return plan.step(self.param_groups, self.state, grad_scale, found_inf, self._max_grad_norm)
+        return plan.step(self.param_groups, state, grad_scale, found_inf, self._max_grad_norm)
 
-    def _step_anew(self, missing: list[int]) -> None:
+    def _step_anew(self, missing: list[int], state: MutableMapping[Tensor, Any]) -> None:
         """Step by a new plan, in which the parameters at these positions get their state.
 
         The first one only tells which parameters lack state, where something else has changed.
@@ -256,9 +257,9 @@ class FusedOptimizer(Optimizer):
                     if id(param) not in new:
                         self._check_capture(param)
                         new[id(param)] = param
-                        values = self.state.get(param)
+                        values = state.get(param)
                         before.append((param, dict(values) if values is not None else None))
-                found = self._take_step(self._make_plan(new.values()))
+                found = self._take_step(self._make_plan(state, new.values()), state)
                 if found is None:
                     return
                 missing = found
@@ -268,7 +269,7 @@ class FusedOptimizer(Optimizer):
             )
         except BaseException:
             for param, values in before:
-                replace_values(self.state, param, values)
+                replace_values(state, param, values)
                 if not values:
                     self._workspace.forget_begun(param)
             raise
@@ -280,19 +281,21 @@ class FusedOptimizer(Optimizer):
                 "captured into a CUDA graph; take a step before capture begins"
             )
 
-    def _make_plan(self, new: Iterable[Tensor] = ()) -> _C.Plan:
+    def _make_plan(
+        self, state: MutableMapping[Tensor, Any], new: Iterable[Tensor] = ()
+    ) -> _C.Plan:
         """Look up everything that steps walk over; make state for the parameters in new."""
         groups = self._groups()
         members = list_members(groups)
         wanted = {id(param) for param in new}
-        live = {m for m in members if id(m.param) in wanted or self._is_live(m)}
+        live = {m for m in members if id(m.param) in wanted or self._is_live(m, state)}
         looked_at = [member for member in members if member in live]
         check_members(looked_at)
-        drop_first_counts(self._first_counts, self.state, members, self._state_keys())
-        for param in complete_states(self.state, looked_at, wanted):
+        drop_first_counts(self._first_counts, state, members, self._state_keys())
+        for param in complete_states(state, looked_at, wanted):
             self._workspace.begin(param)
         make_first_counts(self._first_counts, looked_at, wanted)
-        lineage = lineages(self.state, self._first_counts, looked_at, self._workspace.captured)
+        lineage = lineages(state, self._first_counts, looked_at, self._workspace.captured)
 
         plan = _C.Plan(type(self).__name__, self._workspace, OptimizerState, ParameterState)
         remaining = iter(members)
@@ -315,11 +318,12 @@ class FusedOptimizer(Optimizer):
         self._flat_gradients = None
         return plan
 
-    def _is_live(self, member: Member) -> bool:
+    @staticmethod
+    def _is_live(member: Member, state: Mapping[Tensor, Any]) -> bool:
         """Whether a parameter has its state, or a gradient where it needs no state."""
         param = member.param
-        if self.state.get(param):
-            return not lacks_state(self.state, member)
+        if state.get(param):
+            return not lacks_state(state, member)
         return param.grad is not None and is_ready(param) and not member.keys
 
     def _flat_grad(self, member: Member) -> int:

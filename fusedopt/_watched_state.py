@@ -5,7 +5,8 @@ a thousand of them to find that one was exchanged, they tell of their changes. C
 content need no telling: the memory is the tensor's own.
 """
 
-from collections import defaultdict
+import copy
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
@@ -63,8 +64,18 @@ class _WatchedDict(dict):  # type: ignore[type-arg]
 class ParameterState(_WatchedDict):
     """The state of one parameter: torch's own keys, live tensors. Copies of it are plain dicts."""
 
+    def __copy__(self) -> dict[str, Any]:
+        return dict(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        memo[id(self)] = made
+        made.update((key, copy.deepcopy(value, memo)) for key, value in self.items())
+        return made
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (dict(self),)
+        # torch.load with weights_only knows an OrderedDict, but no call of dict.
+        return OrderedDict, (), None, None, iter(self.items())
 
 
 class OptimizerState(_WatchedDict, defaultdict[Any, Any]):
@@ -108,7 +119,7 @@ def watched(state: Mapping[Any, Any]) -> OptimizerState:
     return OptimizerState(
         dict,
         {
-            param: ParameterState(values) if type(values) is dict else values
+            param: ParameterState(values) if type(values) in (dict, OrderedDict) else values
             for param, values in state.items()
         },
     )

@@ -161,8 +161,12 @@ class Plan {
     for (auto& work : works_) work.clear();
     if (groups.size() != table_.groups().size()) return false;
     if (!(partial_ ? read_options_of_members(groups) : read_options(groups))) return false;
-    if (!states_.find(state, members_, entries_)) return false;
-    if (groups.size() != table_.groups().size()) return false;
+    if (!states_.are_found(state)) {
+      if (!look_up_groups(groups)) return false;
+      for (size_t at = 0; at < entries_.size(); ++at)
+        if (params_[at] != entries_[at].param) return false;
+      if (!states_.find(state, members_, entries_)) return false;
+    }
     if (!(partial_ ? look_up_members(groups) : look_up_groups(groups))) return false;
     if (!states_.look_into_others(members_, entries_)) return false;
 
@@ -216,6 +220,7 @@ class Plan {
 
   // Lists the parameters of all groups; false where they are more or fewer.
   bool look_up_groups(const py::list& groups) {
+    if (groups.size() != table_.groups().size()) return false;
     PyObject** next = params_.data();
     for (size_t g = 0; g < table_.groups().size(); ++g) {
       PyObject* params = params_of(groups, g);
@@ -228,6 +233,7 @@ class Plan {
 
   // Likewise those to be stepped.
   bool look_up_members(const py::list& groups) {
+    if (groups.size() != table_.groups().size()) return false;
     for (int64_t i = 0; i < walked(); ++i) {
       const size_t at = position(i);
       const Entry& e = entries_[at];

@@ -22,18 +22,21 @@ class StateFinder {
   StateFinder(py::handle state, py::handle values)
       : watched_state_(state.ptr()), watched_values_(values.ptr()) {}
 
-  // Finds the dictionaries, where they may be others than before, and what is in those that tell
-  // of changes; false where the plan has to be made anew. Other threads may run meanwhile.
+  // Whether all dictionaries are those that were found, and those that tell of changes unchanged.
+  bool are_found(const py::object& state) const {
+    return is_watched(state) && state.ptr() == state_ && changes == seen_;
+  }
+
+  // Finds the dictionaries and what is in those that tell of changes; false where the plan has to
+  // be made anew. The parameters have to be alive. Other threads may run meanwhile.
   bool find(const py::object& state, std::vector<Member>& members, std::vector<Entry>& entries) {
-    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(state.ptr()));
-    const bool watched = type == watched_state_;
-    if (watched && state.ptr() == state_ && changes == seen_) return true;
+    const bool watched = is_watched(state);
     state_ = nullptr;
+    for (const Member& m : members) held_.push_back(py::reinterpret_borrow<py::object>(m.param));
     // While another thread changes them again and again, somebody has to give up.
     for (int attempt = 0; attempt < 10; ++attempt) {
       const uint64_t before = changes;
       looked_into_.clear();
-      held_.clear();
       for (size_t at = 0; at < members.size(); ++at)
         if (!find_one(state.ptr(), watched, at, members[at], entries[at])) return false;
       if (changes != before) continue;
@@ -83,6 +86,10 @@ class StateFinder {
   bool counts_are_shared() const { return counts_are_shared_; }
 
  private:
+  bool is_watched(const py::object& state) const {
+    return reinterpret_cast<PyObject*>(Py_TYPE(state.ptr())) == watched_state_;
+  }
+
   bool find_one(PyObject* state, bool watched, size_t at, Member& m, Entry& e) {
     if (m.idle || e.duplicate || m.keys.empty()) return true;
     m.values = value_of(state, m.param);

@@ -96,5 +96,6 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             "fused": fused,
         }
         options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
-        options["capturable"] = capturable
+        if capturable:
+            options["capturable"] = True
         self._init(options, flat, max_grad_norm, args, differentiable)

@@ -64,7 +64,9 @@ def test_hooks_and_skipped_steps(case: Case, fused: Any, pattern: str, clip: boo
     if fused is True and 0 in PATTERNS[pattern]:
         logs = [[e if not isinstance(e, tuple) else e[0] for e in log] for log in logs]
     assert logs[0] == logs[1]
-    if not (fused is True and pattern == "all bad"):
+    # In a first step that is skipped, torch's fused SGD makes a momentum buffer of what is in
+    # memory.
+    if not (fused is True and 0 in PATTERNS[pattern] and case.row.name == "sgd"):
         assert_close(*pair)
 
 

@@ -167,6 +167,8 @@ def test_states_replaced_by_rounded_copies(case: Case, way: str) -> None:
             for key, value in rounded.items():
                 optimizer.state[p][key].data = value
     assert_free(watched)
+    rounded.clear()
+    value = None
     watched = watch(v for s in states_of(optimizer) for k, v in s.items() if k != "step")
     for one in (optimizer, twin):
         train(one, range(2, 4))

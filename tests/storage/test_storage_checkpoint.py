@@ -264,7 +264,7 @@ def test_another_order_in_memory(case: Case, choice: Choice, of: str, to: str, w
         with torch.no_grad():
             for p, q in zip(params, moved, strict=True):
                 p.data = q
-        start._make_plan()
+        start._make_plan(start.state)
     dense = {"contiguous": "contiguous", "gaps": "contiguous"}
     if dense.get(of, of) == dense.get(to, to) and way == "load":
         assert_equal(other, start)
