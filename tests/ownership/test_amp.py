@@ -1,4 +1,4 @@
-"""GradScaler with every value of `fused`: hooks, skipped steps and clipping, as with torch.optim."""
+"""GradScaler with every value of fused: hooks, skipped steps and clipping, as with torch.optim."""
 
 from typing import Any
 
@@ -64,7 +64,9 @@ def test_hooks_and_skipped_steps(case: Case, fused: Any, pattern: str, clip: boo
     if fused is True and 0 in PATTERNS[pattern]:
         logs = [[e if not isinstance(e, tuple) else e[0] for e in log] for log in logs]
     assert logs[0] == logs[1]
-    if not (fused is True and pattern == "all bad"):
+    # And a buffer of theirs, made in such a step, is whatever there was in its memory.
+    unknown = case.row.name == "sgd" and 0 in PATTERNS[pattern]
+    if not (fused is True and (unknown or pattern == "all bad")):
         assert_close(*pair)
 
 
