@@ -129,7 +129,10 @@ bool set_states(const MemberInfo& info, int state_count, Member& m, Entry& e) {
     e.tensors[e.tensor_count++] = state.ptr();
     in_slots = in_slots && slots().holds(THPVariable_Unpack(state.ptr()));
     m.states.push_back(state);
-    if (info.state_type == at::kByte) e.coding.scales[k] = static_cast<float*>(take_part());
+    if (info.state_type == at::kByte) {
+      e.coding.scales[k] = static_cast<float*>(take_part());
+      e.coding.row = row_of(THPVariable_Unpack(m.parts.back().ptr()), e.span.numel);
+    }
   }
   if (info.master_bits != 0) e.coding.master = take_part();
   return in_slots;
@@ -165,7 +168,7 @@ std::pair<Member, Entry> make_member(const MemberInfo& info, int state_count,
   e.state_size = uint8_t(c10::elementSize(info.state_type));
   e.coded = is_coded(info, m.dtype);
   e.span.param = const_cast<void*>(tensor.unsafeGetTensorImpl()->data());
-  e.span.numel = tensor.numel() * reals;
+  e.span.numel = e.coding.row = tensor.numel() * reals;
   bool in_slots = slots().holds(tensor);
   if (info.first_count && info.on_device) set_count(*info.first_count, m, e);
   if (info.states) in_slots = set_states(info, state_count, m, e) && in_slots;

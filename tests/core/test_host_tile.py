@@ -183,6 +183,7 @@ def test_coded_span_beyond_32_bits(core: Core) -> None:
     kernel = next(k for k in core.coded_kernels if k.variant == huge.kernel.variant)
     own = np.zeros(1, core.layout.coding)
     own["key"], own["step"] = core.random_key(5, 6), 7
+    own["row"] = huge.NUMEL
     own["param"] = list(coding.PARAM_CODES).index("bfloat16_stochastic")
     own["grad"] = DTYPES.index("bfloat16")
     huge.spans["coding"], huge.spans["kernel"] = own.ctypes.data, kernel.index
