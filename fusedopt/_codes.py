@@ -90,7 +90,7 @@ def in_blocks_of(
     if codes.shape == param.shape and scales.shape == shape:
         return codes, scales
     row = prod(param.shape[1:])
-    if scales.numel() == prod(shape) and (row % BLOCK == 0 or row == param.numel()):
+    if scales.shape == shape or row % BLOCK == 0 or row == param.numel():  # the same blocks
         return _without_padding(codes, param), scales.reshape(shape)
     return encode(decode(codes, scales, order_of(param), param, never_negative), param, never_negative)
 
