@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from fusedopt._extension import _C
-from fusedopt._formats import BLOCK, CODE, ORDER, SCALE, layout_of, part_of, shape_of, shape_of_scales
+from fusedopt._formats import (
+    BLOCK,
+    CODE,
+    ORDER,
+    SCALE,
+    layout_of,
+    part_of,
+    shape_of,
+    shape_of_scales,
+)
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:
@@ -92,7 +101,9 @@ def in_blocks_of(
     row = prod(param.shape[1:])
     if scales.shape == shape or row % BLOCK == 0 or row == param.numel():  # the same blocks
         return _without_padding(codes, param), scales.reshape(shape)
-    return encode(decode(codes, scales, order_of(param), param, never_negative), param, never_negative)
+    return encode(
+        decode(codes, scales, order_of(param), param, never_negative), param, never_negative
+    )
 
 
 def _without_padding(codes: Tensor, param: Tensor) -> Tensor:

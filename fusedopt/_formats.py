@@ -156,8 +156,8 @@ def shape_of(key: str, param: Tensor) -> tuple[int, ...]:
 def shape_of_scales(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the scales of a dense tensor in codes.
 
-    Blocks end with the rows of dimension 0, so that these can be shared out with their scales, where
-    rows lie one behind the other and are long enough; else they run over all of it.
+    Blocks end with the rows of dimension 0, so that these can be shared out with their scales,
+    where rows lie one behind the other and are long enough; else they run over all of it.
     """
     row = prod(shape[1:])
     if row >= SHORTEST_ROW and shape and (shape[0] <= 1 or strides[0] == row):

@@ -115,9 +115,7 @@ class CodedStreams:
                 self._is_float[part.start // 4 : part.bytes.stop // 4] = True
         self.before = self.memory.copy()
 
-    def _streams(
-        self, code: Coding, size: int, blocks: int
-    ) -> list[tuple[str, np.dtype, int]]:
+    def _streams(self, code: Coding, size: int, blocks: int) -> list[tuple[str, np.dtype, int]]:
         param, master = PARAM_CODES[code.param]
         streams: list[tuple[str, type, int]] = [("param", param, size)]
         if master is not None:

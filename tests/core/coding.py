@@ -1,7 +1,7 @@
 """What csrc/core/codes.h and random.h define, once more in numpy: how elements are stored.
 
-All of it works on arrays whose last axis is a block of 256 elements; where a block has fewer, what is
-behind them has no meaning.
+All of it works on arrays whose last axis is a block of 256 elements; where a block has fewer, what
+is behind them has no meaning.
 """
 
 from dataclasses import dataclass

@@ -1,5 +1,5 @@
-"""Codes in the parameter's shape: their blocks end with rows, wherever they lie in memory, and those
-of older checkpoints load."""
+"""Codes in the parameter's shape: their blocks end with rows, wherever they lie in memory, and
+those of older checkpoints load."""
 
 import copy
 from collections.abc import Callable
