@@ -44,6 +44,16 @@ def is_same_order(a: Tensor | None, b: Tensor | None) -> bool:
     return bool((a.cpu() == b.cpu()).all())
 
 
+def are_strides_of(order: Any, param: Tensor) -> bool:
+    """Whether these may be strides of a dense tensor of the parameter's shape."""
+    if not isinstance(order, Tensor) or order.dtype != torch.int64 or order.shape != (param.dim(),):
+        return False
+    reach = sum((n - 1) * s for n, s in zip(param.shape, order.tolist(), strict=True))
+    return param.numel() == 0 or (
+        min(order.tolist(), default=0) >= 0 and reach == param.numel() - 1
+    )
+
+
 def shapes_of(key: str, values: Mapping[str, Any], param: Tensor) -> list[tuple[int, ...]]:
     """The shapes that a tensor of a state may have: codes and scales may be of the old form."""
     if part_of(key) not in (CODE, SCALE):
@@ -53,10 +63,12 @@ def shapes_of(key: str, values: Mapping[str, Any], param: Tensor) -> list[tuple[
     if part_of(key) == CODE:
         return of_codes
     order = values.get(ORDER)
-    if isinstance(order, Tensor) and order.shape == (len(shape),):
-        strides = tuple(int(stride) for stride in order)
-    else:
+    if order is None:
         strides = torch.empty(shape, device="meta").stride()
+    elif are_strides_of(order, param):
+        strides = tuple(order.tolist())
+    else:  # it is the strides that are wrong
+        return [tuple(values[key].shape)]
     of_scales = [shape_of_scales(shape, strides), (blocks,)]
     code = values.get(key.removesuffix(SCALE) + CODE)
     if not isinstance(code, Tensor) or tuple(code.shape) not in of_codes:

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt._codes import decode, encode, in_blocks_of, is_same_order, order_of, shapes_of
+from fusedopt._codes import (
+    are_strides_of,
+    decode,
+    encode,
+    in_blocks_of,
+    is_same_order,
+    order_of,
+    shapes_of,
+)
 from fusedopt._extension import _C
 from fusedopt._formats import (
     CODE,
@@ -203,12 +211,10 @@ def _check_part(
             f"{where} is of dtype {value.dtype} and shape {tuple(value.shape)}; expected "
             f"{' or '.join(map(str, dtypes))} and {shapes[0]}"
         )
-    if part == ORDER:
-        strides = value.tolist()
-        sizes = tuple(param.shape)
-        reach = sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
-        if param.numel() > 0 and (min(strides, default=0) < 0 or reach != param.numel() - 1):
-            raise ValueError(f"{where} is {strides}, which are no strides of a dense {sizes}")
+    if part == ORDER and not are_strides_of(value, param):
+        raise ValueError(
+            f"{where} is {value.tolist()}, which are no strides of a dense {tuple(param.shape)}"
+        )
 
 
 def convert(values: Mapping[str, Any], member: Member) -> dict[str, Any]:
