@@ -193,7 +193,11 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
             "coding.scales[k]",
         ),
         "careless blocks": (CODED_LOOP, "if (is_careful(scale)) {", "if (false) {"),
-        "infinite as the largest": (CODED_LOOP, "if (careful) largest = largest_finite(from);", ""),
+        "infinite as the largest": (
+            CODED_LOOP,
+            "if (careful) largest = largest_finite(from, count);",
+            "",
+        ),
         "largest of positive ones": (LOOP, "magnitude_bits(value)", "float_to_bits(value)"),
         "dither of the first block": (
             CODED_LOOP,
