@@ -13,7 +13,9 @@ from fusedopt._extension import _C
 from fusedopt._overlap import is_dense
 
 BLOCK: int = _C.block
-"""Elements that share a scale."""
+"""The most elements that share a scale."""
+SHORTEST_ROW = 64
+"""Shorter rows would have too many scales: blocks do not end with them."""
 
 # What the keys of a state are made of, besides the names that a rule gives its states.
 CODE = "_code"  # behind a name: that state in codes
@@ -50,6 +52,9 @@ PARTS: Mapping[str, tuple[torch.dtype, ...]] = {
         for key in MASTERS
     },
 }
+
+# What a remainder of 16 bits was called before it was bfloat16, with the same bits.
+OLD_REMAINDER = torch.int16
 
 COMBINATIONS = _C.combinations()
 """The dtypes of parameter, gradient and states that there are kernels for."""
@@ -170,12 +175,21 @@ def part_of(key: str) -> str | None:
 def shape_of(key: str, param: Tensor) -> tuple[int, ...]:
     """The shape of the tensor of a key, which for most is the parameter's."""
     part = part_of(key)
-    blocks = -(-param.numel() // BLOCK)
-    if part == CODE:
-        return blocks, BLOCK
     if part == SCALE:
-        return (blocks,)
+        return shape_of_scales(tuple(param.shape), layout_of(param).stride())
     return (param.dim(),) if part == ORDER else tuple(param.shape)
+
+
+def shape_of_scales(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the scales of a dense tensor in codes.
+
+    Blocks end with the rows of dimension 0, so that these can be shared out with their scales,
+    where rows lie one behind the other and are long enough; else they run over all of it.
+    """
+    row = prod(shape[1:])
+    if row >= SHORTEST_ROW and shape and (shape[0] <= 1 or strides[0] == row):
+        return shape[0], -(-row // BLOCK)
+    return (-(-prod(shape) // BLOCK),)
 
 
 def layout_of(param: Tensor) -> Tensor:

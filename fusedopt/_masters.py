@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusedopt._extension import _C
-from fusedopt._formats import REMAINDER, WHOLE_MASTER, master_key
+from fusedopt._formats import OLD_REMAINDER, REMAINDER, WHOLE_MASTER, master_key
 from fusedopt._members import Member
 from fusedopt._watched_state import ParameterState, values_of
 
@@ -19,7 +19,7 @@ def convert_master(values: Mapping[str, Any], member: Member) -> dict[str, Tenso
         return {}
     param = member.local.detach()
     key = master_key(param)
-    value = values.get(key)
+    value = _stored(values, key)
     if value is not None and value.dtype == member.spec(key).dtype:
         return {key: value}
     if not values:
@@ -33,6 +33,14 @@ def convert_master(values: Mapping[str, Any], member: Member) -> dict[str, Tenso
     else:  # the parameter is its own master
         master = param.float()
     return {key: _C.remainder_of(master, param, bits)}
+
+
+def _stored(values: Mapping[str, Any], key: str) -> Tensor | None:
+    """What a state has of a master."""
+    value: Tensor | None = values.get(key)
+    if value is not None and value.dtype == OLD_REMAINDER:
+        return value.view(torch.bfloat16)
+    return value
 
 
 def exact_weights(member: Member, values: Mapping[str, Any]) -> Tensor:
@@ -75,7 +83,7 @@ def read_masters(params: Iterable[Tensor], state: Mapping[Tensor, Any]) -> Itera
     for param in params:
         weights = param.detach()
         half = weights.dtype in (torch.bfloat16, torch.float16)
-        stored = values_of(state, param).get(master_key(param)) if half else None
+        stored = _stored(values_of(state, param), master_key(param)) if half else None
         if stored is not None:
             yield _C.join_master(weights, stored)
         else:

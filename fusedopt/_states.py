@@ -7,19 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt._codes import decode, encode, is_same_order, order_of
+from fusedopt._codes import (
+    are_strides_of,
+    decode,
+    encode,
+    in_blocks_of,
+    is_same_order,
+    order_of,
+    shapes_of,
+)
 from fusedopt._extension import _C
 from fusedopt._flat import find_buffer
 from fusedopt._formats import (
     CODE,
     MASTERS,
+    OLD_REMAINDER,
     ORDER,
     PARTS,
+    REMAINDER,
     SCALE,
     layout_of,
     part_of,
     related,
-    shape_of,
 )
 from fusedopt._masters import convert_master, exact_weights
 from fusedopt._members import Member
@@ -176,7 +185,7 @@ def _like(member: Member, key: str) -> Tensor:
     """A tensor with the device, shape and strides that one of a member's state has."""
     local = member.local.detach()
     shape = member.spec(key).shape
-    return local if shape is None else local.new_empty(1).expand(shape)
+    return local if shape is None else local.new_empty(()).expand(shape)
 
 
 def fits(member: Member, key: str, value: Any) -> bool:
@@ -189,8 +198,7 @@ def fits(member: Member, key: str, value: Any) -> bool:
     if key == "step":
         return tuple(value.shape) in ((), (1,))
     if spec.shape is not None:
-        # Codes are read as words.
-        return value.is_contiguous() and value.data_ptr() % 8 == 0
+        return value.is_contiguous()
     # A state in other strides is gathered in each step. A master is not.
     if part_of(key) is None:
         return has_own_elements(value)
@@ -220,7 +228,7 @@ def check_state(member: Member, values: Mapping[str, Any]) -> None:
                 f"tensor on {param.device}"
             )
         if part_of(key) is not None:
-            _check_part(key, value, param, where)
+            _check_part(key, value, values, param, where)
             continue
         if value.shape != param.shape:
             raise ValueError(
@@ -246,21 +254,22 @@ def _check_step(value: Any, where: str) -> None:
         raise ValueError(f"{where} is {float(value)}; expected a count of steps")
 
 
-def _check_part(key: str, value: Tensor, param: Tensor, where: str) -> None:
+def _check_part(
+    key: str, value: Tensor, values: Mapping[str, Any], param: Tensor, where: str
+) -> None:
     part = part_of(key)
     assert part is not None
-    dtypes, shape = PARTS[part], shape_of(key, param)
-    if value.dtype not in dtypes or tuple(value.shape) != shape:
+    dtypes, shapes = PARTS[part], shapes_of(key, values, param)
+    old = part == REMAINDER and value.dtype == OLD_REMAINDER
+    if not (old or value.dtype in dtypes) or tuple(value.shape) not in shapes:
         raise ValueError(
             f"{where} is of dtype {value.dtype} and shape {tuple(value.shape)}; expected "
-            f"{' or '.join(map(str, dtypes))} and {shape}"
+            f"{' or '.join(map(str, dtypes))} and {shapes[0]}"
         )
-    if part == ORDER:
-        strides = value.tolist()
-        sizes = tuple(param.shape)
-        reach = sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
-        if param.numel() > 0 and (min(strides, default=0) < 0 or reach != param.numel() - 1):
-            raise ValueError(f"{where} is {strides}, which are no strides of a dense {sizes}")
+    if part == ORDER and not are_strides_of(value, param):
+        raise ValueError(
+            f"{where} is {value.tolist()}, which are no strides of a dense {tuple(param.shape)}"
+        )
 
 
 def convert(values: Mapping[str, Any], member: Member) -> dict[str, Any]:
@@ -284,6 +293,7 @@ def convert_states(values: Mapping[str, Any], member: Member) -> dict[str, Any]:
         if scale is None or name in result and not codes:
             continue
         if codes and is_same_order(order, old_order):
+            code, scale = in_blocks_of(local, code, scale, squares(name))
             result |= {name + CODE: code, name + SCALE: scale}
             result.pop(name, None)
         elif name not in result:

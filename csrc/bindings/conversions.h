@@ -47,45 +47,51 @@ at::Tensor laid_like(const at::Tensor& like, const at::Tensor& values) {
 
 // -- codes ---------------------------------------------------------------------------------------
 
-// A state in memory order, as a step would store it in codes, but each element rounded to nearest.
-std::pair<at::Tensor, at::Tensor> encode(const at::Tensor& values, bool never_negative) {
+// Calls body(place) for each block of a state.
+template <class Body>
+void for_each_block(const Blocks& blocks, Body body) {
+  convert_in_parallel(blocks.count(), kConversionGrain / kBlock, [=](int64_t begin, int64_t end) {
+    for (int64_t number = begin; number < end; ++number) body(blocks.at(number));
+  });
+}
+
+// A state in memory order, in rows of so many elements, as a step would store it in codes, but each
+// element rounded to nearest: codes and scales, one behind the other.
+std::pair<at::Tensor, at::Tensor> encode(const at::Tensor& values, int64_t row,
+                                         bool never_negative) {
   const at::Tensor source = on_cpu(values, at::kFloat);
-  const int64_t numel = source.numel(), blocks = (numel + kBlock - 1) / kBlock;
+  const Blocks blocks{source.numel(), row};
   const auto options = at::TensorOptions(at::kCPU);
-  const at::Tensor codes = at::zeros({blocks, kBlock}, options.dtype(at::kByte));
-  const at::Tensor scales = at::zeros({blocks}, options.dtype(at::kFloat));
+  const at::Tensor codes = at::empty({blocks.numel}, options.dtype(at::kByte));
+  const at::Tensor scales = at::empty({blocks.count()}, options.dtype(at::kFloat));
   const float* const from = elements_of<float>(source);
   uint8_t* const to = mutable_elements_of<uint8_t>(codes);
   float* const scale = mutable_elements_of<float>(scales);
-  convert_in_parallel(blocks, kConversionGrain / kBlock, [=](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t at = block * kBlock, count = std::min<int64_t>(kBlock, numel - at);
-      if (never_negative) {
-        to_codes<true>(from + at, count, to + at, scale + block);
-      } else {
-        to_codes<false>(from + at, count, to + at, scale + block);
-      }
+  for_each_block(blocks, [=](const BlockPlace& block) {
+    if (never_negative) {
+      to_codes<true>(from + block.begin, block.count, to + block.begin, scale + block.number);
+    } else {
+      to_codes<false>(from + block.begin, block.count, to + block.begin, scale + block.number);
     }
   });
   return {codes, scales};
 }
 
-at::Tensor decode(const at::Tensor& codes, const at::Tensor& scales, int64_t numel,
+at::Tensor decode(const at::Tensor& codes, const at::Tensor& scales, int64_t row,
                   bool never_negative) {
   const at::Tensor source = on_cpu(codes, at::kByte), scales_of = on_cpu(scales, at::kFloat);
-  const at::Tensor values = at::empty({numel}, at::TensorOptions(at::kCPU).dtype(at::kFloat));
+  const Blocks blocks{source.numel(), row};
+  TORCH_CHECK(scales_of.numel() == blocks.count(), "no scales of these codes");
+  const at::Tensor values =
+      at::empty({blocks.numel}, at::TensorOptions(at::kCPU).dtype(at::kFloat));
   const uint8_t* const from = elements_of<uint8_t>(source);
   const float* const scale = elements_of<float>(scales_of);
   float* const to = mutable_elements_of<float>(values);
-  const int64_t blocks = (numel + kBlock - 1) / kBlock;
-  convert_in_parallel(blocks, kConversionGrain / kBlock, [=](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t at = block * kBlock, count = std::min<int64_t>(kBlock, numel - at);
-      if (never_negative) {
-        from_codes<true>(from + at, scale[block], count, to + at);
-      } else {
-        from_codes<false>(from + at, scale[block], count, to + at);
-      }
+  for_each_block(blocks, [=](const BlockPlace& block) {
+    if (never_negative) {
+      from_codes<true>(from + block.begin, scale[block.number], block.count, to + block.begin);
+    } else {
+      from_codes<false>(from + block.begin, scale[block.number], block.count, to + block.begin);
     }
   });
   return values;

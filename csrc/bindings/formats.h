@@ -26,7 +26,8 @@ at::ScalarType scalar_type_of() {
   if constexpr (std::is_same<Element, int8_t>::value) {
     return at::kChar;
   } else if constexpr (std::is_same<Element, int16_t>::value) {
-    return at::kShort;
+    // The same bits under another name: processes cannot send each other int16.
+    return at::kBFloat16;
   } else {
     return scalar_type(ElementTraits<Element>::dtype);
   }
@@ -66,6 +67,12 @@ uint8_t find_state_format(at::ScalarType state) {
   return state == at::kByte       ? state_format<CodedState>
          : state == at::kBFloat16 ? state_format<Bfloat16State>
                                   : state_format<Float32State>;
+}
+
+// The elements of the rows that blocks of codes end with: scales by rows have a dimension for
+// these.
+int64_t row_of(const at::Tensor& scales, int64_t numel) {
+  return scales.dim() == 2 && scales.size(0) > 0 ? numel / scales.size(0) : numel;
 }
 
 py::list list_param_formats() {

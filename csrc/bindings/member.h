@@ -145,6 +145,7 @@ void set_tensors(const StateTensors& tensors, Member& m, Entry& e) {
     e.span.states[k] = address_of(state);
     if (m.state_type == at::kByte) {
       e.coding.scales[k] = static_cast<float*>(take_part());
+      e.coding.row = row_of(THPVariable_Unpack(e.parts[e.part_count - 1]), e.span.numel);
     } else {
       m.in_order = m.in_order && is_in(m.order, tensor);
     }
@@ -208,7 +209,7 @@ std::pair<Member, Entry> make_member(const MemberInfo& info, int state_count,
   e.tensor_count = state_count;
   e.coded = is_coded(info, m.dtype);
   e.span.param = const_cast<void*>(tensor.unsafeGetTensorImpl()->data());
-  e.span.numel = tensor.numel() * (tensor.is_complex() ? 2 : 1);
+  e.span.numel = e.coding.row = tensor.numel() * (tensor.is_complex() ? 2 : 1);
   if (e.coded) {
     const auto format = find_param_format(m.scalar, info.master_bits, info.stochastic);
     TORCH_INTERNAL_ASSERT(format.has_value(), "no kernel knows how ", m.name, " is stored");

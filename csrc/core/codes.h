@@ -5,20 +5,12 @@
 // and encodes.
 #pragma once
 
+#include "blocks.h"
 #include "dtype.h"
-#include "random.h"
 #include "span.h"
 
 // A rule sees none of it: blocks of elements are decoded to float32, updated, and encoded again.
 namespace fusedopt {
-
-// Elements that share a scale. A span with a Coding is cut between blocks only.
-constexpr int kBlock = 256;
-static_assert(kBlock == 2 * kRandomPairs, "a block's random bits come from hashes for two each");
-
-// The codes of a block lie in so many words: the least significant bytes of these are the codes of
-// the block's first quarter, and so on. Thus bytes become lanes of 32 bits by shifts.
-constexpr int kWords = kBlock / 4;
 
 // How the elements of a span are stored. It begins where a parameter begins: blocks, and elements
 // in random numbers, are counted from there.
@@ -26,6 +18,7 @@ struct Coding {
   float* scales[kMaxStates];  // of the blocks, for states in codes
   void* master;               // the part of the master that is not in the parameter
   const float* count;         // of the steps with this one, on the device; null: it is `step`
+  int64_t row;                // elements, see Blocks
   uint64_t key;               // see random_key
   uint32_t step;
   uint8_t param;  // the place of its format in ParamFormats
@@ -266,9 +259,6 @@ struct SquareCode {
 template <bool never_negative>
 using Code = typename std::conditional<never_negative, SquareCode, SignedCode>::type;
 
-// Where the code of an element is in the bytes of its block.
-FUSEDOPT_HD int byte_of(int place) { return place % kWords * 4 + place / kWords; }
-
 // -- states --------------------------------------------------------------------------------------
 
 struct Float32State {
@@ -351,7 +341,7 @@ void to_codes(const float* from, int64_t count, uint8_t* codes, float* scale_to)
   constexpr uint32_t half = uint32_t(1) << (kDitherBits - 1);
   for (int64_t i = 0; i < count; ++i) {
     const float value = never_negative ? absolute(from[i]) : from[i];
-    codes[byte_of(int(i))] =
+    codes[byte_of(int(i), int(count))] =
         uint8_t(Code<never_negative>::encode(value, scale.inverse, half, careful));
   }
   *scale_to = scale.scale;
@@ -360,8 +350,8 @@ void to_codes(const float* from, int64_t count, uint8_t* codes, float* scale_to)
 template <bool never_negative>
 void from_codes(const uint8_t* codes, float scale, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i)
-    to[i] =
-        Code<never_negative>::decode(codes[byte_of(int(i))], absolute(scale), is_careful(scale));
+    to[i] = Code<never_negative>::decode(codes[byte_of(int(i), int(count))], absolute(scale),
+                                         is_careful(scale));
 }
 
 }  // namespace fusedopt

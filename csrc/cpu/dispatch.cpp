@@ -14,9 +14,9 @@ namespace {
 
 // Below this many elements a second thread costs more than it brings.
 constexpr int64_t kGrain = 32768;
-// Where a span is cut, it is cut at a multiple of this, so that every piece stays aligned and has
-// its blocks to itself.
-constexpr int64_t kCut = kBlock;
+// Where a span is cut, it is cut at a multiple of this, so that every piece stays aligned. One with
+// a Coding is cut where a block begins, so that every piece has its blocks to itself.
+constexpr int64_t kCut = 256;
 
 const Loops& loops(Isa isa) {
   switch (isa) {
@@ -46,7 +46,9 @@ struct NormWork {
 // The cut nearest below the global element index, as an index into its span.
 int64_t cut(const Span& span, int64_t index) {
   const int64_t local = std::max<int64_t>(0, index - span.offset);
-  return local >= span.numel ? span.numel : local / kCut * kCut;
+  if (local >= span.numel) return span.numel;
+  if (span.coding == nullptr) return local / kCut * kCut;
+  return local - Blocks{span.numel, span.coding->row}.place_of(local);
 }
 
 void run_piece(void* context, int64_t begin, int64_t end) {

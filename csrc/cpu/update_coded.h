@@ -3,20 +3,21 @@
 //
 // The loop over a span with a Coding: a block at a time is decoded to float32 in the L1 cache,
 // updated there, and encoded again. Included by update.h. What does not depend on the rule is a
-// function of its own, so that all kernels of an instruction set share it.
+// function of its own, so that all kernels of an instruction set share it. All but codes is decoded
+// and encoded by whole blocks.
 
 #define FUSEDOPT_SHARED __attribute__((noinline))
 #define FUSEDOPT_INLINED __attribute__((always_inline))
 #define FUSEDOPT_INLINE inline FUSEDOPT_INLINED
 
-// One block of a span, of kBlock elements: where its streams are, and its place in the parameter.
+// One block of a span: where its streams are, and its number in the parameter.
 struct Block {
   void* param;
   void* master;
   const void* grad;
   void* states[kMaxStates];
   float* scales[kMaxStates];
-  int64_t position;
+  int64_t number;
 };
 
 // with_format() of codes.h with this instruction set, without which visit() could not be inlined.
@@ -118,7 +119,7 @@ FUSEDOPT_INLINE void encode_param(const Block& block, const Coding& coding, cons
     if constexpr (std::is_same<Format, Float32>::value) {
       return;
     } else if constexpr (Format::stochastic) {
-      encode_at_random(from, RandomBlock(coding.key, coding.step, block.position / kBlock), param);
+      encode_at_random(from, RandomBlock(coding.key, coding.step, block.number), param);
     } else if constexpr (std::is_same<typename Format::Master, NoMaster>::value) {
       encode(from, param);
     } else {
@@ -144,22 +145,30 @@ FUSEDOPT_INLINE const float* decode_grad(const Block& block, DType dtype, float*
 
 // -- states --------------------------------------------------------------------------------------
 
+// Codes, a word at a time, wherever they lie.
+typedef uint32_t __attribute__((may_alias, aligned(1))) Word;
+
 template <bool never_negative, bool careful>
-FUSEDOPT_INLINE void decode_codes_by(const uint32_t* FUSEDOPT_RESTRICT from, float scale,
+FUSEDOPT_INLINE void decode_codes_by(const uint8_t* FUSEDOPT_RESTRICT from, float scale, int count,
                                      float* FUSEDOPT_RESTRICT to) {
+  if (count < kBlock) {
+    for (int i = 0; i < count; ++i) to[i] = Code<never_negative>::decode(from[i], scale, careful);
+    return;
+  }
+  const auto* FUSEDOPT_RESTRICT words = reinterpret_cast<const Word*>(from);
 #pragma GCC unroll 4
   for (int byte = 0; byte < 4; ++byte)
     for (int i = 0; i < kWords; ++i)
       to[byte * kWords + i] =
-          Code<never_negative>::decode(from[i] >> (8 * byte) & 0xffu, scale, careful);
+          Code<never_negative>::decode(words[i] >> (8 * byte) & 0xffu, scale, careful);
 }
 
 template <bool never_negative>
-FUSEDOPT_SHARED void decode_codes(const uint32_t* from, float scale, float* to) {
+FUSEDOPT_SHARED void decode_codes(const uint8_t* from, float scale, int count, float* to) {
   if (is_careful(scale)) {
-    decode_codes_by<never_negative, true>(from, absolute(scale), to);
+    decode_codes_by<never_negative, true>(from, absolute(scale), count, to);
   } else {
-    decode_codes_by<never_negative, false>(from, scale, to);
+    decode_codes_by<never_negative, false>(from, scale, count, to);
   }
 }
 
@@ -173,7 +182,14 @@ constexpr DitherOfPlaces kDither;
 
 template <bool never_negative, bool careful>
 FUSEDOPT_INLINE void encode_codes(const float* FUSEDOPT_RESTRICT from, float inverse,
-                                  uint32_t dither, uint32_t* FUSEDOPT_RESTRICT to) {
+                                  uint32_t dither, int count, uint8_t* FUSEDOPT_RESTRICT to) {
+  if (count < kBlock) {
+    for (int i = 0; i < count; ++i)
+      to[i] = uint8_t(
+          Code<never_negative>::encode(from[i], inverse, dither ^ kDither.values[i], careful));
+    return;
+  }
+  auto* FUSEDOPT_RESTRICT words = reinterpret_cast<Word*>(to);
   for (int i = 0; i < kWords; ++i) {
     uint32_t word = 0;
     for (int byte = 0; byte < 4; ++byte) {
@@ -182,28 +198,28 @@ FUSEDOPT_INLINE void encode_codes(const float* FUSEDOPT_RESTRICT from, float inv
                                                          dither ^ kDither.values[place], careful);
       word |= code << (8 * byte);
     }
-    to[i] = word;
+    words[i] = word;
   }
 }
 
-FUSEDOPT_INLINE int32_t largest_finite(const float* values) {
+FUSEDOPT_INLINE int32_t largest_finite(const float* values, int count) {
   int32_t largest = 0;
-  for (int i = 0; i < kBlock; ++i)
+  for (int i = 0; i < count; ++i)
     raise(largest, is_finite(magnitude_bits(values[i])) ? values[i] : 0);
   return largest;
 }
 
 template <bool never_negative>
-FUSEDOPT_SHARED void encode_codes(const float* from, int32_t largest, uint32_t dither, uint32_t* to,
-                                  float* scale_to) {
+FUSEDOPT_SHARED void encode_codes(const float* from, int32_t largest, uint32_t dither, int count,
+                                  uint8_t* to, float* scale_to) {
   const bool careful = !is_finite(uint32_t(largest));
-  if (careful) largest = largest_finite(from);
+  if (careful) largest = largest_finite(from, count);
   const Scale scale = Code<never_negative>::scale_of(uint32_t(largest), careful);
   *scale_to = scale.scale;
   if (careful) {
-    encode_codes<never_negative, true>(from, scale.inverse, dither, to);
+    encode_codes<never_negative, true>(from, scale.inverse, dither, count, to);
   } else {
-    encode_codes<never_negative, false>(from, scale.inverse, dither, to);
+    encode_codes<never_negative, false>(from, scale.inverse, dither, count, to);
   }
 }
 
@@ -216,12 +232,12 @@ FUSEDOPT_SHARED void encode_dithered(const float* FUSEDOPT_RESTRICT from, uint32
 
 // Where the elements are in float32: in place if they are stored so.
 template <bool never_negative>
-FUSEDOPT_INLINE float* decode_state(const Block& block, int k, int format, float* to) {
+FUSEDOPT_INLINE float* decode_state(const Block& block, int k, int format, int count, float* to) {
   with_format_here(StateFormats{}, format, [&](auto of_place) FUSEDOPT_INLINED {
     using Format = decltype(of_place);
     if constexpr (Format::in_codes) {
-      decode_codes<never_negative>(static_cast<const uint32_t*>(block.states[k]), *block.scales[k],
-                                   to);
+      decode_codes<never_negative>(static_cast<const uint8_t*>(block.states[k]), *block.scales[k],
+                                   count, to);
     } else if constexpr (std::is_same<Format, Float32State>::value) {
       to = static_cast<float*>(block.states[k]);
     } else {
@@ -232,15 +248,15 @@ FUSEDOPT_INLINE float* decode_state(const Block& block, int k, int format, float
 }
 
 template <bool never_negative>
-FUSEDOPT_INLINE void encode_state(const Block& block, int k, const Coding& coding,
+FUSEDOPT_INLINE void encode_state(const Block& block, int k, const Coding& coding, int count,
                                   const float* from, int32_t largest) {
   with_format_here(StateFormats{}, coding.state, [&](auto of_place) FUSEDOPT_INLINED {
     using Format = decltype(of_place);
     if constexpr (std::is_same<Format, Float32State>::value) return;
-    const uint32_t dither = dither_of_block(block.position / kBlock, coding.step);
+    const uint32_t dither = dither_of_block(block.number, coding.step);
     if constexpr (Format::in_codes) {
-      encode_codes<never_negative>(from, largest, dither, static_cast<uint32_t*>(block.states[k]),
-                                   block.scales[k]);
+      encode_codes<never_negative>(from, largest, dither, count,
+                                   static_cast<uint8_t*>(block.states[k]), block.scales[k]);
     } else if constexpr (!std::is_same<Format, Float32State>::value) {
       encode_dithered<never_negative>(from, dither,
                                       static_cast<typename Format::Element*>(block.states[k]));
@@ -286,85 +302,100 @@ struct Updated {
   Block block;
 };
 
+// Updates count elements of a block; of streams other than codes, room for a whole one is there.
 template <bool usual, class Variant, class Row>
 FUSEDOPT_INLINE void update_block(const Block& block, const Coding& coding,
-                                  const StreamBytes& bytes, const Row& row, Updated& to) {
+                                  const StreamBytes& bytes, const Row& row, int count,
+                                  Updated& to) {
   alignas(64) float grads[kBlock];
+  const auto prefetch = [&](int quarter) FUSEDOPT_INLINED {
+    if (count == kBlock) prefetch_quarter<Variant::state_count>(block, bytes, quarter);
+  };
   to.block = block;
-  prefetch_quarter<Variant::state_count>(block, bytes, 0);
+  prefetch(0);
   float* const param = decode_param(block, coding.param, to.params);
   const float* const grad = decode_grad(block, coding.grad, grads);
-  prefetch_quarter<Variant::state_count>(block, bytes, 1);
-  Span decoded{param, grad, {}, kBlock, 0, 0, 0, nullptr};
+  prefetch(1);
+  Span decoded{param, grad, {}, count, 0, 0, 0, nullptr};
   for_each_state<Variant>([&](int k, auto never_negative) {
-    decoded.states[k] = decode_state<never_negative.value>(block, k, coding.state, to.states[k]);
+    decoded.states[k] =
+        decode_state<never_negative.value>(block, k, coding.state, count, to.states[k]);
   });
-  run<usual, Variant, Types<float, float, float>, true>(States<Variant>{}, decoded, row, 0, kBlock,
+  run<usual, Variant, Types<float, float, float>, true>(States<Variant>{}, decoded, row, 0, count,
                                                         to.largest);
-  prefetch_quarter<Variant::state_count>(block, bytes, 2);
+  prefetch(2);
 }
 
 template <class Variant>
-FUSEDOPT_INLINE void encode_block(const Updated& from, const Coding& coding) {
+FUSEDOPT_INLINE void encode_block(const Updated& from, const Coding& coding, int count) {
   encode_param(from.block, coding, from.params);
   for_each_state<Variant>([&](int k, auto never_negative) {
-    encode_state<never_negative.value>(from.block, k, coding, from.states[k], from.largest[k]);
+    encode_state<never_negative.value>(from.block, k, coding, count, from.states[k],
+                                       from.largest[k]);
   });
 }
 
-// The end of a parameter that is no whole block, as one that is.
-struct LastBlock {
+// Room for the streams of a block that is not whole, as if it were.
+struct WholeBlock {
   alignas(64) unsigned char param[4 * kBlock], master[4 * kBlock], grad[4 * kBlock];
   alignas(64) unsigned char states[kMaxStates][4 * kBlock];
 };
 
-// Updates the elements [begin, end), from the beginning of a block on.
+// Updates the elements [begin, end), from the beginning of a block to one.
 template <bool usual, class Variant, class Row>
 FUSEDOPT_INLINE void run_blocks(const Span& span, const Row& row, int64_t begin, int64_t end) {
   const Coding& coding = *span.coding;
   const StreamBytes bytes(coding);
   const bool in_codes = coding.state == state_format<CodedState>;
+  int64_t number = Blocks{span.numel, coding.row}.number_of(begin);
+  int64_t row_end = begin / coding.row * coding.row + coding.row;
   // A block is encoded after the next one was updated: nothing waits for the last of its roots and
   // quotients, then.
   Updated updated[2];
   int now = 0;
-  for (int64_t i = begin; i < end; i += kBlock, now = 1 - now) {
+  bool waits = false;
+  WholeBlock room;
+  bool cleared = false;  // room, which few spans need
+  int count;
+  for (int64_t i = begin; i < end; i += count, ++number, now = 1 - now) {
+    if (i == row_end) row_end += coding.row;
+    count = int(row_end - i < kBlock ? row_end - i : kBlock);
     Block block{static_cast<char*>(span.param) + i * bytes.param,
                 static_cast<char*>(coding.master) + i * bytes.master,
                 static_cast<const char*>(span.grad) + i * bytes.grad,
                 {},
                 {},
-                i};
+                number};
     for (int k = 0; k < Variant::state_count; ++k) {
       block.states[k] = static_cast<char*>(span.states[k]) + i * bytes.state;
-      if (in_codes) block.scales[k] = coding.scales[k] + i / kBlock;
+      if (in_codes) block.scales[k] = coding.scales[k] + number;
     }
-    if (end - i >= kBlock) {
-      update_block<usual, Variant>(block, coding, bytes, row, updated[now]);
+    if (count == kBlock) {
+      update_block<usual, Variant>(block, coding, bytes, row, kBlock, updated[now]);
       prefetch_quarter<Variant::state_count>(block, bytes, 3);
-      if (i > begin) encode_block<Variant>(updated[1 - now], coding);
+      if (waits) encode_block<Variant>(updated[1 - now], coding, kBlock);
+      waits = true;
       continue;
     }
-    if (i > begin) encode_block<Variant>(updated[1 - now], coding);
-    const size_t count = size_t(end - i);
-    LastBlock last = {};
+    if (waits) encode_block<Variant>(updated[1 - now], coding, kBlock);
+    waits = false;
+    if (!cleared) memset(&room, 0, sizeof room);
+    cleared = true;
     Block whole = block;
-    whole.param = memcpy(last.param, block.param, count * size_t(bytes.param));
-    whole.master = last.master;
-    if (bytes.master > 0) memcpy(last.master, block.master, count * size_t(bytes.master));
-    whole.grad = memcpy(last.grad, block.grad, count * size_t(bytes.grad));
-    // Codes come in whole blocks.
+    whole.param = memcpy(room.param, block.param, size_t(count * bytes.param));
+    whole.master = room.master;
+    if (bytes.master > 0) memcpy(room.master, block.master, size_t(count * bytes.master));
+    whole.grad = memcpy(room.grad, block.grad, size_t(count * bytes.grad));
     for (int k = 0; k < Variant::state_count && !in_codes; ++k)
-      whole.states[k] = memcpy(last.states[k], block.states[k], count * size_t(bytes.state));
-    update_block<usual, Variant>(whole, coding, bytes, row, updated[now]);
-    encode_block<Variant>(updated[now], coding);
-    memcpy(block.param, last.param, count * size_t(bytes.param));
-    if (bytes.master > 0) memcpy(block.master, last.master, count * size_t(bytes.master));
+      whole.states[k] = memcpy(room.states[k], block.states[k], size_t(count * bytes.state));
+    update_block<usual, Variant>(whole, coding, bytes, row, count, updated[now]);
+    encode_block<Variant>(updated[now], coding, count);
+    memcpy(block.param, room.param, size_t(count * bytes.param));
+    if (bytes.master > 0) memcpy(block.master, room.master, size_t(count * bytes.master));
     for (int k = 0; k < Variant::state_count && !in_codes; ++k)
-      memcpy(block.states[k], last.states[k], count * size_t(bytes.state));
-    return;
+      memcpy(block.states[k], room.states[k], size_t(count * bytes.state));
   }
-  if (begin < end) encode_block<Variant>(updated[1 - now], coding);
+  if (waits) encode_block<Variant>(updated[1 - now], coding, kBlock);
 }
 
 #undef FUSEDOPT_SHARED

@@ -102,7 +102,7 @@ FUSEDOPT_HD Row row_of(const LaunchArgs& args, uint32_t i) {
 // Packs spans into the argument of one launch, from spans[next] on; returns the next one that did
 // not fit. Spans of other kernels are passed over. Rows are shared by the spans that name them,
 // and left out where they are on the device, as args.rows says.
-template <class TileSpan, class Row, int kChunk>
+template <class TileSpan, class Row>
 size_t pack_spans(const Span* spans, size_t count, size_t next, int kernel, const HyperRow* rows,
                   LaunchArgs& args) {
   constexpr size_t capacity = LaunchArgs::kBytes;
@@ -119,7 +119,7 @@ size_t pack_spans(const Span* spans, size_t count, size_t next, int kernel, cons
     TileSpan to = TileSpan::from(from);
     to.first_chunk = args.chunks;
     // A launch counts its chunks in 31 bits; the spans that would overflow go into the next.
-    if (uint64_t(args.chunks) + uint64_t(from.numel / kChunk + 2) > INT32_MAX) break;
+    if (uint64_t(args.chunks) + to.chunks() > INT32_MAX) break;
     if (new_row) {
       memcpy(args.data + capacity - (++packed_rows) * sizeof(Row), rows[from.row].bytes,
              sizeof(Row));
@@ -285,7 +285,7 @@ struct Tile {
 
   static size_t pack(const Span* spans, size_t count, size_t next, int kernel, const HyperRow* rows,
                      LaunchArgs& args) {
-    return pack_spans<TileSpan, Row, kChunk>(spans, count, next, kernel, rows, args);
+    return pack_spans<TileSpan, Row>(spans, count, next, kernel, rows, args);
   }
 };
 

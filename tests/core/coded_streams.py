@@ -49,7 +49,7 @@ class CodedStreams:
         self,
         core: Core,
         kernel: Kernel,
-        spans: Sequence[tuple[Coding, int]],
+        spans: Sequence[tuple[Coding, int] | tuple[Coding, int, int]],
         rows: np.ndarray,
         fills: Sequence[Fill] = FILLS,
         seed: int = 0,
@@ -59,17 +59,18 @@ class CodedStreams:
         self._core, self._kernel, self._rows = core, kernel, rows
         self._of_span: list[dict[str, Part]] = []
         self._parts: list[Part] = []
-        self.codes = [code for code, _ in spans]
-        numel = np.array([size for _, size in spans], np.int64)
-        self._blocks = -(-numel // BLOCK)
+        self.codes = [code for code, *_ in spans]
+        numel = np.array([size for _, size, *_ in spans], np.int64)
+        rows_of = [row[0] if row else size for _, size, *row in spans]
+        self._sizes = [coding.sizes_of_blocks(*one) for one in zip(numel, rows_of, strict=True)]
+        self._blocks = np.array([len(sizes) for sizes in self._sizes], np.int64)
         end = self.EDGE
-        for i, (code, size) in enumerate(spans):
+        for i, (code, size, *_) in enumerate(spans):
             parts = {}
-            # Half of the spans are aligned in all streams; codes always are, to eight bytes.
-            for name, dtype, count in self._streams(code, size):
+            # Half of the spans are aligned in all streams.
+            for name, dtype, count in self._streams(code, size, int(self._blocks[i])):
                 shift = 0 if i % 2 else int(random.integers(0, 16))
-                size_of = 8 if dtype == np.uint8 and name != "master" else dtype.itemsize
-                parts[name] = Part(i, name, end + shift * size_of, dtype, count)
+                parts[name] = Part(i, name, end + shift * dtype.itemsize, dtype, count)
                 end = (parts[name].bytes.stop + 64 + 63) // 64 * 64
             self._of_span.append(parts)
             self._parts += parts.values()
@@ -81,6 +82,7 @@ class CodedStreams:
 
         self.codings = np.zeros(len(spans), kernel.layout.coding)
         self.codings["key"] = random.integers(0, 2**64, len(spans), np.uint64)
+        self.codings["row"] = rows_of
         self.codings["step"] = random.integers(1, 2**24, len(spans))
         self.codings["param"] = [list(PARAM_CODES).index(code.param) for code in self.codes]
         self.codings["grad"] = [DTYPES.index(code.grad) for code in self.codes]
@@ -113,23 +115,20 @@ class CodedStreams:
                 self._is_float[part.start // 4 : part.bytes.stop // 4] = True
         self.before = self.memory.copy()
 
-    def _streams(self, code: Coding, size: int) -> list[tuple[str, np.dtype, int]]:
+    def _streams(self, code: Coding, size: int, blocks: int) -> list[tuple[str, np.dtype, int]]:
         param, master = PARAM_CODES[code.param]
         streams: list[tuple[str, type, int]] = [("param", param, size)]
         if master is not None:
             streams.append(("master", master, size))
         streams.append(("grad", UNSIGNED[code.grad], size))
-        blocks = -(-size // BLOCK)
         for state in self._kernel.states:
-            in_codes = code.state == "int8"
-            count = blocks * BLOCK if in_codes else size
-            streams.append((state, STATE_CODES[code.state], count))
-            if in_codes:
+            streams.append((state, STATE_CODES[code.state], size))
+            if code.state == "int8":
                 streams.append((f"scales of {state}", np.uint32, blocks))
         return [(name, np.dtype(dtype), count) for name, dtype, count in streams]
 
     def _get(self, memory: np.ndarray, span: int, name: str) -> np.ndarray | None:
-        """A stream of a span as blocks, the last one filled up with zeros; scales as they are."""
+        """A stream of a span as blocks, filled up with zeros; scales as they are."""
         part = self._of_span[span].get(name)
         if part is None:
             return None
@@ -137,7 +136,7 @@ class CodedStreams:
         if name.startswith("scales of "):
             return values.view(np.float32)
         blocks = np.zeros((int(self._blocks[span]), BLOCK), part.dtype)
-        blocks.ravel()[: part.count] = values
+        blocks[coding.present(self._sizes[span])] = values
         return blocks
 
     def _put(self, memory: np.ndarray, span: int, name: str, blocks: np.ndarray | None) -> None:
@@ -145,11 +144,9 @@ class CodedStreams:
         assert (part is None) == (blocks is None), name
         if part is not None and blocks is not None:
             assert blocks.dtype.itemsize == part.dtype.itemsize, f"{name}: {blocks.dtype}"
-            memory[part.bytes] = (
-                np.ascontiguousarray(blocks)
-                .ravel()
-                .view(np.uint8)[: part.count * part.dtype.itemsize]
-            )
+            scales = name.startswith("scales of ")
+            there = slice(None) if scales else coding.present(self._sizes[span])
+            memory[part.bytes] = np.ascontiguousarray(blocks[there]).view(np.uint8)
 
     def _fill(
         self, span: int, random: np.random.Generator, fill: Fill, changed: bool, any_codes: bool
@@ -161,7 +158,7 @@ class CodedStreams:
 
         def values(stream: str) -> np.ndarray:
             array = np.zeros(shape)
-            array.ravel()[:numel] = fill(random, stream, numel)
+            array[coding.present(self._sizes[span])] = fill(random, stream, numel)
             with np.errstate(over="ignore"):
                 return array.astype(np.float32)
 
@@ -177,7 +174,8 @@ class CodedStreams:
             self._kernel.states, self._kernel.never_negative, strict=True
         ):
             stored, scales = coding.encode_state(
-                code.state, values(state), never_negative, random.integers(0, 1 << 23, shape)
+                *(code.state, values(state), never_negative),
+                *(random.integers(0, 1 << 23, shape), self._sizes[span]),
             )
             if any_codes and scales is not None:
                 stored = random.integers(0, 256, shape, np.uint8)
@@ -201,7 +199,8 @@ class CodedStreams:
             stored = get(state)
             assert stored is not None
             scales = get(f"scales of {state}")
-            streams.append(coding.decode_state(code.state, stored, scales, never_negative))
+            sizes = self._sizes[span]
+            streams.append(coding.decode_state(code.state, stored, scales, never_negative, sizes))
         return streams
 
     def expected(self) -> np.ndarray:
@@ -242,7 +241,9 @@ class CodedStreams:
             self._put(memory, i, "master", master)
             for k, state in enumerate(self._kernel.states):
                 never_negative = self._kernel.never_negative[k]
-                stored, scales = coding.encode_state(code.state, new[2 + k], never_negative, dither)
+                stored, scales = coding.encode_state(
+                    *(code.state, new[2 + k], never_negative, dither, self._sizes[i])
+                )
                 self._put(memory, i, state, stored)
                 self._put(memory, i, f"scales of {state}", scales)
         return memory

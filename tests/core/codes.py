@@ -320,16 +320,17 @@ def check_codes(core: Core) -> None:
             assert near[ordinary].all(), f"{what}: another scale when encoded again"
             if not magnitudes.any() and finite.all():
                 assert not decoded.any(), f"{what}: a zero became something"
-        # A block that is not whole: the others' codes stay as they are.
+        # A block that is not whole.
         values = np.linspace(0, 1, 100, dtype=np.float32)[None]
         whole, scales = core.encode_blocks(np.pad(values, ((0, 0), (0, 156))), never_negative)
-        memory = np.full((1, BLOCK), 0xAA, np.uint8)
+        memory = np.full(BLOCK, 0xAA, np.uint8)
         short = np.zeros(1, np.float32)
         core._library.encode_blocks(
             *(values.ctypes.data, 100, never_negative, memory.ctypes.data, short.ctypes.data)
         )
-        want = np.where(np.arange(BLOCK) < 100, coding.from_bytes(whole), 0xAA).astype(np.uint8)
-        assert_equal(coding.from_bytes(memory), want, "a block of 100 elements")
+        # The bytes of its elements lie one behind the other, and others are left alone.
+        want = np.where(np.arange(BLOCK) < 100, coding.from_bytes(whole)[0], 0xAA).astype(np.uint8)
+        assert_equal(memory, want, "a block of 100 elements")
         assert short == scales
 
 

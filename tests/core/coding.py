@@ -1,6 +1,7 @@
 """What csrc/core/codes.h and random.h define, once more in numpy: how elements are stored.
 
-All of it works on arrays whose last axis is a block of 256 elements.
+All of it works on arrays whose last axis is a block of 256 elements; where a block has fewer, what
+is behind them has no meaning.
 """
 
 from dataclasses import dataclass
@@ -251,18 +252,36 @@ def encode_codes(
     return codes.astype(np.uint8), np.where(careful, -scales, scales)
 
 
-def to_bytes(codes: np.ndarray) -> np.ndarray:
-    """Codes in the order in which they are stored: those of elements i, 64 + i, 128 + i and 192 + i
-    are neighbours."""
-    return codes.reshape(-1, 4, BLOCK // 4).swapaxes(1, 2).reshape(-1, BLOCK)
+def sizes_of_blocks(numel: int, row: int) -> np.ndarray:
+    """How many elements each block has: rows are cut into blocks, each for itself."""
+    of_row = [min(BLOCK, row - begin) for begin in range(0, row, BLOCK)]
+    return np.array(of_row * (numel // row if row else 0), np.int64)
 
 
-def from_bytes(stored: np.ndarray) -> np.ndarray:
-    return stored.reshape(-1, BLOCK // 4, 4).swapaxes(1, 2).reshape(-1, BLOCK)
+def present(sizes: np.ndarray) -> np.ndarray:
+    """Which elements of blocks there are."""
+    there: np.ndarray = np.arange(BLOCK) < sizes[:, None]
+    return there
+
+
+def to_bytes(codes: np.ndarray, sizes: np.ndarray | int = BLOCK) -> np.ndarray:
+    """Codes in the order in which they are stored: in a whole block those of elements i, 64 + i,
+    128 + i and 192 + i are neighbours."""
+    words = codes.reshape(-1, 4, BLOCK // 4).swapaxes(1, 2).reshape(-1, BLOCK)
+    return np.where(np.broadcast_to(sizes, len(words))[:, None] == BLOCK, words, codes)
+
+
+def from_bytes(stored: np.ndarray, sizes: np.ndarray | int = BLOCK) -> np.ndarray:
+    codes = stored.reshape(-1, BLOCK // 4, 4).swapaxes(1, 2).reshape(-1, BLOCK)
+    return np.where(np.broadcast_to(sizes, len(codes))[:, None] == BLOCK, codes, stored)
 
 
 def encode_state(
-    code: str, values: np.ndarray, never_negative: bool, thresholds: np.ndarray
+    code: str,
+    values: np.ndarray,
+    never_negative: bool,
+    thresholds: np.ndarray,
+    sizes: np.ndarray | int = BLOCK,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """What is stored of float32 values, and scales of blocks where there are any."""
     if code == "float32":
@@ -271,19 +290,25 @@ def encode_state(
         return cut_to_bfloat16(values, thresholds >> np.uint32(7)), None
     if code == "bfloat16":
         return to_bfloat16(values), None
+    there = present(np.broadcast_to(sizes, len(values)))
+    values = np.where(there, values, np.float32(0))
     codes, scales = encode_codes(values, never_negative, thresholds)
-    return to_bytes(codes), scales
+    return to_bytes(codes, sizes), scales
 
 
 def decode_state(
-    code: str, stored: np.ndarray, scales: np.ndarray | None, never_negative: bool
+    code: str,
+    stored: np.ndarray,
+    scales: np.ndarray | None,
+    never_negative: bool,
+    sizes: np.ndarray | int = BLOCK,
 ) -> np.ndarray:
     if code == "float32":
         return floats_of(stored)
     if code == "bfloat16":
         return from_bfloat16(stored)
     assert scales is not None
-    return decode_codes(from_bytes(stored), scales, never_negative)
+    return decode_codes(from_bytes(stored, sizes), scales, never_negative)
 
 
 def decode_grad(dtype: str, stored: np.ndarray) -> np.ndarray:

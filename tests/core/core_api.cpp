@@ -261,7 +261,7 @@ API void encode_squares(const float* values, const float* scales, const uint32_t
                         int64_t count, uint8_t* codes) {
   for (int64_t i = 0; i < count; ++i) {
     const float scale = scales[i / kBlock];
-    codes[i / kBlock * kBlock + byte_of(int(i % kBlock))] = uint8_t(SquareCode::encode(
+    codes[i / kBlock * kBlock + byte_of(int(i % kBlock), kBlock)] = uint8_t(SquareCode::encode(
         values[i], scale == 0 ? 0 : 1 / absolute(scale), dithers[i], is_careful(scale)));
   }
 }

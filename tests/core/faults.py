@@ -11,14 +11,15 @@ from .build import Fault, build
 FLAGS = ["-O0"]  # what the compiler makes of a fault is not the point
 
 ADAM, SGD, RMSPROP = (f"core/rules/{name}.h" for name in ("adam", "sgd", "rmsprop"))
-ARITHMETIC, CODES, CONTROL, DTYPE, NORM, RANDOM = (
-    f"core/{name}.h" for name in ("arithmetic", "codes", "control", "dtype", "norm", "random")
+ARITHMETIC, BLOCKS, CODES, CONTROL, DTYPE, NORM, RANDOM = (
+    f"core/{name}.h"
+    for name in ("arithmetic", "blocks", "codes", "control", "dtype", "norm", "random")
 )
 LOOP, CODED_LOOP, NORM_LOOP, DISPATCH = (
     f"cpu/{name}" for name in ("update.h", "update_coded.h", "norm.h", "dispatch.cpp")
 )
-TILE, CODED_TILE, NORM_TILE, PREPARE, DEVICE_STEP = (
-    f"device/{name}.h" for name in ("update", "update_coded", "norm", "prepare", "step")
+TILE, CODED_TILE, LANES, NORM_TILE, PREPARE, DEVICE_STEP = (
+    f"device/{name}.h" for name in ("update", "update_coded", "lanes", "norm", "prepare", "step")
 )
 
 BIAS = "correction1 = one_minus_power(o.beta1, (long long)(step"
@@ -134,16 +135,27 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
     },
     "coded bits": {
         "pair overwritten": (
-            CODED_TILE,
+            LANES,
             "return Element(pairs[i / 2] >> (8 * sizeof(Element) * (i % 2)));",
             "return Element(pairs[i / 2]);",
         ),
         "last pair of a span": (
-            CODED_TILE,
+            LANES,
             "if (place + 1 < count) to",
             "if (place + 2 < count) to",
         ),
-        "last block of the tile": (CODED_TILE, "left < kBlock ? left : kBlock", "kBlock"),
+        "last block of the tile": (BLOCKS, "left < kBlock ? left : kBlock", "kBlock"),
+        "rows of whole blocks only": (
+            BLOCKS,
+            "first = int64_t(rows) * row;",
+            "first = rows * in_row() * kBlock;",
+        ),
+        "rows all as one": (BLOCKS, "row % kBlock == 0 ? numel : row", "numel"),
+        "an absent element in the scale": (
+            CODED_TILE,
+            "place_of(lane, i) < place.count ? to.state[k][i] : 0",
+            "to.state[k][i]",
+        ),
         "scale of the tile not stored": (
             CODED_TILE,
             "if (lane == 0) s.coding",
@@ -177,20 +189,24 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         ),
         "scale of one block for all": (
             CODED_LOOP,
-            "coding.scales[k] + i / kBlock",
+            "coding.scales[k] + number",
             "coding.scales[k]",
         ),
         "careless blocks": (CODED_LOOP, "if (is_careful(scale)) {", "if (false) {"),
-        "infinite as the largest": (CODED_LOOP, "if (careful) largest = largest_finite(from);", ""),
+        "infinite as the largest": (
+            CODED_LOOP,
+            "if (careful) largest = largest_finite(from, count);",
+            "",
+        ),
         "largest of positive ones": (LOOP, "magnitude_bits(value)", "float_to_bits(value)"),
         "dither of the first block": (
             CODED_LOOP,
-            "dither_of_block(block.position / kBlock, coding.step)",
+            "dither_of_block(block.number, coding.step)",
             "dither_of_block(0, coding.step)",
         ),
         "random bits of the first block": (
             CODED_LOOP,
-            "coding.step, block.position / kBlock)",
+            "coding.step, block.number)",
             "coding.step, 0)",
         ),
         "the same bits for both halves": (
@@ -200,7 +216,7 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         ),
         "master of the last block": (
             CODED_LOOP,
-            "memcpy(block.master, last.master, count * size_t(bytes.master));",
+            "memcpy(block.master, room.master, size_t(count * bytes.master));",
             "",
         ),
         "master not kept": (CODED_LOOP, "memcpy(master, from, kBlock * sizeof(float));", ""),
@@ -232,12 +248,17 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "skip of codes": (CODED_TILE, "&& args.control->skip != 0", "&& false"),
     },
     "coded division": {
-        "cut within a block": (DISPATCH, "int64_t kCut = kBlock", "int64_t kCut = 64"),
+        "cut within a block": (
+            DISPATCH,
+            "local - Blocks{span.numel, span.coding->row}.place_of(local)",
+            "local / 64 * 64",
+        ),
+        "cut without rows": (DISPATCH, "if (span.coding == nullptr)", "if (true)"),
     },
     "coded reference": {
         "no-op of the last block": (
             CODED_LOOP,
-            "memcpy(block.param, last.param, count * size_t(bytes.param));",
+            "memcpy(block.param, room.param, size_t(count * bytes.param));",
             "",
         ),
         "code of half the root": (
@@ -296,7 +317,7 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "scale of 64 by 63": (CODES, "32.0f / 31, careful", "64.0f / 63, careful"),
         "no fourth root": (CODES, "(float_to_bits(ratio) >> 2)", "(float_to_bits(ratio) >> 3)"),
         "sign lost": (CODES, "| (code & 0x80u) << 24;", ";"),
-        "bytes in order": (CODES, "return place % kWords * 4 + place / kWords;", "return place;"),
+        "bytes in order": (BLOCKS, "place % kWords * 4 + place / kWords : place", "place : place"),
         "overflowing scale": (CODES, "magnitude < 0x7f770000u", "magnitude < 0x7f7f0000u"),
     },
     "multiply-add": {

@@ -66,14 +66,15 @@ struct Work {
     add(span, numel, registry().kernel(variant, combination), row);
   }
 
-  // A span with a Coding. States of one byte are whole blocks, and begin at a multiple of 8 bytes.
-  void add_coded(int variant, const Coding& like, int64_t numel, int shift, int row) {
+  // A span with a Coding, in rows of so many elements.
+  void add_coded(int variant, const Coding& like, int64_t numel, int64_t elements, int shift,
+                 int row) {
     const auto make = [&](int64_t element, int64_t count) {
       buffers.push_back(std::make_unique<Buffer>(element, count, shift));
       return buffers.back()->data();
     };
-    const int64_t blocks = (numel + kBlock - 1) / kBlock;
     auto coding = std::make_unique<Coding>(like);
+    coding->row = elements;
     Span span = {};
     const StreamBytes bytes(*coding);
     span.param = make(bytes.param, numel);
@@ -81,11 +82,10 @@ struct Work {
     span.grad = make(bytes.grad, numel);
     for (size_t k = 0; k < registry().variants[variant].states.size(); ++k) {
       if (coding->state == state_format<CodedState>) {
-        span.states[k] = make(8, blocks * kBlock / 8);
+        const int64_t blocks = Blocks{numel, elements}.count();
         coding->scales[k] = static_cast<float*>(make(4, blocks));
-      } else {
-        span.states[k] = make(bytes.state, numel);
       }
+      span.states[k] = make(bytes.state, numel);
     }
     if (shift % 2 == 1) coding->count = static_cast<const float*>(make(4, 1));
     span.coding = coding.get();
@@ -156,7 +156,10 @@ void run_coded(int rule, int variant) {
           coding.grad = grad;
           coding.state = uint8_t(state);
           ++shift;
-          all.add_coded(variant, coding, numel, shift % 8, shift % 5);
+          all.add_coded(variant, coding, numel, numel, shift % 8, shift % 5);
+          // Rows of whole blocks, and others; shorter ones than those of parameters, too.
+          for (int64_t row : {numel % 100 + 1, int64_t(kBlock)})
+            all.add_coded(variant, coding, 9 * row, row, shift % 8, shift % 5);
         }
   all.run(rows);
 }

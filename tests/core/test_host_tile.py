@@ -181,11 +181,13 @@ def test_coded_span_beyond_32_bits(core: Core) -> None:
     """Far from its beginning, a span's blocks have random numbers of their own all the same."""
     huge = HugeSpan(core)
     kernel = next(k for k in core.coded_kernels if k.variant == huge.kernel.variant)
-    own = np.zeros(1, core.layout.coding)
+    own = np.zeros(2, core.layout.coding)
     own["key"], own["step"] = core.random_key(5, 6), 7
+    own["row"] = huge.spans["numel"]
     own["param"] = list(coding.PARAM_CODES).index("bfloat16_stochastic")
     own["grad"] = DTYPES.index("bfloat16")
-    huge.spans["coding"], huge.spans["kernel"] = own.ctypes.data, kernel.index
+    huge.spans["coding"] = own.ctypes.data + own.itemsize * np.arange(2, dtype=np.uint64)
+    huge.spans["kernel"] = kernel.index
     plain = checks.find(core, "sgd", (), "float32", "float32")[0]
     random = np.random.default_rng(0)
     for element in (0, 2**31, 2**32 - kernel.chunk, 2**32, huge.NUMEL - 1):

@@ -27,13 +27,26 @@ def test_the_report_adds_up_the_tensors() -> None:
         (5000, 10000, 10000, 10000),
         (10, 20, 20, 20),
     ]
-    assert report.groups[0].states == 4 + 2 * (256 * blocks + 4 * blocks)
+    assert report.groups[0].states == 4 + 2 * (5000 + 4 * blocks)
     assert report.groups[1].states == 4 + 2 * 4 * 10  # too small for codes
     every = [t for s in optimizer.state.values() for t in s.values()]
     tensors = [*params, *(p.grad for p in params if p.grad is not None), *every]
     assert report.total.total == sum(t.nbytes for t in tensors)
     text = str(report)
     assert "group 0" in text and f"{report.total.total:,}" in text
+
+
+@pytest.mark.parametrize(
+    ("shape", "scales"), [((64, 512), 128), ((100, 64), 100), ((30, 300), 60), ((100, 63), 25)]
+)
+def test_codes_have_scales_for_each_row(shape: tuple[int, int], scales: int) -> None:
+    optimizer = fusedopt.AdamW([nn.Parameter(torch.randn(shape))], state_dtype="int8")
+    promised = fusedopt.memory_report(optimizer).alternatives["int8 states"]
+    (param,) = optimizer.param_groups[0]["params"]
+    assert promised == 4 * param.numel() + 4 + 2 * (param.numel() + 4 * scales)
+    param.grad = torch.randn(shape)
+    optimizer.step()
+    assert fusedopt.memory_report(optimizer).total.states == 4 + 2 * (param.numel() + 4 * scales)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,8 @@ LAYOUTS = [
     Layout((4, 3, 5, 6), stride=(90, 1, 18, 3)),
     Layout((1001,), offset=1),
     Layout((37, 29), stride=(1, 37), offset=3),
+    Layout((23, 300)),
+    Layout((7, 5, 13), offset=1),
 ]
 SETTINGS: dict[str, dict[str, Any]] = {
     "avx2": {"isa": "avx2"},
@@ -204,18 +206,20 @@ def test_codes_are_in_the_order_of_memory(case: Case, choice: Choice) -> None:
     options = {**case.options, **choice.options}
     values = choice.params(((4, 3, 5, 6),))[0].detach()
     last = torch.nn.Parameter(values.contiguous(memory_format=torch.channels_last))
-    line = torch.nn.Parameter(values.permute(0, 2, 3, 1).reshape(-1).clone())
+    line = torch.nn.Parameter(values.permute(0, 2, 3, 1).reshape(4, -1).clone())
     ours, plain = case.ours([last], **options), case.ours([line], **options)
     for number in range(4):
         set_grads([last], number)
-        line.grad = last.grad.permute(0, 2, 3, 1).reshape(-1)
+        line.grad = last.grad.permute(0, 2, 3, 1).reshape(4, -1)
         ours.step()
         plain.step()
-    assert_same_bits(last.detach().permute(0, 2, 3, 1).reshape(-1), line.detach())
+    assert_same_bits(last.detach().permute(0, 2, 3, 1).reshape(4, -1), line.detach())
     mine, theirs = states_of(ours)[0], states_of(plain)[0]
     for key in theirs:
-        if theirs[key].shape == line.shape and not key.endswith("_scale"):
-            mine[key] = mine[key].permute(0, 2, 3, 1).reshape(-1)
+        if key.endswith("_code"):
+            mine[key] = mine[key].view(4, -1)
+        elif theirs[key].shape == line.shape:
+            mine[key] = mine[key].permute(0, 2, 3, 1).reshape(4, -1)
         assert_same_bits(mine[key], theirs[key])
     assert mine.keys() - theirs.keys() == ({"code_stride"} if choice.codes else set())
 

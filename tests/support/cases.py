@@ -277,6 +277,8 @@ def train(
             assert {float(step) for step in members} == {len(data.grads)}
         else:
             values[key] = reals(members)
+            if key == "master_remainder":  # no numbers, whatever their dtype
+                values[key] = values[key].view(INTEGERS[values[key].element_size()])
     return Result(values, optimizer)
 
 

@@ -123,4 +123,5 @@ def rounded(master: Tensor, dtype: torch.dtype) -> Tensor:
 def decoded(state: dict[str, Any], name: str, param: Tensor, square: bool) -> Tensor:
     """A state in codes, in float32 and in the order of the elements in memory."""
     codes, scales = state[f"{name}_code"], state[f"{name}_scale"]
-    return _C.decode(codes.cpu(), scales.cpu(), param.numel(), square)
+    row = param.numel() // len(param) if scales.dim() == 2 else param.numel()
+    return _C.decode(codes.reshape(-1), scales.reshape(-1), row, square)
