@@ -16,6 +16,7 @@ from support.training import (
 from torch import nn
 from torch.optim import Optimizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_class = pytest.mark.parametrize("case", RICHEST_IN_TORCH, ids=str)
 every_fused = pytest.mark.parametrize("fused", [True, None, False], ids=str)
 PATTERNS = {"good": (), "bad first": (0,), "bad later": (2, 3), "all bad": range(5)}

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 import fusedopt
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MASTERS = {name: choice for name, choice in CHOICES.items() if choice.masters}
 with_masters = pytest.mark.parametrize("choice", MASTERS.values(), ids=MASTERS)
 
@@ -83,6 +84,10 @@ def test_masters_before_the_first_step(choice: Choice, how: str) -> None:
 @pytest.mark.parametrize("when", ["before", "after", "both", "before any step"])
 def test_written_weights_are_masters_in_a_copy(choice: Choice, how: str, when: str) -> None:
     """Weights written before the copy was made, or to the copy before its first step."""
+
+    if how == "state_dict" and when in ("after", "before any step"):
+        # What is written after a load may be the weights of the checkpoint, which have its masters.
+        pytest.skip("weights may be loaded after the optimizer")
 
     def write(target: Optimizer, value: float) -> None:
         with torch.no_grad():

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 import fusedopt
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DEFAULTS = ["float64", "bfloat16", "float16", "meta"]
 every_default = pytest.mark.parametrize("default", DEFAULTS)
 

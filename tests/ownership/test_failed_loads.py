@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 import fusedopt
 from fusedopt import _checkpoint, _masters, _members, _optimizer, _states
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_class = pytest.mark.parametrize("case", RICHEST, ids=str)
 FORMATS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "plain": (F32, {}),

@@ -21,6 +21,7 @@ from support.training import (
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_class = pytest.mark.parametrize("case", RICHEST, ids=str)
 
 

@@ -326,7 +326,7 @@ def in_a_fork(run: Callable[[], None]) -> str:
         if child == 0:
             os.dup2(log.fileno(), 2)
             faulthandler.enable()
-            signal.alarm(60)  # where a lock is never let go
+            signal.alarm(200)  # where a lock is never let go
             status = 1
             try:
                 run()
@@ -367,7 +367,7 @@ def outcomes(size: str) -> dict[str, str]:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "2"},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=3000,
     )
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))

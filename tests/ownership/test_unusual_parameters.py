@@ -18,6 +18,7 @@ from support.training import (
 )
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_class = pytest.mark.parametrize("case", RICHEST, ids=str)
 
 

@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 import fusedopt
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_class = pytest.mark.parametrize("case", RICHEST, ids=str)
 with_counts = pytest.mark.parametrize(
     "case", [case for case in RICHEST if "step" in case.state_keys], ids=str
