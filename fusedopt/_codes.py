@@ -35,7 +35,7 @@ def in_memory_order(tensor: Tensor) -> Tensor:
 def order_of(param: Tensor) -> Tensor | None:
     """The strides that the codes of a parameter are in the order of; None: the usual ones."""
     layout = layout_of(param)
-    return None if layout.is_contiguous() else torch.tensor(layout.stride())
+    return None if layout.is_contiguous() else torch.tensor(layout.stride(), device="cpu")
 
 
 def is_same_order(a: Tensor | None, b: Tensor | None) -> bool:
@@ -83,7 +83,8 @@ def _row_of(scales: tuple[int, ...], param: Tensor) -> int:
 
 def encode(value: Tensor, param: Tensor, never_negative: bool) -> tuple[Tensor, Tensor]:
     """Codes and scales of a state, on the CPU."""
-    laid = torch.empty_strided(param.shape, layout_of(param).stride(), dtype=torch.float32)
+    kind = {"dtype": torch.float32, "device": "cpu"}
+    laid = torch.empty_strided(param.shape, layout_of(param).stride(), **kind)
     laid.copy_(value.detach())
     shape = shape_of(SCALE, param)
     flat = in_memory_order(laid).contiguous()

@@ -324,7 +324,7 @@ class FusedOptimizer(Optimizer):
         param = member.param
         if state.get(param):
             return not lacks_state(state, member)
-        return param.grad is not None and is_ready(param) and not member.keys
+        return _C.has_gradient(param) and is_ready(param) and not member.keys
 
     def _flat_grad(self, member: Member) -> int:
         """The address of a member's flat gradient; 0 for none. Warns of a lost parameter."""

@@ -8,9 +8,9 @@ from torch import Tensor
 
 def element_addresses(tensor: Tensor) -> Tensor:
     """The address of every element, in bytes, as a 1-d int64 tensor on the CPU."""
-    addresses = torch.zeros(1, dtype=torch.int64)
+    addresses = torch.zeros(1, dtype=torch.int64, device="cpu")
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        steps = torch.arange(size, dtype=torch.int64) * stride
+        steps = torch.arange(size, dtype=torch.int64, device="cpu") * stride
         addresses = (addresses[:, None] + steps).flatten()
     return addresses * tensor.element_size() + tensor.data_ptr()
 

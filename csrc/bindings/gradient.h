@@ -11,6 +11,11 @@
 namespace fusedopt {
 namespace {
 
+// torch's .grad may make a Python object of it, which crashes where another thread drops it.
+bool has_gradient(const py::object& param) {
+  return THPVariable_Unpack(param.ptr()).unsafeGetTensorImpl()->grad().defined();
+}
+
 // The kernel for a gradient of a parameter. Throws where there is none.
 int kernel_for(const Entry& e, const Member& m, int variant, const at::Tensor& param,
                const at::Tensor& grad, const std::string& optimizer) {
