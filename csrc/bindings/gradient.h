@@ -11,7 +11,6 @@
 namespace fusedopt {
 namespace {
 
-// torch's .grad may make a Python object of it, which crashes where another thread drops it.
 bool has_gradient(const py::object& param) {
   return THPVariable_Unpack(param.ptr()).unsafeGetTensorImpl()->grad().defined();
 }
