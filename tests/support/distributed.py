@@ -80,6 +80,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+# Those that change what a checkpoint is made of, or how it gets into an optimizer.
+MAIN_OPTIONS = ("nothing", "full", "offload", "flatten-offload")
+
+
 class Model(nn.Module):
     """Nested, with a buffer, a scalar and a frozen part; names are not in the order of groups."""
 

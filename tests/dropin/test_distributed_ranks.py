@@ -12,6 +12,7 @@ import torch.distributed as dist
 from support.distributed import (
     CLASSES_AND_KINDS,
     OPTIONS,
+    Run,
     assert_goes_on,
     assert_left_alone,
     everything,
@@ -19,14 +20,29 @@ from support.distributed import (
     load_folder,
     no_scalars,
     of_kind,
-    put,
     save_folder,
     two_of,
 )
+from support.optimizers import Options
 from support.storing import RICHEST_IN_CODES
 from support.training import RICHEST_IN_TORCH, Case
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
+FULL = OPTIONS["full"]
 COVERED = [parameter.values for parameter in CLASSES_AND_KINDS]
+
+
+def put_from_rank_0(rank: int, run: Run, checkpoint: dict[str, Any], options: Options) -> None:
+    """Of the other rank torch takes nothing; set_state_dict would take that for no model."""
+    given = StateDictOptions(**options, broadcast_from_rank0=True)
+    if rank != 0:
+        checkpoint = {"model": {}, "optim": {}}
+    set_optimizer_state_dict(run.model, run.optimizer, checkpoint["optim"], options=given)
+    set_model_state_dict(run.model, checkpoint["model"], options=given)
 
 
 def broadcast(rank: int, case: Case, kind: str, options: str, folder: Path) -> None:
@@ -35,9 +51,8 @@ def broadcast(rank: int, case: Case, kind: str, options: str, folder: Path) -> N
     run, resumed = make(), make(seed=1 + rank)
     run.train(range(3))
     resumed.train(range(50, 50 + 2 * rank))
-    nothing: dict[str, Any] = {"model": {}, "optim": {}}
-    checkpoint = got(run, **OPTIONS[options]) if rank == 0 else nothing
-    put(resumed, checkpoint, **OPTIONS[options], broadcast_from_rank0=True)
+    given = OPTIONS[options]
+    put_from_rank_0(rank, resumed, got(run, **given), given)
     assert_goes_on(resumed, run, range(3, 5))
 
 
@@ -45,8 +60,7 @@ def broadcast_torchs(rank: int, case: Case, direction: str, folder: Path) -> Non
     make, make_other = two_of(case, direction)
     run, other = make(), make_other(seed=1 + rank)
     run.train(range(3))
-    checkpoint = got(run, **OPTIONS["full"]) if rank == 0 else {"model": {}, "optim": {}}
-    put(other, checkpoint, **OPTIONS["full"], broadcast_from_rank0=True)
+    put_from_rank_0(rank, other, got(run, **FULL), FULL)
     ours, theirs = (other, run) if direction == "from torch" else (run, other)
     assert_goes_on(ours, theirs, range(3, 5), exact=False)
 
@@ -58,9 +72,8 @@ def broadcast_floats_to_codes(rank: int, case: Case, folder: Path) -> None:
     run.train(range(3))
     other.train(range(2))
     before = everything(other)
-    checkpoint = got(run, **OPTIONS["full"]) if rank == 0 else {"model": {}, "optim": {}}
     with pytest.raises(ValueError, match=case.ours.__name__):
-        put(other, checkpoint, **OPTIONS["full"], broadcast_from_rank0=True)
+        put_from_rank_0(rank, other, got(run, **FULL), FULL)
     assert_left_alone(other, before)
 
 
@@ -84,7 +97,9 @@ def in_one_folder(rank: int, case: Case, kind: str, folder: Path) -> None:
 def all_cases() -> dict[str, tuple[Callable[..., None], tuple[Any, ...]]]:
     cases: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {}
     for case, kind in COVERED:
-        for options in ("full", "full-offload", "full-not-strict"):
+        for options in ("full", "full-offload"):
+            if kind != "default" and options != "full":
+                continue
             cases[f"broadcast {options} {kind} {case}"] = broadcast, (case, kind, options)
         cases[f"gathered {kind} {case}"] = gathered, (case, kind)
         cases[f"folder {kind} {case}"] = in_one_folder, (case, kind)
@@ -92,6 +107,8 @@ def all_cases() -> dict[str, tuple[Callable[..., None], tuple[Any, ...]]]:
         for direction in ("from torch", "to torch"):
             cases[f"broadcast {direction} {case}"] = broadcast_torchs, (case, direction)
     for case in RICHEST_IN_CODES:
+        if "step" not in case.row.keys(case.options):
+            continue  # rank 1 gets nothing at all then, and cannot tell
         cases[f"broadcast floats to codes {case}"] = broadcast_floats_to_codes, (case,)
     return cases
 
@@ -111,6 +128,7 @@ def rank_of_two(rank: int, folder: Path, queue: Any) -> None:
         )
         try:
             function(rank, *arguments, folder / str(number))
+            dist.barrier()
         except BaseException:
             failed[name] = traceback.format_exc(limit=-4)
         dist.destroy_process_group()
