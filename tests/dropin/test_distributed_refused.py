@@ -33,7 +33,6 @@ from support.training import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-classes_and_kinds = pytest.mark.parametrize(("case", "kind"), CLASSES_AND_KINDS)
 every_class = pytest.mark.parametrize("case", RICHEST, ids=str)
 every_class_in_codes = pytest.mark.parametrize("case", RICHEST_IN_CODES, ids=str)
 every_class_in_torch = pytest.mark.parametrize("case", RICHEST_IN_TORCH, ids=str)
@@ -155,7 +154,10 @@ def no_tensor(checkpoint: dict[str, Any], name: str, key: str) -> None:
 DAMAGES = (without_a_state, of_another_shape, no_tensor)
 
 
-@classes_and_kinds
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [p for p in CLASSES_AND_KINDS if p.id.startswith(("default", "flat-32-int8", "32"))],
+)
 @three_options
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_damaged(case: Case, options: Options, damage: Callable[..., None], kind: str) -> None:
