@@ -44,7 +44,7 @@ class Choice:
         return make_params(self.param, tuple(shapes), seed)
 
 
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 # Small parameters in codes, too.
 INT8: Options = {"state_dtype": "int8", "min_8bit_size": 0}
 RANDOM: Options = {"rounding": "stochastic", "seed": 5}
@@ -67,7 +67,7 @@ CHOICES = {
 }
 
 
-def _richest(case: Case, choice: Choice) -> Case | None:
+def richest_with(case: Case, choice: Choice) -> Case | None:
     """Of the same class, the one with the most states that can be stored so."""
     same = [c for c in EVERY_CASE if c.ours is case.ours and choice.suits(c.row, c.options)]
     if case in same:
@@ -79,12 +79,14 @@ PAIRS = [
     pytest.param(richest, choice, id=f"{name}-{richest}")
     for name, choice in CHOICES.items()
     for case in RICHEST
-    if (richest := _richest(case, choice)) is not None
+    if (richest := richest_with(case, choice)) is not None
 ]
 """Each choice with each class that can store its states so."""
 
 every_pair = pytest.mark.parametrize(("case", "choice"), PAIRS)
-RICHEST_IN_CODES = [case for case in RICHEST if _richest(case, CHOICES["float32-int8"]) is not None]
+RICHEST_IN_CODES = [
+    case for case in RICHEST if richest_with(case, CHOICES["float32-int8"]) is not None
+]
 """Of each class, the one with the most states, where these may be codes with some options."""
 
 # Some blocks and a rest, one block, less than one, a scalar, nothing, and what conv layers have.
