@@ -3,8 +3,8 @@
 //
 // The loop over a span with a Coding: a block at a time is decoded to float32 in the L1 cache,
 // updated there, and encoded again. Included by update.h. What does not depend on the rule is a
-// function of its own, so that all kernels of an instruction set share it. All but codes is decoded
-// and encoded by whole blocks.
+// function of its own, so that all kernels of an instruction set share it. There is room for a
+// whole block in all streams, however many elements it has.
 
 #define FUSEDOPT_SHARED __attribute__((noinline))
 #define FUSEDOPT_INLINED __attribute__((always_inline))
@@ -152,10 +152,12 @@ template <bool never_negative, bool careful>
 FUSEDOPT_INLINE void decode_codes_by(const uint8_t* FUSEDOPT_RESTRICT from, float scale, int count,
                                      float* FUSEDOPT_RESTRICT to) {
   if (count < kBlock) {
-    for (int i = 0; i < count; ++i) to[i] = Code<never_negative>::decode(from[i], scale, careful);
+    for (int i = 0; i < count; i += kWords)
+      for (int j = i; j < i + kWords; ++j)
+        to[j] = Code<never_negative>::decode(from[j], scale, careful);
     return;
   }
-  const auto* FUSEDOPT_RESTRICT words = reinterpret_cast<const Word*>(from);
+  const Word* FUSEDOPT_RESTRICT words = reinterpret_cast<const Word*>(from);
 #pragma GCC unroll 4
   for (int byte = 0; byte < 4; ++byte)
     for (int i = 0; i < kWords; ++i)
@@ -184,12 +186,13 @@ template <bool never_negative, bool careful>
 FUSEDOPT_INLINE void encode_codes(const float* FUSEDOPT_RESTRICT from, float inverse,
                                   uint32_t dither, int count, uint8_t* FUSEDOPT_RESTRICT to) {
   if (count < kBlock) {
-    for (int i = 0; i < count; ++i)
-      to[i] = uint8_t(
-          Code<never_negative>::encode(from[i], inverse, dither ^ kDither.values[i], careful));
+    for (int i = 0; i < count; i += kWords)
+      for (int j = i; j < i + kWords; ++j)
+        to[j] = uint8_t(
+            Code<never_negative>::encode(from[j], inverse, dither ^ kDither.values[j], careful));
     return;
   }
-  auto* FUSEDOPT_RESTRICT words = reinterpret_cast<Word*>(to);
+  Word* FUSEDOPT_RESTRICT words = reinterpret_cast<Word*>(to);
   for (int i = 0; i < kWords; ++i) {
     uint32_t word = 0;
     for (int byte = 0; byte < 4; ++byte) {
@@ -302,7 +305,7 @@ struct Updated {
   Block block;
 };
 
-// Updates count elements of a block; of streams other than codes, room for a whole one is there.
+// Updates count elements of a block.
 template <bool usual, class Variant, class Row>
 FUSEDOPT_INLINE void update_block(const Block& block, const Coding& coding,
                                   const StreamBytes& bytes, const Row& row, int count,
@@ -386,13 +389,13 @@ FUSEDOPT_INLINE void run_blocks(const Span& span, const Row& row, int64_t begin,
     whole.master = room.master;
     if (bytes.master > 0) memcpy(room.master, block.master, size_t(count * bytes.master));
     whole.grad = memcpy(room.grad, block.grad, size_t(count * bytes.grad));
-    for (int k = 0; k < Variant::state_count && !in_codes; ++k)
+    for (int k = 0; k < Variant::state_count; ++k)
       whole.states[k] = memcpy(room.states[k], block.states[k], size_t(count * bytes.state));
     update_block<usual, Variant>(whole, coding, bytes, row, count, updated[now]);
     encode_block<Variant>(updated[now], coding, count);
     memcpy(block.param, room.param, size_t(count * bytes.param));
     if (bytes.master > 0) memcpy(block.master, room.master, size_t(count * bytes.master));
-    for (int k = 0; k < Variant::state_count && !in_codes; ++k)
+    for (int k = 0; k < Variant::state_count; ++k)
       memcpy(block.states[k], room.states[k], size_t(count * bytes.state));
   }
   if (waits) encode_block<Variant>(updated[1 - now], coding, kBlock);
