@@ -152,9 +152,9 @@ template <bool never_negative, bool careful>
 FUSEDOPT_INLINE void decode_codes_by(const uint8_t* FUSEDOPT_RESTRICT from, float scale, int count,
                                      float* FUSEDOPT_RESTRICT to) {
   if (count < kBlock) {
-    for (int i = 0; i < count; i += kWords)
-      for (int j = i; j < i + kWords; ++j)
-        to[j] = Code<never_negative>::decode(from[j], scale, careful);
+    for (; count > 0; count -= kWords, from += kWords, to += kWords)
+      for (int i = 0; i < kWords; ++i)
+        to[i] = Code<never_negative>::decode(from[i], scale, careful);
     return;
   }
   const Word* FUSEDOPT_RESTRICT words = reinterpret_cast<const Word*>(from);
@@ -186,10 +186,11 @@ template <bool never_negative, bool careful>
 FUSEDOPT_INLINE void encode_codes(const float* FUSEDOPT_RESTRICT from, float inverse,
                                   uint32_t dither, int count, uint8_t* FUSEDOPT_RESTRICT to) {
   if (count < kBlock) {
-    for (int i = 0; i < count; i += kWords)
-      for (int j = i; j < i + kWords; ++j)
-        to[j] = uint8_t(
-            Code<never_negative>::encode(from[j], inverse, dither ^ kDither.values[j], careful));
+    const uint32_t* of_place = kDither.values;
+    for (; count > 0; count -= kWords, from += kWords, to += kWords, of_place += kWords)
+      for (int i = 0; i < kWords; ++i)
+        to[i] =
+            uint8_t(Code<never_negative>::encode(from[i], inverse, dither ^ of_place[i], careful));
     return;
   }
   Word* FUSEDOPT_RESTRICT words = reinterpret_cast<Word*>(to);
