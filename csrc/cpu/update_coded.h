@@ -3,8 +3,8 @@
 //
 // The loop over a span with a Coding: a block at a time is decoded to float32 in the L1 cache,
 // updated there, and encoded again. Included by update.h. What does not depend on the rule is a
-// function of its own, so that all kernels of an instruction set share it. All but codes is decoded
-// and encoded by whole blocks.
+// function of its own, so that all kernels of an instruction set share it. There is room for a
+// whole block in all streams, however many elements it has.
 
 #define FUSEDOPT_SHARED __attribute__((noinline))
 #define FUSEDOPT_INLINED __attribute__((always_inline))
@@ -148,14 +148,16 @@ FUSEDOPT_INLINE const float* decode_grad(const Block& block, DType dtype, float*
 // Codes, a word at a time, wherever they lie.
 typedef uint32_t __attribute__((may_alias, aligned(1))) Word;
 
-template <bool never_negative, bool careful>
+template <bool never_negative, bool whole, bool careful>
 FUSEDOPT_INLINE void decode_codes_by(const uint8_t* FUSEDOPT_RESTRICT from, float scale, int count,
                                      float* FUSEDOPT_RESTRICT to) {
-  if (count < kBlock) {
-    for (int i = 0; i < count; ++i) to[i] = Code<never_negative>::decode(from[i], scale, careful);
+  if constexpr (!whole) {
+    for (; count > 0; count -= kWords, from += kWords, to += kWords)
+      for (int i = 0; i < kWords; ++i)
+        to[i] = Code<never_negative>::decode(from[i], scale, careful);
     return;
   }
-  const auto* FUSEDOPT_RESTRICT words = reinterpret_cast<const Word*>(from);
+  const Word* FUSEDOPT_RESTRICT words = reinterpret_cast<const Word*>(from);
 #pragma GCC unroll 4
   for (int byte = 0; byte < 4; ++byte)
     for (int i = 0; i < kWords; ++i)
@@ -163,12 +165,13 @@ FUSEDOPT_INLINE void decode_codes_by(const uint8_t* FUSEDOPT_RESTRICT from, floa
           Code<never_negative>::decode(words[i] >> (8 * byte) & 0xffu, scale, careful);
 }
 
-template <bool never_negative>
+// Whole: all of a block, which count is then, too; the loops are apart so that each is at its best.
+template <bool never_negative, bool whole>
 FUSEDOPT_SHARED void decode_codes(const uint8_t* from, float scale, int count, float* to) {
   if (is_careful(scale)) {
-    decode_codes_by<never_negative, true>(from, absolute(scale), count, to);
+    decode_codes_by<never_negative, whole, true>(from, absolute(scale), count, to);
   } else {
-    decode_codes_by<never_negative, false>(from, scale, count, to);
+    decode_codes_by<never_negative, whole, false>(from, scale, count, to);
   }
 }
 
@@ -180,16 +183,18 @@ struct DitherOfPlaces {
 };
 constexpr DitherOfPlaces kDither;
 
-template <bool never_negative, bool careful>
-FUSEDOPT_INLINE void encode_codes(const float* FUSEDOPT_RESTRICT from, float inverse,
-                                  uint32_t dither, int count, uint8_t* FUSEDOPT_RESTRICT to) {
-  if (count < kBlock) {
-    for (int i = 0; i < count; ++i)
-      to[i] = uint8_t(
-          Code<never_negative>::encode(from[i], inverse, dither ^ kDither.values[i], careful));
+template <bool never_negative, bool whole, bool careful>
+FUSEDOPT_INLINE void encode_codes_by(const float* FUSEDOPT_RESTRICT from, float inverse,
+                                     uint32_t dither, int count, uint8_t* FUSEDOPT_RESTRICT to) {
+  if constexpr (!whole) {
+    const uint32_t* of_place = kDither.values;
+    for (; count > 0; count -= kWords, from += kWords, to += kWords, of_place += kWords)
+      for (int i = 0; i < kWords; ++i)
+        to[i] =
+            uint8_t(Code<never_negative>::encode(from[i], inverse, dither ^ of_place[i], careful));
     return;
   }
-  auto* FUSEDOPT_RESTRICT words = reinterpret_cast<Word*>(to);
+  Word* FUSEDOPT_RESTRICT words = reinterpret_cast<Word*>(to);
   for (int i = 0; i < kWords; ++i) {
     uint32_t word = 0;
     for (int byte = 0; byte < 4; ++byte) {
@@ -209,7 +214,7 @@ FUSEDOPT_INLINE int32_t largest_finite(const float* values, int count) {
   return largest;
 }
 
-template <bool never_negative>
+template <bool never_negative, bool whole>
 FUSEDOPT_SHARED void encode_codes(const float* from, int32_t largest, uint32_t dither, int count,
                                   uint8_t* to, float* scale_to) {
   const bool careful = !is_finite(uint32_t(largest));
@@ -217,9 +222,9 @@ FUSEDOPT_SHARED void encode_codes(const float* from, int32_t largest, uint32_t d
   const Scale scale = Code<never_negative>::scale_of(uint32_t(largest), careful);
   *scale_to = scale.scale;
   if (careful) {
-    encode_codes<never_negative, true>(from, scale.inverse, dither, count, to);
+    encode_codes_by<never_negative, whole, true>(from, scale.inverse, dither, count, to);
   } else {
-    encode_codes<never_negative, false>(from, scale.inverse, dither, count, to);
+    encode_codes_by<never_negative, whole, false>(from, scale.inverse, dither, count, to);
   }
 }
 
@@ -236,8 +241,12 @@ FUSEDOPT_INLINE float* decode_state(const Block& block, int k, int format, int c
   with_format_here(StateFormats{}, format, [&](auto of_place) FUSEDOPT_INLINED {
     using Format = decltype(of_place);
     if constexpr (Format::in_codes) {
-      decode_codes<never_negative>(static_cast<const uint8_t*>(block.states[k]), *block.scales[k],
-                                   count, to);
+      const auto* const codes = static_cast<const uint8_t*>(block.states[k]);
+      if (count == kBlock) {
+        decode_codes<never_negative, true>(codes, *block.scales[k], kBlock, to);
+      } else {
+        decode_codes<never_negative, false>(codes, *block.scales[k], count, to);
+      }
     } else if constexpr (std::is_same<Format, Float32State>::value) {
       to = static_cast<float*>(block.states[k]);
     } else {
@@ -255,8 +264,13 @@ FUSEDOPT_INLINE void encode_state(const Block& block, int k, const Coding& codin
     if constexpr (std::is_same<Format, Float32State>::value) return;
     const uint32_t dither = dither_of_block(block.number, coding.step);
     if constexpr (Format::in_codes) {
-      encode_codes<never_negative>(from, largest, dither, count,
-                                   static_cast<uint8_t*>(block.states[k]), block.scales[k]);
+      auto* const codes = static_cast<uint8_t*>(block.states[k]);
+      float* const scale = block.scales[k];
+      if (count == kBlock) {
+        encode_codes<never_negative, true>(from, largest, dither, kBlock, codes, scale);
+      } else {
+        encode_codes<never_negative, false>(from, largest, dither, count, codes, scale);
+      }
     } else if constexpr (!std::is_same<Format, Float32State>::value) {
       encode_dithered<never_negative>(from, dither,
                                       static_cast<typename Format::Element*>(block.states[k]));
@@ -302,7 +316,7 @@ struct Updated {
   Block block;
 };
 
-// Updates count elements of a block; of streams other than codes, room for a whole one is there.
+// Updates count elements of a block.
 template <bool usual, class Variant, class Row>
 FUSEDOPT_INLINE void update_block(const Block& block, const Coding& coding,
                                   const StreamBytes& bytes, const Row& row, int count,
@@ -386,13 +400,13 @@ FUSEDOPT_INLINE void run_blocks(const Span& span, const Row& row, int64_t begin,
     whole.master = room.master;
     if (bytes.master > 0) memcpy(room.master, block.master, size_t(count * bytes.master));
     whole.grad = memcpy(room.grad, block.grad, size_t(count * bytes.grad));
-    for (int k = 0; k < Variant::state_count && !in_codes; ++k)
+    for (int k = 0; k < Variant::state_count; ++k)
       whole.states[k] = memcpy(room.states[k], block.states[k], size_t(count * bytes.state));
     update_block<usual, Variant>(whole, coding, bytes, row, count, updated[now]);
     encode_block<Variant>(updated[now], coding, count);
     memcpy(block.param, room.param, size_t(count * bytes.param));
     if (bytes.master > 0) memcpy(block.master, room.master, size_t(count * bytes.master));
-    for (int k = 0; k < Variant::state_count && !in_codes; ++k)
+    for (int k = 0; k < Variant::state_count; ++k)
       memcpy(block.states[k], room.states[k], size_t(count * bytes.state));
   }
   if (waits) encode_block<Variant>(updated[1 - now], coding, kBlock);

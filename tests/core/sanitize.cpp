@@ -158,6 +158,7 @@ void run_coded(int rule, int variant) {
           ++shift;
           all.add_coded(variant, coding, numel, numel, shift % 8, shift % 5);
           // Rows of whole blocks, and others; shorter ones than those of parameters, too.
+          if (state != state_format<CodedState> || numel % 2 == 0) continue;
           for (int64_t row : {numel % 100 + 1, int64_t(kBlock)})
             all.add_coded(variant, coding, 9 * row, row, shift % 8, shift % 5);
         }

@@ -164,6 +164,14 @@ def old_checkpoint(optimizer: Optimizer) -> dict[str, Any]:
     return state_dict
 
 
+def assert_alike(a: Optimizer, b: Optimizer) -> None:
+    """The same bits, in whatever order a state has its keys."""
+    assert_same_bits(params_of(a), params_of(b))
+    for ours, theirs in zip(states_of(a), states_of(b), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert_same_bits(ours, {key: theirs[key] for key in ours})
+
+
 def by_load_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> Optimizer:
     optimizer.load_state_dict(state_dict)
     return optimizer
@@ -195,7 +203,7 @@ def test_an_old_checkpoint_whose_blocks_are_the_same(load: Any) -> None:
     ours = load(adamw(clone_params(params)), copy.deepcopy(old))
     for each in (ours, start):
         step(each, range(3, 5))
-    assert_equal(ours, start)
+    assert_alike(ours, start)
 
 
 @pytest.mark.parametrize("load", LOADS)
@@ -268,10 +276,7 @@ def test_a_remainder_is_bits(load: Any) -> None:
         again = copy.deepcopy(start)
         for each in (other, again):
             step(each, [2])
-        assert_same_bits(params_of(other), params_of(again))
-        for ours, theirs in zip(states_of(other), states_of(again), strict=True):
-            assert ours.keys() == theirs.keys()
-            assert_same_bits(ours, {key: theirs[key] for key in ours})
+        assert_alike(other, again)
 
 
 def test_a_remainder_of_numbers_is_refused() -> None:
