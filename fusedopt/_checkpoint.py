@@ -10,7 +10,7 @@ from fusedopt._formats import CODE, MASTERS, ORDER, OWN_OPTIONS, SCALE, part_of
 from fusedopt._members import Member
 from fusedopt._rules import state_keys
 from fusedopt._states import allocate, check_state, convert
-from fusedopt._watched_state import OptimizerState, watched
+from fusedopt._watched_state import OptimizerState, values_of, watched
 
 # torch's load_state_dict casts the state of a parameter in a way that no subclass can change, but
 # passes on what has any other key. So all states travel under this one.
@@ -58,11 +58,14 @@ def options_when_loaded(
     ]
 
 
-def states_by_param(loaded: Mapping[str, Any], members: Sequence[Member]) -> dict[Any, Any]:
+def states_by_param(
+    loaded: Mapping[str, Any], members: Sequence[Member], present: Mapping[Any, Any]
+) -> dict[Any, Any]:
     """The states in a state_dict by parameter.
 
     Args:
         members: in the order of the state_dict, with the options that it gives them.
+        present: the optimizer's own states.
 
     Raises:
         TypeError, ValueError: for a state that does not belong to its parameter.
@@ -82,6 +85,7 @@ def states_by_param(loaded: Mapping[str, Any], members: Sequence[Member]) -> dic
             states[number] = values
         else:
             _check_loaded(member, values, needed[number])
+            _check_filled(member, values, values_of(present, member.param))
             states[member.param] = values
     return states
 
@@ -100,6 +104,38 @@ def _check_loaded(member: Member, values: Any, needed: set[str]) -> None:
     for key, value in known.items():
         if part_of(key) == SCALE and not bool(value.isfinite().all()):
             raise ValueError(f"{where} has a {key} that is not finite; is the checkpoint damaged?")
+
+
+def _check_filled(member: Member, values: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise where the checkpoint filled a part of the state only, and the rest is our own.
+
+    torch.distributed's functions read a checkpoint into a state_dict that they have made of ours,
+    on some ranks only: what the checkpoint does not have stays what it was, and a count of steps
+    comes with moments of zero.
+    """
+    where = f"{member.group.optimizer}: the state of {member.name}"
+    how = (
+        "was it stored in another way? Load it into an optimizer with the same state_dtype first, "
+        "or pass a copy of the state_dict where it is meant"
+    )
+    twice = sorted({key.removesuffix(CODE) for key in values if part_of(key) == CODE} & {*values})
+    if twice:
+        raise ValueError(f"{where} has {', '.join(twice)} in codes and without; {how}")
+    judged = {"step", *member.names, *(n + part for n in member.names for part in (CODE, SCALE))}
+    tensors = {
+        k: v for k, v in values.items() if k in judged and isinstance(v, Tensor) and v.numel() > 0
+    }
+    live = {k for k, v in tensors.items() if _is_same_memory(v, own.get(k))}
+    if live and live != tensors.keys():
+        raise ValueError(
+            f"{where}: {', '.join(sorted(live))} are the optimizer's own tensors, but not "
+            f"{', '.join(sorted(tensors.keys() - live))}: the checkpoint has filled a part only; "
+            f"{how}"
+        )
+
+
+def _is_same_memory(a: Tensor, b: Any) -> bool:
+    return isinstance(b, Tensor) and a.device == b.device and a.data_ptr() == b.data_ptr()
 
 
 def _lacking_in(values: Mapping[str, Any], needed: Iterable[str]) -> list[str]:

@@ -33,15 +33,22 @@ def in_memory_order(tensor: Tensor) -> Tensor:
 
 
 def order_of(param: Tensor) -> Tensor | None:
-    """The strides that the codes of a parameter are in the order of; None: the usual ones."""
-    layout = layout_of(param)
-    return None if layout.is_contiguous() else torch.tensor(layout.stride(), device="cpu")
+    """The strides that the codes of a parameter are in the order of; None where there is but one.
+
+    The usual ones are stored, too: some checkpoints read only what the optimizer that they are read
+    into has by itself.
+    """
+    if param.dim() < 2:
+        return None
+    return torch.tensor(layout_of(param).stride(), device="cpu")
 
 
-def is_same_order(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return bool((a.cpu() == b.cpu()).all())
+def is_in_order(stored: Tensor | None, param: Tensor) -> bool:
+    """Whether codes lie in the order of the parameter; None: in the usual one."""
+    usual = torch.empty(param.shape, device="meta").stride()
+    strides = usual if stored is None else tuple(stored.tolist())
+    wanted = layout_of(param).stride()
+    return all(n == 1 or a == b for n, a, b in zip(param.shape, strides, wanted, strict=True))
 
 
 def are_strides_of(order: Any, param: Tensor) -> bool:

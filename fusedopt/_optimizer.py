@@ -146,7 +146,7 @@ class FusedOptimizer(Optimizer):
             if self._flat:
                 # Flat gradients always exist: torch's checkpoint code, which makes state by a step
                 # where there is no gradient yet, leaves it to us.
-                self._make_plan(self.state, added.params)
+                self._make_plan(self.state, [p for p in added.params if p.requires_grad])
         except Exception:
             self.param_groups.pop()
             raise
@@ -376,7 +376,7 @@ class FusedOptimizer(Optimizer):
             if options is None:
                 return loaded  # torch's own check comes next, and says so
             members = list_members(self._groups(options))
-            return {**loaded, "state": {LOADED: states_by_param(loaded, members)}}
+            return {**loaded, "state": {LOADED: states_by_param(loaded, members, self.state)}}
 
         handle = self.register_load_state_dict_pre_hook(check)
         before = {**self.__dict__, "defaults": dict(self.defaults)}

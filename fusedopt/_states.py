@@ -12,7 +12,7 @@ from fusedopt._codes import (
     decode,
     encode,
     in_blocks_of,
-    is_same_order,
+    is_in_order,
     order_of,
     shapes_of,
 )
@@ -287,12 +287,12 @@ def convert_states(values: Mapping[str, Any], member: Member) -> dict[str, Any]:
     local, codes = member.local, member.format.codes
     squares = functools.partial(is_never_negative, member.rule)
     result = {k: v for k, v in values.items() if part_of(k) is None}
-    order, old_order = order_of(local), values.get(ORDER)
+    old_order = values.get(ORDER)
     for name in dict.fromkeys(k.removesuffix(CODE) for k in values if part_of(k) == CODE):
         code, scale = values[name + CODE], values.get(name + SCALE)
         if scale is None or name in result and not codes:
             continue
-        if codes and is_same_order(order, old_order):
+        if codes and is_in_order(old_order, local):
             code, scale = in_blocks_of(local, code, scale, squares(name))
             result |= {name + CODE: code, name + SCALE: scale}
             result.pop(name, None)
@@ -302,6 +302,9 @@ def convert_states(values: Mapping[str, Any], member: Member) -> dict[str, Any]:
         for name in [k for k in result if part_of(k) is None and k != "step"]:
             code, scale = encode(result.pop(name), local, squares(name))
             result |= {name + CODE: code, name + SCALE: scale}
-        if order is not None and any(part_of(k) == CODE for k in result):
+    if any(part_of(k) == CODE for k in result):
+        there = old_order is not None and is_in_order(old_order, local)
+        order = old_order if there else order_of(local)
+        if order is not None:
             result[ORDER] = order
     return result

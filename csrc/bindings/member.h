@@ -238,7 +238,7 @@ bool has_same_state(const Entry& e) {
 
 // Whether a remainder belongs to other weights than those that there are.
 bool is_outdated(const Entry& e) {
-  return e.weights != nullptr && e.weights->are_known(e.coding.master) &&
+  return e.weights != nullptr && e.weights->are_known(e.parts[e.part_count - 1]) &&
          !e.weights->are_those_of(e.local);
 }
 

@@ -457,7 +457,8 @@ class Plan {
       if (!impl->is_inference()) impl->bump_version();
       // Another thread may have given it other memory meanwhile, which was not stepped.
       if (e.weights != nullptr)
-        *e.weights = {e.span.param, version_of(e.local), e.coding.master};
+        *e.weights = {e.span.param, version_of(e.local), e.coding.master,
+                      version_of(e.parts[e.part_count - 1])};
     }
   }
 

@@ -23,14 +23,16 @@ struct Weights {
   const void* address = nullptr;  // null: not known
   uint32_t version = 0;
   const void* master = nullptr;
+  uint32_t master_version = 0;
 
-  static Weights of(PyObject* param, const void* master) {
-    return {THPVariable_Unpack(param).unsafeGetTensorImpl()->data(), version_of(param), master};
+  static Weights of(PyObject* param, PyObject* master) {
+    return {address_of(param), version_of(param), address_of(master), version_of(master)};
   }
-  // Whether they are known for this master. Another one, that somebody has put in its place,
-  // belongs to the weights that there are.
-  bool are_known(const void* its_master) const {
-    return address != nullptr && master == its_master;
+  // Whether they are known for this master. Another one, or one that somebody has written,
+  // belongs to the weights that there are: a checkpoint may be read into both.
+  bool are_known(PyObject* its_master) const {
+    return address != nullptr && master == address_of(its_master) &&
+           master_version == version_of(its_master);
   }
   bool are_those_of(PyObject* param) const {
     return address == THPVariable_Unpack(param).unsafeGetTensorImpl()->data() &&

@@ -61,7 +61,7 @@ class Workspace {
   // Whether it is known which weights a master belongs to, which it can be for some only.
   bool knows_weights_of(const py::object& param, const py::object& master) const {
     const auto found = weights_.find(param.ptr());
-    return found != weights_.end() && found->second.are_known(address_of(master.ptr()));
+    return found != weights_.end() && found->second.are_known(master.ptr());
   }
   // Whether these are others now.
   bool are_outdated(const py::object& param, const py::object& master) const {
@@ -69,7 +69,7 @@ class Workspace {
            !weights_.find(param.ptr())->second.are_those_of(param.ptr());
   }
   void note_weights_of(const py::object& param, const py::object& master) {
-    weights_[param.ptr()] = Weights::of(param.ptr(), address_of(master.ptr()));
+    weights_[param.ptr()] = Weights::of(param.ptr(), master.ptr());
   }
   // What is stored with them now belongs to the weights that the next step finds.
   void forget_weights_of(const py::object& param) { weights_[param.ptr()] = Weights{}; }

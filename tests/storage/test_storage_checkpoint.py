@@ -271,7 +271,7 @@ def test_another_order_in_memory(case: Case, choice: Choice, of: str, to: str, w
     assert_near(case, other, before, codes=True)
     step(other, [3])
     for p, state in zip(params_of(other), states_of(other), strict=True):
-        if not p.is_contiguous() and to != "gaps":
+        if p.dim() > 1 and to != "gaps":
             assert state["code_stride"].tolist() == list(p.stride())
         else:
             assert "code_stride" not in state
