@@ -281,9 +281,7 @@ class FusedOptimizer(Optimizer):
                 "captured into a CUDA graph; take a step before capture begins"
             )
 
-    def _make_plan(
-        self, state: MutableMapping[Tensor, Any], new: Iterable[Tensor] = ()
-    ) -> _C.Plan:
+    def _make_plan(self, state: MutableMapping[Tensor, Any], new: Iterable[Tensor] = ()) -> _C.Plan:
         """Look up everything that steps walk over; make state for the parameters in new."""
         groups = self._groups()
         members = list_members(groups)

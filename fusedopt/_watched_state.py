@@ -138,9 +138,7 @@ def _register(cls: type[Any], made: Callable[[dict[Any, Any]], Any]) -> None:
     ) -> tuple[list[tuple[pytree.KeyEntry, Any]], list[Any]]:
         return [(pytree.MappingKey(key), value) for key, value in state.items()], [*state]
 
-    pytree.register_pytree_node(
-        cls, flatten, unflatten, flatten_with_keys_fn=flatten_with_keys
-    )
+    pytree.register_pytree_node(cls, flatten, unflatten, flatten_with_keys_fn=flatten_with_keys)
 
 
 _register(ParameterState, ParameterState)

@@ -418,7 +418,13 @@ def test_state_dtype(case: Case, dtype: Any) -> None:
     """One that the parameter cannot have."""
     with pytest.raises(TypeError) as caught:
         case.ours(make_params(torch.bfloat16), **case.options, state_dtype=dtype)
-    for part in (case.ours.__name__, "parameter 0 of group 0", "bfloat16", str(dtype).removeprefix("torch."), "float32"):
+    for part in (
+        case.ours.__name__,
+        "parameter 0 of group 0",
+        "bfloat16",
+        str(dtype).removeprefix("torch."),
+        "float32",
+    ):
         assert part in str(caught.value)
 
 
