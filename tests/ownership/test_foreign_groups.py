@@ -89,7 +89,7 @@ def two_groups(cls: Any, case: Case, seed: int) -> Optimizer:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("then", THEN)
 @pytest.mark.parametrize(
-    ("case", "source"), zip(RICHEST_IN_TORCH, ["ours", "torch"], strict=False), ids=str
+    ("case", "source"), [*zip(RICHEST_IN_TORCH, ["ours", "torch"], strict=False)], ids=str
 )
 def test_groups_of_another(case: Case, way: str, then: str, source: str) -> None:
     pair = []

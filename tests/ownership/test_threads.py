@@ -133,17 +133,6 @@ def gradients_in_place(package: Any, size: Size) -> None:
         assert large + small == size.steps, (large, small)
 
 
-def change(number: int) -> None:
-        fill_grads(params, SMALL_GRADIENT)
-        for p in params:
-            p.grad = None
-
-    race(size.steps, optimizer.step, change)
-    for p in params:
-        taken = -one_value(p)
-        assert taken == int(taken) and 0 <= taken <= size.steps
-
-
 def data_in_turns(package: Any, size: Size) -> None:
     """Each step is of the one memory or of the other."""
     params = size.params()
@@ -304,13 +293,10 @@ RACES: dict[str, Callable[[Any, Size], None]] = {
         *(state_cleared, state_assigned, two_optimizers, one_optimizer),
     )
 }
-# torch.optim reads p.grad twice, and fails where it has become None between the two. And torch
-# crashes, sooner or later, where `data` is assigned while an operation works on that tensor.
+# torch crashes, sooner or later, where `data` is assigned while an operation works on that tensor.
 # That another thread sets gradients to None is no race here: whoever reads `.grad` meanwhile may
 # find a tensor that is gone, which only torch could help.
-NOT_WITH_TORCH = {
-    *("gradients_in_place", "data_in_turns", "new_data", "data_of_states")
-}
+NOT_WITH_TORCH = {"gradients_in_place", "data_in_turns", "new_data", "data_of_states"}
 
 
 # -- the program that runs them -----------------------------------------------------------------

@@ -64,6 +64,9 @@ struct Adam {
     row.one_minus_beta2 = 1 - o.beta2;
     row.step_size = o.lr * correction2 / correction1;
     row.eps = o.eps * correction2;
+    // Where beta2 is nearly 1 it would be zero in float32, and zero by zero is no number.
+    constexpr double least = 0x1p-149;
+    if (o.eps >= least && row.eps < least) row.eps = least;
     return row;
   }
 
