@@ -90,8 +90,8 @@ def _row_of(scales: tuple[int, ...], param: Tensor) -> int:
 
 def encode(value: Tensor, param: Tensor, never_negative: bool) -> tuple[Tensor, Tensor]:
     """Codes and scales of a state, on the CPU."""
-    kind = {"dtype": torch.float32, "device": "cpu"}
-    laid = torch.empty_strided(param.shape, layout_of(param).stride(), **kind)
+    strides = layout_of(param).stride()
+    laid = torch.empty_strided(param.shape, strides, dtype=torch.float32, device="cpu")
     laid.copy_(value.detach())
     shape = shape_of(SCALE, param)
     flat = in_memory_order(laid).contiguous()

@@ -4,7 +4,7 @@ Where the state of a rule names no count, a first count beside the state tells w
 has taken the first step or skipped it so far.
 """
 
-from collections.abc import Iterable, Mapping, MutableMapping, Set
+from collections.abc import Container, Iterable, Mapping, MutableMapping, Set
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ FirstCounts = dict[Tensor, Tensor]
 
 
 def make_first_counts(
-    first_counts: FirstCounts, members: Iterable[Member], new: Mapping[int, Tensor]
+    first_counts: FirstCounts, members: Iterable[Member], new: Container[int]
 ) -> None:
     """Let the device tell a first step from later ones, where it may skip one."""
     together: dict[torch.device, list[Tensor]] = {}

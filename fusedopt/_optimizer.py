@@ -3,7 +3,6 @@
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from itertools import islice
 from typing import Any, Final
 
 import torch
@@ -22,9 +21,6 @@ from fusedopt._checkpoint import (
 )
 from fusedopt._counts import (
     FirstCounts,
-    drop_first_counts,
-    lineages,
-    make_first_counts,
     without_skipped_first,
 )
 from fusedopt._extension import _C
@@ -37,10 +33,11 @@ from fusedopt._masters import (
     read_masters,
     with_known_weights,
 )
-from fusedopt._members import Group, Member, add_member, check_members, is_ready, list_members
+from fusedopt._members import Group, Member, check_members, is_ready, list_members
+from fusedopt._plans import make_plan
 from fusedopt._rules import state_keys
-from fusedopt._states import complete_states, lacks_state, replace_values
-from fusedopt._watched_state import OptimizerState, ParameterState, plain, watched
+from fusedopt._states import replace_values
+from fusedopt._watched_state import OptimizerState, plain, watched
 
 # Plans that are made for one step before it gives up: more than one round is needed only where
 # another thread changes what was looked up.
@@ -283,46 +280,18 @@ class FusedOptimizer(Optimizer):
 
     def _make_plan(self, state: MutableMapping[Tensor, Any], new: Iterable[Tensor] = ()) -> _C.Plan:
         """Look up everything that steps walk over; make state for the parameters in new."""
-        groups = self._groups()
-        members = list_members(groups)
-        wanted = {id(param) for param in new}
-        live = {m for m in members if id(m.param) in wanted or self._is_live(m, state)}
-        looked_at = [member for member in members if member in live]
-        check_members(looked_at)
-        drop_first_counts(self._first_counts, state, members, self._state_keys())
-        for param in complete_states(state, looked_at, wanted):
-            self._workspace.begin(param)
-        make_first_counts(self._first_counts, looked_at, wanted)
-        lineage = lineages(state, self._first_counts, looked_at, self._workspace.captured)
-
-        plan = _C.Plan(type(self).__name__, self._workspace, OptimizerState, ParameterState)
-        remaining = iter(members)
-        for group in groups:
-            plan.add_group(group.rule, group.options, bool(group.options.get("capturable")))
-            for member in islice(remaining, len(group.params)):
-                param = member.param
-                if member not in live:
-                    plan.add_idle(param)
-                    continue
-                add_member(
-                    plan,
-                    member,
-                    first=self._workspace.is_begun(param),
-                    flat_grad=self._flat_grad(member),
-                    first_count=self._first_counts.get(param),
-                    lineage=lineage.get(id(param), 0),
-                )
-        self._plan = plan
+        self._plan = make_plan(
+            type(self).__name__,
+            self._groups(),
+            state,
+            new={id(param) for param in new},
+            keys=self._state_keys(),
+            first_counts=self._first_counts,
+            workspace=self._workspace,
+            flat_grad=self._flat_grad,
+        )
         self._flat_gradients = None
-        return plan
-
-    @staticmethod
-    def _is_live(member: Member, state: Mapping[Tensor, Any]) -> bool:
-        """Whether a parameter has its state, or a gradient where it needs no state."""
-        param = member.param
-        if state.get(param):
-            return not lacks_state(state, member)
-        return _C.has_gradient(param) and is_ready(param) and not member.keys
+        return self._plan
 
     def _flat_grad(self, member: Member) -> int:
         """The address of a member's flat gradient; 0 for none. Warns of a lost parameter."""

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
 //
-// Whether a gradient can be taken, and a dense copy of one that lies otherwise.
+// Whether a gradient can be taken.
 #pragma once
 
 #include <string>
@@ -52,12 +52,6 @@ bool is_in_order(const at::Tensor& param, const at::Tensor& grad) {
   if (grad.is_conj() || grad.is_neg()) return false;
   return (grad.is_contiguous() && param.is_contiguous()) ||
          same_strides(param.sizes(), param.strides(), grad.strides());
-}
-
-// A copy with these strides.
-at::Tensor gather(const at::Tensor& from, at::IntArrayRef sizes, at::IntArrayRef strides) {
-  const at::Tensor to = at::empty_strided(sizes, strides, from.options().requires_grad(false));
-  return to.copy_(from.detach());
 }
 
 }  // namespace

@@ -61,8 +61,8 @@ class Duration {
   bool is_short(size_t members) const {
     using std::chrono::microseconds;
     // What holding takes, some 65 ns a member, is to stay below 3% of the step.
-    const auto longest = std::max<std::chrono::nanoseconds>(microseconds(5000),
-                                                            members * microseconds(2));
+    const auto longest =
+        std::max<std::chrono::nanoseconds>(microseconds(5000), members * microseconds(2));
     return last_ < longest;
   }
   template <class Body>

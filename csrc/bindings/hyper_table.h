@@ -47,6 +47,7 @@ class HyperTable {
     groups_.push_back(std::move(added));
   }
 
+  const std::string& optimizer() const { return optimizer_; }
   std::vector<Group>& groups() { return groups_; }
   const std::vector<Group>& groups() const { return groups_; }
   const Group& of(const Entry& e) const { return groups_[e.group]; }

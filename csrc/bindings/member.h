@@ -54,7 +54,7 @@ struct Member {
   uintptr_t flat_grad = 0;
   bool idle = false;  // it has had no gradient, and nobody has looked at it
   bool counts_steps = false;
-  bool in_order = true;  // states have the strides of a dense parameter
+  bool in_order = true;    // states have the strides of a dense parameter
   bool on_device = false;  // the count, or that there is none, is the device's affair
   bool dense = true;       // its elements, as they are, fill one run of memory
   bool contiguous = true;

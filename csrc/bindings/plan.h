@@ -9,11 +9,14 @@
 #include <string>
 #include <vector>
 
+#include "capture.h"
 #include "extents.h"
+#include "gathered.h"
 #include "gradient.h"
 #include "hold.h"
 #include "hyper_table.h"
 #include "lineages.h"
+#include "param_list.h"
 #include "runner.h"
 #include "state_finder.h"
 
@@ -29,7 +32,7 @@ class Plan {
   Plan(std::string optimizer, std::shared_ptr<Workspace> workspace, py::handle state_type,
        py::handle values_type)
       : optimizer_(std::move(optimizer)),
-        params_key_("params"),
+        list_(optimizer_),
         workspace_(std::move(workspace)),
         states_(state_type, values_type),
         table_(optimizer_),
@@ -79,7 +82,8 @@ class Plan {
     partial_ = positions ? &*positions : nullptr;
     if (!set_factor(grad_scale, found_inf, max_grad_norm)) return std::nullopt;
     if (!prepare(groups, state)) return std::move(missing_);
-    check_capture();
+    if (is_captured(works_, active_, outdated_, members_, entries_, table_))
+      workspace_->captured = true;
     // Others' weights are their own masters.
     for (const size_t position : outdated_)
       THPVariable_Unpack(entries_[position].parts[entries_[position].part_count - 1]).zero_();
@@ -106,8 +110,6 @@ class Plan {
   }
 
  private:
-  std::string describe(const Member& m) const { return optimizer_ + ": " + m.name; }
-
   // -- the factor that callers give --------------------------------------------------------------
 
   // Whether there is a step at all, as far as the host knows.
@@ -159,15 +161,15 @@ class Plan {
     first_.clear();
     outdated_.clear();
     for (auto& work : works_) work.clear();
-    if (groups.size() != table_.groups().size()) return false;
-    if (!(partial_ ? read_options_of_members(groups) : read_options(groups))) return false;
+    if (!read_options(groups)) return false;
     if (!states_.are_found(state)) {
-      if (!look_up_groups(groups)) return false;
+      if (!list_.all(groups, table_)) return false;
       for (size_t at = 0; at < entries_.size(); ++at)
-        if (params_[at] != entries_[at].param) return false;
+        if (list_.params[at] != entries_[at].param) return false;
       if (!states_.find(state, members_, entries_)) return false;
     }
-    if (!(partial_ ? look_up_members(groups) : look_up_groups(groups))) return false;
+    if (!(partial_ ? list_.some(groups, table_, entries_, *partial_) : list_.all(groups, table_)))
+      return false;
     if (!states_.look_into_others(members_, entries_)) return false;
 
     share<&Plan::look>();
@@ -181,7 +183,7 @@ class Plan {
         add_span(e, at, grad);
         continue;
       }
-      if (params_[at] != e.param) return false;
+      if (list_.params[at] != e.param) return false;
       if (members_[at].idle) {
         missing_.push_back(int(at));
         continue;
@@ -197,61 +199,19 @@ class Plan {
     return missing_.empty() && !(moved && may_overlap(members_, entries_));
   }
 
-  // Reads the options of all groups; false where they ask for other states.
+  // Reads the options of all groups that have members to be stepped; false where they ask for other
+  // states.
   bool read_options(const py::list& groups) {
     table_.begin_step(!lineages_.empty());
-    for (size_t g = 0; g < table_.groups().size(); ++g)
-      if (!table_.read(groups[g].ptr(), g)) return false;
-    return true;
-  }
-
-  // Likewise of the groups that have some of the members to be stepped.
-  bool read_options_of_members(const py::list& groups) {
-    table_.begin_step(!lineages_.empty());
-    for (int64_t i = 0; i < walked(); ++i) {
-      const size_t at = position(i);
-      if (at >= entries_.size())
-        throw py::index_error(optimizer_ + ": there is no parameter " + text(at));
-      const int g = entries_[at].group;
+    const int64_t size = partial_ ? walked() : int64_t(table_.groups().size());
+    if (groups.size() != table_.groups().size()) return false;
+    for (int64_t i = 0; i < size; ++i) {
+      if (partial_ && position(i) >= entries_.size())
+        throw py::index_error(optimizer_ + ": there is no parameter " + text(position(i)));
+      const size_t g = partial_ ? entries_[position(i)].group : size_t(i);
       if (!table_.read(groups[g].ptr(), g)) return false;
     }
     return true;
-  }
-
-  // Lists the parameters of all groups; false where they are more or fewer.
-  bool look_up_groups(const py::list& groups) {
-    if (groups.size() != table_.groups().size()) return false;
-    PyObject** next = params_.data();
-    for (size_t g = 0; g < table_.groups().size(); ++g) {
-      PyObject* params = params_of(groups, g);
-      if (params == nullptr) return false;
-      PyObject** items = PySequence_Fast_ITEMS(params);
-      next = std::copy(items, items + table_.groups()[g].size, next);
-    }
-    return true;
-  }
-
-  // Likewise those to be stepped.
-  bool look_up_members(const py::list& groups) {
-    if (groups.size() != table_.groups().size()) return false;
-    for (int64_t i = 0; i < walked(); ++i) {
-      const size_t at = position(i);
-      const Entry& e = entries_[at];
-      PyObject* params = params_of(groups, e.group);
-      if (params == nullptr) return false;
-      params_[at] = PySequence_Fast_GET_ITEM(params, e.in_group);
-    }
-    return true;
-  }
-
-  // The list of parameters of a group; null where there are more or fewer than there were.
-  PyObject* params_of(const py::list& groups, size_t g) const {
-    PyObject* params = PyDict_GetItem(PyList_GET_ITEM(groups.ptr(), g), params_key_.ptr());
-    if (params == nullptr || !(PyList_Check(params) || PyTuple_Check(params)))
-      throw py::type_error(optimizer_ + ": group " + text(g) +
-                           ": params is not a list of parameters");
-    const bool as_many = size_t(PySequence_Fast_GET_SIZE(params)) == table_.groups()[g].size;
-    return as_many ? params : nullptr;
   }
 
   // Calls a method with ranges of the walk, in several threads where there is work for them.
@@ -279,7 +239,7 @@ class Plan {
       const size_t at = position(i);
       const Entry& e = entries_[at];
       found_[at] = unchecked();
-      if (params_[at] != e.param) continue;
+      if (list_.params[at] != e.param) continue;
       if (e.duplicate) {
         found_[at] = nullptr;
         continue;
@@ -312,7 +272,7 @@ class Plan {
     } else if (!m.dense || !m.in_order) {
       add_gathered(e, at, local, grad);
     } else if (!is_in_order(local, grad)) {
-      add_span(e, at, temporary(gather(grad, local.sizes(), m.order)));
+      add_span(e, at, gathered_.copy(grad, m.order));
     } else {
       e.checked = local.is_contiguous() && grad.is_contiguous() &&
                   !local.unsafeGetTensorImpl()->is_python_dispatch() &&
@@ -332,25 +292,14 @@ class Plan {
   void add_gathered(const Entry& e, size_t at, const at::Tensor& local, const at::Tensor& grad) {
     const Member& m = members_[at];
     Entry there = e;
-    const auto borrow = [&](const at::Tensor& tensor) {
-      const at::Tensor gathered = gather(tensor, local.sizes(), m.order);
-      copy_back_.push_back({tensor, gathered});
-      return gathered.mutable_data_ptr();
-    };
-    if (!m.dense) there.span.param = borrow(local);
+    if (!m.dense) there.span.param = gathered_.borrow(local, m.order);
     for (int k = 0; k < e.tensor_count && !m.in_order; ++k) {
       const at::Tensor& state = THPVariable_Unpack(e.tensors[k]);
-      if (!is_in(m.order, state)) there.span.states[k] = borrow(state);
+      if (!is_in(m.order, state)) there.span.states[k] = gathered_.borrow(state, m.order);
     }
-    add_span(there, at,
-             is_in(m.order, grad) ? grad.unsafeGetTensorImpl()->data()
-                                  : temporary(gather(grad, local.sizes(), m.order)));
-  }
-
-  // The address of a tensor that lives as long as the step.
-  const void* temporary(at::Tensor tensor) {
-    temporaries_.push_back(std::move(tensor));
-    return temporaries_.back().const_data_ptr();
+    add_span(
+        there, at,
+        is_in(m.order, grad) ? grad.unsafeGetTensorImpl()->data() : gathered_.copy(grad, m.order));
   }
 
   void add_span(const Entry& e, size_t at, const void* grad) {
@@ -392,32 +341,6 @@ class Plan {
     return true;
   }
 
-  // Captured, a step is replayed as it was. What the host knows of it would stay for ever.
-  void check_capture() {
-    std::optional<c10::Device> capturing;
-    for (const auto& work : works_)
-      if (!work.spans.empty() && is_capturing(work.device)) capturing = work.device;
-    if (!capturing) return;
-    for (const size_t at : active_) {
-      const Member& m = members_[at];
-      if (!table_.of(entries_[at]).capturable || (entries_[at].count != nullptr && !m.on_device))
-        throw std::runtime_error(
-            describe(m) +
-            " is to be stepped in a CUDA graph, which would replay today's step count for ever; "
-            "construct " +
-            optimizer_ + " with capturable=True, and a tensor as lr where a scheduler changes it");
-      if (m.device != *capturing)
-        throw std::runtime_error(describe(m) + " is on " + text(m.device) +
-                                 " and no part of the CUDA graph that is captured on " +
-                                 text(*capturing) + "; give it an optimizer of its own");
-    }
-    for (const size_t at : outdated_)
-      throw std::runtime_error(describe(members_[at]) +
-                               " was changed since the last step, which a CUDA graph would find at "
-                               "each replay; take a step before capture begins");
-    workspace_->captured = true;
-  }
-
   // -- the update --------------------------------------------------------------------------------
 
   void run() {
@@ -429,7 +352,7 @@ class Plan {
   }
 
   void finish() {
-    for (auto& back : copy_back_) back.tensor.detach().copy_(back.gathered);
+    gathered_.put_back();
     if (states_.counts_are_shared()) {
       count_steps(0, walked());
     } else {
@@ -466,7 +389,7 @@ class Plan {
     e.group = int(table_.groups().size()) - 1;
     e.in_group = int(table_.groups().back().size++);
     entries_.push_back(e);
-    params_.push_back(nullptr);
+    list_.params.push_back(nullptr);
     found_.push_back(nullptr);
     members_.push_back(std::move(m));
   }
@@ -476,42 +399,35 @@ class Plan {
     Plan& plan;
     ~Forget() {
       plan.states_.release();
-      plan.temporaries_.clear();
-      plan.copy_back_.clear();
+      plan.gathered_.clear();
     }
   };
 
-  struct CopyBack {
-    at::Tensor tensor, gathered;
-  };
-
   std::string optimizer_;
-  py::str params_key_;
+  ParamList list_;
   std::shared_ptr<Workspace> workspace_;
   StateFinder states_;
   HyperTable table_;
   Runner runner_;
   Duration duration_;
   std::vector<Member> members_;
-  std::vector<Entry> entries_;  // one for each member
-  int64_t elements_ = 0;        // of all parameters, in reals
-  Lineages lineages_;               // empty: the host counts all steps
-  bool device_decides_ = true;      // whether a step takes place need not be known to the host
-  bool one_accelerator_ = true;     // all parameters are on the same one
+  std::vector<Entry> entries_;   // one for each member
+  int64_t elements_ = 0;         // of all parameters, in reals
+  Lineages lineages_;            // empty: the host counts all steps
+  bool device_decides_ = true;   // whether a step takes place need not be known to the host
+  bool one_accelerator_ = true;  // all parameters are on the same one
   std::optional<c10::Device> first_device_;  // none: there is nothing to step
 
   // Of the step at hand; kept so that a step allocates nothing.
   const std::vector<int>* partial_ = nullptr;  // the positions to step; null: all
   std::vector<int> missing_;
-  std::vector<PyObject*> params_;   // by position
   std::vector<const void*> found_;  // by position, see look()
   std::vector<size_t> active_;      // positions
   std::vector<size_t> first_;       // those whose first step it is
   std::vector<size_t> outdated_;    // those whose master belongs to other weights
   std::vector<int*> stepped_;       // lineages
   Works works_;                     // of all devices
-  std::vector<at::Tensor> temporaries_;
-  std::vector<CopyBack> copy_back_;
+  Gathered gathered_;
 };
 
 }  // namespace

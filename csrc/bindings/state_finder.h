@@ -54,8 +54,8 @@ class StateFinder {
     return true;
   }
 
-  // Takes the tensors in the dictionary of a member; false where there are not those that there have
-  // to be.
+  // Takes the tensors in the dictionary of a member; false where there are not those that there
+  // have to be.
   bool take(Member& m, Entry& e) {
     StateTensors tensors{};
     if (!find_tensors(m.values, m.keys, tensors)) return false;
@@ -102,8 +102,8 @@ class StateFinder {
   }
 
   PyObject *watched_state_, *watched_values_;
-  PyObject* state_ = nullptr;  // the one that was found, if it tells of changes
-  uint64_t seen_ = 0;          // the changes known of
+  PyObject* state_ = nullptr;        // the one that was found, if it tells of changes
+  uint64_t seen_ = 0;                // the changes known of
   std::vector<size_t> looked_into_;  // positions of those that do not tell of changes
   std::vector<py::object> held_;
   std::unordered_set<const float*> counts_;

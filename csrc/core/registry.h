@@ -150,8 +150,8 @@ inline const Registry& registry() {
       info.name = Rule::name;
       info.counts_steps = Rule::counts_steps;
       for (const auto& option : Rule::options)
-        info.options.push_back({option.key, option.element, option.on_device,
-                                option.may_be_missing});
+        info.options.push_back(
+            {option.key, option.element, option.on_device, option.may_be_missing});
       info.first_variant = int(r.variants.size());
       info.variant_count = Rule::Variants::size;
       info.variant = [](const double* o) { return Rule::variant(detail::options_from<Rule>(o)); };

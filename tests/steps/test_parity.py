@@ -227,3 +227,23 @@ def test_worked_example(name: str, options: dict[str, Any], start: float, device
     theta = fit(fusedopt)
     assert theta == pytest.approx(fit(torch.optim), abs=1e-6)
     assert abs(theta - 1.5) < abs(start - 1.5) / 2
+
+
+@pytest.mark.parametrize("beta2", [1 - 1e-9, 1 - 1e-7, 0.999])
+@pytest.mark.parametrize("eps", [1e-45, 1e-42, 1e-38])
+@pytest.mark.parametrize("beta1", [0.0, 0.9, 0.999])
+def test_a_tiny_eps_does_not_vanish(beta1: float, beta2: float, eps: float, device: str) -> None:
+    """Multiplied by the root of 1 - beta2^step, it is less than any float32."""
+    magnitudes = [0.0, 1e-45, 1e-40, 1e-30, 1e-25, 1e-20, 1e-10, 1.0, 1e10, 1e19]
+    grads = torch.tensor([*magnitudes, *(-g for g in magnitudes)], device=device)
+    params = [torch.ones_like(grads).requires_grad_() for _ in range(2)]
+    options: Options = {"lr": 1e-3, "betas": (beta1, beta2), "eps": eps, "weight_decay": 0.0}
+    ours, theirs = (
+        cls([p], **options)
+        for cls, p in zip((fusedopt.AdamW, torch.optim.AdamW), params, strict=True)
+    )
+    for step in range(3):
+        for optimizer, p in zip((ours, theirs), params, strict=True):
+            p.grad = torch.zeros_like(grads) if step == 1 else grads.clone()
+            optimizer.step()
+        assert bool((params[0].isfinite() | ~params[1].isfinite()).all())

@@ -66,7 +66,7 @@ struct Adam {
     row.eps = o.eps * correction2;
     // Where beta2 is nearly 1 it would be zero in float32, and zero by zero is no number.
     constexpr double least = 0x1p-149;
-    if (o.eps >= least && row.eps < least) row.eps = least;
+    if (o.eps > least / 2 && row.eps < least) row.eps = least;
     return row;
   }
 
