@@ -148,10 +148,10 @@ FUSEDOPT_INLINE const float* decode_grad(const Block& block, DType dtype, float*
 // Codes, a word at a time, wherever they lie.
 typedef uint32_t __attribute__((may_alias, aligned(1))) Word;
 
-template <bool never_negative, bool whole, bool careful>
+template <bool never_negative, bool careful>
 FUSEDOPT_INLINE void decode_codes_by(const uint8_t* FUSEDOPT_RESTRICT from, float scale, int count,
                                      float* FUSEDOPT_RESTRICT to) {
-  if constexpr (!whole) {
+  if (count < kBlock) {
     for (; count > 0; count -= kWords, from += kWords, to += kWords)
       for (int i = 0; i < kWords; ++i)
         to[i] = Code<never_negative>::decode(from[i], scale, careful);
@@ -165,13 +165,12 @@ FUSEDOPT_INLINE void decode_codes_by(const uint8_t* FUSEDOPT_RESTRICT from, floa
           Code<never_negative>::decode(words[i] >> (8 * byte) & 0xffu, scale, careful);
 }
 
-// Whole: all of a block, which count is then, too; the loops are apart so that each is at its best.
-template <bool never_negative, bool whole>
+template <bool never_negative>
 FUSEDOPT_SHARED void decode_codes(const uint8_t* from, float scale, int count, float* to) {
   if (is_careful(scale)) {
-    decode_codes_by<never_negative, whole, true>(from, absolute(scale), count, to);
+    decode_codes_by<never_negative, true>(from, absolute(scale), count, to);
   } else {
-    decode_codes_by<never_negative, whole, false>(from, scale, count, to);
+    decode_codes_by<never_negative, false>(from, scale, count, to);
   }
 }
 
@@ -183,10 +182,10 @@ struct DitherOfPlaces {
 };
 constexpr DitherOfPlaces kDither;
 
-template <bool never_negative, bool whole, bool careful>
-FUSEDOPT_INLINE void encode_codes_by(const float* FUSEDOPT_RESTRICT from, float inverse,
-                                     uint32_t dither, int count, uint8_t* FUSEDOPT_RESTRICT to) {
-  if constexpr (!whole) {
+template <bool never_negative, bool careful>
+FUSEDOPT_INLINE void encode_codes(const float* FUSEDOPT_RESTRICT from, float inverse,
+                                  uint32_t dither, int count, uint8_t* FUSEDOPT_RESTRICT to) {
+  if (count < kBlock) {
     const uint32_t* of_place = kDither.values;
     for (; count > 0; count -= kWords, from += kWords, to += kWords, of_place += kWords)
       for (int i = 0; i < kWords; ++i)
@@ -214,7 +213,7 @@ FUSEDOPT_INLINE int32_t largest_finite(const float* values, int count) {
   return largest;
 }
 
-template <bool never_negative, bool whole>
+template <bool never_negative>
 FUSEDOPT_SHARED void encode_codes(const float* from, int32_t largest, uint32_t dither, int count,
                                   uint8_t* to, float* scale_to) {
   const bool careful = !is_finite(uint32_t(largest));
@@ -222,9 +221,9 @@ FUSEDOPT_SHARED void encode_codes(const float* from, int32_t largest, uint32_t d
   const Scale scale = Code<never_negative>::scale_of(uint32_t(largest), careful);
   *scale_to = scale.scale;
   if (careful) {
-    encode_codes_by<never_negative, whole, true>(from, scale.inverse, dither, count, to);
+    encode_codes<never_negative, true>(from, scale.inverse, dither, count, to);
   } else {
-    encode_codes_by<never_negative, whole, false>(from, scale.inverse, dither, count, to);
+    encode_codes<never_negative, false>(from, scale.inverse, dither, count, to);
   }
 }
 
@@ -241,12 +240,8 @@ FUSEDOPT_INLINE float* decode_state(const Block& block, int k, int format, int c
   with_format_here(StateFormats{}, format, [&](auto of_place) FUSEDOPT_INLINED {
     using Format = decltype(of_place);
     if constexpr (Format::in_codes) {
-      const auto* const codes = static_cast<const uint8_t*>(block.states[k]);
-      if (count == kBlock) {
-        decode_codes<never_negative, true>(codes, *block.scales[k], kBlock, to);
-      } else {
-        decode_codes<never_negative, false>(codes, *block.scales[k], count, to);
-      }
+      decode_codes<never_negative>(static_cast<const uint8_t*>(block.states[k]), *block.scales[k],
+                                   count, to);
     } else if constexpr (std::is_same<Format, Float32State>::value) {
       to = static_cast<float*>(block.states[k]);
     } else {
@@ -264,13 +259,8 @@ FUSEDOPT_INLINE void encode_state(const Block& block, int k, const Coding& codin
     if constexpr (std::is_same<Format, Float32State>::value) return;
     const uint32_t dither = dither_of_block(block.number, coding.step);
     if constexpr (Format::in_codes) {
-      auto* const codes = static_cast<uint8_t*>(block.states[k]);
-      float* const scale = block.scales[k];
-      if (count == kBlock) {
-        encode_codes<never_negative, true>(from, largest, dither, kBlock, codes, scale);
-      } else {
-        encode_codes<never_negative, false>(from, largest, dither, count, codes, scale);
-      }
+      encode_codes<never_negative>(from, largest, dither, count,
+                                   static_cast<uint8_t*>(block.states[k]), block.scales[k]);
     } else if constexpr (!std::is_same<Format, Float32State>::value) {
       encode_dithered<never_negative>(from, dither,
                                       static_cast<typename Format::Element*>(block.states[k]));
@@ -361,40 +351,42 @@ FUSEDOPT_INLINE void run_blocks(const Span& span, const Row& row, int64_t begin,
   const Coding& coding = *span.coding;
   const StreamBytes bytes(coding);
   const bool in_codes = coding.state == state_format<CodedState>;
-  int64_t number = Blocks{span.numel, coding.row}.number_of(begin);
-  int64_t row_end = begin / coding.row * coding.row + coding.row;
-  // A block is encoded after the next one was updated: nothing waits for the last of its roots and
-  // quotients, then.
-  Updated updated[2];
-  int now = 0;
-  bool waits = false;
-  WholeBlock room;
-  bool cleared = false;  // room, which few spans need
-  int count;
-  for (int64_t i = begin; i < end; i += count, ++number, now = 1 - now) {
-    if (i == row_end) row_end += coding.row;
-    count = int(row_end - i < kBlock ? row_end - i : kBlock);
+  const Blocks blocks = Blocks{span.numel, coding.row}.joined();
+  int64_t number = blocks.number_of(begin);
+  const auto block_at = [&](int64_t i) FUSEDOPT_INLINED {
     Block block{static_cast<char*>(span.param) + i * bytes.param,
                 static_cast<char*>(coding.master) + i * bytes.master,
                 static_cast<const char*>(span.grad) + i * bytes.grad,
                 {},
                 {},
-                number};
+                number++};
     for (int k = 0; k < Variant::state_count; ++k) {
       block.states[k] = static_cast<char*>(span.states[k]) + i * bytes.state;
-      if (in_codes) block.scales[k] = coding.scales[k] + number;
+      if (in_codes) block.scales[k] = coding.scales[k] + block.number;
     }
-    if (count == kBlock) {
+    return block;
+  };
+  // A block is encoded after the next one was updated: nothing waits for the last of its roots and
+  // quotients, then.
+  Updated updated[2];
+  WholeBlock room;
+  bool cleared = false;  // room, which few spans need
+  for (int64_t i = begin; i < end;) {
+    const int64_t row_end = i / blocks.row * blocks.row + blocks.row;
+    const int64_t stop = row_end < end ? row_end : end, first = i;
+    int now = 0;
+    for (; stop - i >= kBlock; i += kBlock, now = 1 - now) {
+      const Block block = block_at(i);
       update_block<usual, Variant>(block, coding, bytes, row, kBlock, updated[now]);
       prefetch_quarter<Variant::state_count>(block, bytes, 3);
-      if (waits) encode_block<Variant>(updated[1 - now], coding, kBlock);
-      waits = true;
-      continue;
+      if (i > first) encode_block<Variant>(updated[1 - now], coding, kBlock);
     }
-    if (waits) encode_block<Variant>(updated[1 - now], coding, kBlock);
-    waits = false;
+    if (i > first) encode_block<Variant>(updated[1 - now], coding, kBlock);
+    const int count = int(stop - i);
+    if (count == 0) continue;
     if (!cleared) memset(&room, 0, sizeof room);
     cleared = true;
+    const Block block = block_at(i);
     Block whole = block;
     whole.param = memcpy(room.param, block.param, size_t(count * bytes.param));
     whole.master = room.master;
@@ -408,8 +400,8 @@ FUSEDOPT_INLINE void run_blocks(const Span& span, const Row& row, int64_t begin,
     if (bytes.master > 0) memcpy(block.master, room.master, size_t(count * bytes.master));
     for (int k = 0; k < Variant::state_count; ++k)
       memcpy(block.states[k], room.states[k], size_t(count * bytes.state));
+    i = stop;
   }
-  if (waits) encode_block<Variant>(updated[1 - now], coding, kBlock);
 }
 
 #undef FUSEDOPT_SHARED

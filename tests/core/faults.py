@@ -189,7 +189,7 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         ),
         "scale of one block for all": (
             CODED_LOOP,
-            "coding.scales[k] + number",
+            "coding.scales[k] + block.number",
             "coding.scales[k]",
         ),
         "careless blocks": (CODED_LOOP, "if (is_careful(scale)) {", "if (false) {"),

@@ -21,7 +21,7 @@ OVERRUNS = {
     "tile": Fault("device/update.h", "if (i >= 0 && i < s.numel) update", "if (i >= 0) update"),
     "norm": Fault("device/norm.h", "if (at + j < count) add_square", "add_square"),
     "coded tile": Fault("core/blocks.h", "left < kBlock ? left : kBlock", "kBlock"),
-    "coded loop": Fault("cpu/update_coded.h", "if (count == kBlock) {", "if (count > 0) {"),
+    "coded loop": Fault("cpu/update_coded.h", "stop - i >= kBlock", "stop > i"),
     "codes of the tile": Fault("device/update_coded.h", "if (place < count) words", "words"),
 }
 
