@@ -40,15 +40,23 @@ def order_of(param: Tensor) -> Tensor | None:
     """
     if param.dim() < 2:
         return None
-    return torch.tensor(layout_of(param).stride(), device="cpu")
+    # Strides of dimensions of one element say nothing.
+    usual = is_in_order(None, param)
+    strides = _usual_strides(param) if usual else layout_of(param).stride()
+    return torch.tensor(strides, device="cpu")
 
 
 def is_in_order(stored: Tensor | None, param: Tensor) -> bool:
     """Whether codes lie in the order of the parameter; None: in the usual one."""
-    usual = torch.empty(param.shape, device="meta").stride()
-    strides = usual if stored is None else tuple(stored.tolist())
+    strides = _usual_strides(param) if stored is None else tuple(stored.tolist())
     wanted = layout_of(param).stride()
-    return all(n == 1 or a == b for n, a, b in zip(param.shape, strides, wanted, strict=True))
+    return param.numel() == 0 or all(
+        n == 1 or a == b for n, a, b in zip(param.shape, strides, wanted, strict=True)
+    )
+
+
+def _usual_strides(param: Tensor) -> tuple[int, ...]:
+    return torch.empty(param.shape, device="meta").stride()
 
 
 def are_strides_of(order: Any, param: Tensor) -> bool:

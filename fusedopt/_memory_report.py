@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt._formats import MASTERS
+from fusedopt._formats import MASTERS, ORDER
 from fusedopt._members import list_members
 from fusedopt._optimizer import FusedOptimizer
 
@@ -125,7 +125,7 @@ def _memory_of(param: Tensor, state: dict[str, Any]) -> Memory:
         if isinstance(value, Tensor):
             if key in MASTERS:
                 masters += value.nbytes
-            else:
+            elif key != ORDER:  # a few numbers that belong to no element
                 states += value.nbytes
     gradient = 0 if param.grad is None else param.grad.nbytes
     return Memory(param.numel(), param.nbytes, gradient, states, masters)

@@ -153,6 +153,7 @@ def allocate(
             continue
         for key in wanted.get(member.param, {}):
             if key == ORDER:
+                made[member.param][key] = wanted[member.param][key].clone()
                 continue
             # One buffer per dtype of the parameters, so that it has the layout of theirs. A large
             # tensor has one of its own: nothing is gained, and all of a buffer stays as long as

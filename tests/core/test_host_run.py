@@ -59,6 +59,7 @@ def build_ahead() -> Path:
     return unfinished.rename(module)
 
 
+@pytest.mark.slow
 def test_everything_for_a_gpu() -> None:
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider"]
     result = subprocess.run(

@@ -26,21 +26,17 @@ def run(check: str, core: Core) -> None:
             checks.CHECKS[check](core, kernel)
 
 
+pytestmark = pytest.mark.slow  # each fault takes seconds to compile
+
+
 @pytest.mark.parametrize("check", FAULTS)
 def test_no_fault_passes(check: str) -> None:
     run(check, Core(make_faultless()))
 
 
-def planted() -> list[object]:
-    """Each fault takes seconds to compile: of those of a check, all but the first are slow."""
-    return [
-        pytest.param(check, name, marks=[pytest.mark.slow] if i else [])
-        for check, faults in FAULTS.items()
-        for i, name in enumerate(faults)
-    ]
-
-
-@pytest.mark.parametrize(("check", "name"), planted())
+@pytest.mark.parametrize(
+    ("check", "name"), [(check, name) for check, faults in FAULTS.items() for name in faults]
+)
 def test_fault_is_caught(check: str, name: str) -> None:
     library = Core(make(check, name))
     with pytest.raises(AssertionError):

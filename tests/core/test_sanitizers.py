@@ -53,9 +53,8 @@ def run(program: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize(
-    "whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["small", "whole"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True], ids=["small", "whole"])
 def test_core_is_clean(whole: bool, core: Core) -> None:
     program = build_ahead(whole)
     result = run(program)
@@ -67,10 +66,7 @@ def test_core_is_clean(whole: bool, core: Core) -> None:
 
 @pytest.mark.parametrize(
     "fault",
-    [
-        pytest.param(fault, id=name, marks=[pytest.mark.slow] if i else [])
-        for i, (name, fault) in enumerate(OVERRUNS.items())
-    ],
+    [pytest.param(fault, id=name, marks=pytest.mark.slow) for name, fault in OVERRUNS.items()],
 )
 def test_an_overrun_is_found(fault: Fault) -> None:
     """The control: a sanitizer that finds nothing might just not have been there."""

@@ -339,7 +339,7 @@ def test_params_in_a_tuple() -> None:
         assert not p.any()
     """
     home = Path(fusedopt.__file__).parents[1]
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=15, cwd=home)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=home)
 
 
 @every_class

@@ -87,7 +87,9 @@ def test_a_row_is_as_a_parameter_of_its_own(row: int, isa: str, threads: int) ->
             p.grad = grad.clone()
         theirs.step()
     assert_same_bits(whole.detach(), torch.stack([p.detach() for p in rows]))
-    for key, value in states_of(ours)[0].items():
+    state = states_of(ours)[0]
+    assert state.pop("code_stride").tolist() == [row, 1]
+    for key, value in state.items():
         assert_same_bits(value, torch.stack([state[key] for state in states_of(theirs)]))
 
 
@@ -216,7 +218,7 @@ def test_an_old_checkpoint_whose_blocks_are_others(row: int, load: Any) -> None:
     step(start, range(3))
     ours = load(adamw([matrix]), old_checkpoint(start))
     if load is not by_load_state_dict:
-        ours._make_plan()  # which converts
+        ours._make_plan(ours.state)  # which converts
     for name, square in zip(ADAM, (False, True), strict=True):
         state = states_of(ours)[0]
         assert state[f"{name}_code"].shape == (9, row)

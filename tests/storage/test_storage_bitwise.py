@@ -38,6 +38,7 @@ from torch.optim import Optimizer
 
 import fusedopt
 from fusedopt._extension import _C
+from fusedopt._optimizer import FusedOptimizer
 
 STEPS = 6
 # In each set of options more elements than one thread takes, and a cut in a block, between two
@@ -305,8 +306,11 @@ def test_the_first_step_is_skipped(device: str) -> None:
 
 
 @every_pair
-def test_grad_scaler(case: Case, choice: Choice, device: str) -> None:
-    """With one gradient that overflows, in the second step."""
+def test_grad_scaler(
+    case: Case, choice: Choice, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one gradient that overflows, in the second step, as with fused=True."""
+    monkeypatch.setattr(FusedOptimizer, "_step_supports_amp_scaling", True)
     ours, plain = pair(case, choice, device)
     scaler = torch.amp.GradScaler(device, init_scale=1024.0, growth_interval=100)
     scaler.scale(torch.tensor(1.0, device=device))

@@ -46,7 +46,7 @@ def test_small_parameters_have_float32_states(case: Case) -> None:
     coded_ones = (False, True, True, False)
     for p, state, coded in zip(params_of(optimizer), states_of(optimizer), coded_ones, strict=True):
         for key, value in state.items():
-            assert not coded or key == "step" or key.endswith(("_code", "_scale"))
+            assert not coded or key == "step" or key.endswith(("_code", "_scale", "_stride"))
             assert coded or value.dtype == F32
             assert not key.endswith("_code") or value.dtype == torch.uint8
             assert not key.endswith("_code") or value.shape == p.shape
