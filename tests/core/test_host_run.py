@@ -11,6 +11,7 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from .build import CACHE, CXX, HERE, ROOT, build, checksum, host_flags, one_at_a_time, run
