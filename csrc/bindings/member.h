@@ -125,6 +125,31 @@ void set_count(PyObject* count, Entry& e) {
   e.count_version = version_of(count);
 }
 
+// Whether a tensor is what a member's key wants: another thread may have put it there since Python
+// looked.
+bool is_wanted(const Member& m, const Entry& e, size_t key, const at::Tensor& tensor) {
+  const at::Tensor& local = THPVariable_Unpack(e.local);
+  if (tensor.layout() != at::kStrided || tensor.requires_grad()) return false;
+  if (m.counts_steps && key == 0)
+    return tensor.scalar_type() == at::kFloat && tensor.numel() == 1 &&
+           tensor.device() == (m.on_device ? m.device : c10::Device(c10::kCPU));
+  if (tensor.device() != m.device) return false;
+  const size_t place = key - (m.counts_steps ? 1 : 0), states = size_t(e.tensor_count);
+  const bool in_codes = m.state_type == at::kByte;
+  if (in_codes && place < 2 * states && place % 2 == 1) {  // scales
+    const Blocks blocks{e.span.numel, row_of(tensor, e.span.numel)};
+    return tensor.scalar_type() == at::kFloat && tensor.is_contiguous() &&
+           tensor.numel() == blocks.count();
+  }
+  if (tensor.sizes() != local.sizes()) return false;
+  if (in_codes && place < 2 * states)
+    return tensor.scalar_type() == at::kByte && tensor.is_contiguous();
+  if (place < states)
+    return c10::toRealValueType(tensor.scalar_type()) == m.state_type &&
+           tensor.is_complex() == local.is_complex();
+  return tensor.scalar_type() == param_formats()[e.coding.param].master && is_in(m.order, tensor);
+}
+
 // Takes the tensors of a member's state, whose order is that of its keys.
 void set_tensors(const StateTensors& tensors, Member& m, Entry& e) {
   m.tensors = tensors;

@@ -61,6 +61,8 @@ class StateFinder {
     if (!find_tensors(m.values, m.keys, tensors)) return false;
     const size_t size = m.keys.size();
     if (m.kinds.empty()) {
+      for (size_t i = 0; i < size; ++i)
+        if (!is_wanted(m, e, i, THPVariable_Unpack(tensors[i]))) return false;
       for (size_t i = 0; i < size; ++i) m.kinds.push_back(TensorKind::of(tensors[i]));
     } else {
       for (size_t i = 0; i < size; ++i)

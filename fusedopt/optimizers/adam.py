@@ -57,9 +57,11 @@ class Adam(FusedOptimizer, torch.optim.Adam):
 
     Raises:
         ValueError: as torch.optim.Adam; for differentiable=True, NaN options, a negative
-            max_grad_norm, a group without parameters, parameters that overlap in memory, and
-            choices of storage that make no sense together.
-        TypeError: for a parameter or state_dtype that is not supported.
+            max_grad_norm, parameters that overlap in memory, and choices of storage that make no
+            sense together.
+        TypeError: for a state_dtype that is not supported.
+
+    A parameter that cannot be stepped is an error of the first step in which it has a gradient.
 
     See docs/precision.md for state_dtype, master_bits and rounding, and the keys that they add.
     """
