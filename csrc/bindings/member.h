@@ -122,6 +122,7 @@ bool is_in(at::IntArrayRef order, const at::Tensor& tensor) {
 void set_count(PyObject* count, Entry& e) {
   e.tensors[e.tensor_count] = count;
   e.count = static_cast<float*>(address_of(count));
+  if (e.device_counts) e.coding.count = e.count;
   e.count_version = version_of(count);
 }
 
