@@ -237,7 +237,6 @@ def _check_param(what: str, param: Tensor) -> None:
 def add_member(
     plan: _C.Plan,
     member: Member,
-    first: bool,
     flat_grad: int,
     first_count: Tensor | None,
     lineage: int,
@@ -245,7 +244,6 @@ def add_member(
     """Add a member to the group that a plan got last.
 
     Args:
-        first: whether its state has taken no step yet.
         flat_grad: the address of its flat gradient; 0: it has none.
         first_count: of its steps on the device, where its state has none.
         lineage: a number that it shares with those that have taken the same steps on the device.
@@ -258,7 +256,6 @@ def add_member(
             name=member.name,
             duplicate=member.duplicate,
             keys=keys,
-            first=first,
             flat_grad=flat_grad,
             state_type=member.format.state,
             master_bits=member.format.master_bits,

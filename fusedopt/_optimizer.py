@@ -36,7 +36,7 @@ from fusedopt._masters import (
 from fusedopt._members import Group, Member, check_members, is_ready, list_members
 from fusedopt._plans import make_plan
 from fusedopt._rules import state_keys
-from fusedopt._states import replace_values
+from fusedopt._states import is_begun, note_begun, replace_values
 from fusedopt._watched_state import OptimizerState, plain, watched
 
 # Plans that are made for one step before it gives up: more than one round is needed only where
@@ -366,7 +366,7 @@ class FusedOptimizer(Optimizer):
             COPIED: tuple(
                 Copied(
                     isinstance(self.state, OptimizerState),
-                    [p for p in self._params() if self._workspace.is_begun(p)],
+                    [p for p in self._params() if is_begun(p, self.state, self._workspace)],
                     with_known_weights(self._params(), self.state, self._workspace),
                 )
             ),
@@ -401,8 +401,7 @@ class FusedOptimizer(Optimizer):
             states = watched(states)
         self.state = states
         note_weights(copied.known_weights, states, self._workspace)
-        for param in copied.begun:
-            self._workspace.begin(param)
+        note_begun(copied.begun, states, self._workspace)
         self._plan = None
 
     # -- master weights -----------------------------------------------------------------------

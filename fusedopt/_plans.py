@@ -9,7 +9,7 @@ from torch import Tensor
 from fusedopt._counts import FirstCounts, drop_first_counts, lineages, make_first_counts
 from fusedopt._extension import _C
 from fusedopt._members import Group, Member, add_member, check_members, is_ready, list_members
-from fusedopt._states import complete_states, lacks_state
+from fusedopt._states import complete_states, lacks_state, note_begun
 from fusedopt._watched_state import OptimizerState, ParameterState
 
 
@@ -40,8 +40,7 @@ def make_plan(
     looked_at = [member for member in members if member in live]
     check_members(looked_at)
     drop_first_counts(first_counts, state, members, keys)
-    for param in complete_states(state, looked_at, new):
-        workspace.begin(param)
+    note_begun(complete_states(state, looked_at, new), state, workspace)
     make_first_counts(first_counts, looked_at, new)
     lineage = lineages(state, first_counts, looked_at, workspace.captured)
 
@@ -57,7 +56,6 @@ def make_plan(
             add_member(
                 plan,
                 member,
-                first=workspace.is_begun(param),
                 flat_grad=flat_grad(member),
                 first_count=first_counts.get(param),
                 lineage=lineage.get(id(param), 0),

@@ -1,7 +1,7 @@
 """States of members: made, checked, and brought into the form in which a step walks over them."""
 
 import functools
-from collections.abc import Container, Mapping, MutableMapping, Sequence
+from collections.abc import Container, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -90,6 +90,29 @@ def complete_states(
     for param, values in changed.items():
         replace_values(state, param, values)
     return begun
+
+
+def note_begun(
+    params: Iterable[Tensor], state: Mapping[Tensor, Any], workspace: _C.Workspace
+) -> None:
+    """Note that the states of these parameters were made for a step that is still to come."""
+    for param in params:
+        if (made := _rule_state(state, param)) is not None:
+            workspace.begin(param, made)
+
+
+def is_begun(param: Tensor, state: Mapping[Tensor, Any], workspace: _C.Workspace) -> bool:
+    """Whether a parameter's state is one that was made for a step that is still to come."""
+    made = _rule_state(state, param)
+    return made is not None and workspace.is_begun(param, made)
+
+
+def _rule_state(state: Mapping[Tensor, Any], param: Tensor) -> Tensor | None:
+    """The first of the rule's states; None: there is none."""
+    for key, value in values_of(state, param).items():
+        if key not in ("step", *MASTERS) and isinstance(value, Tensor):
+            return value
+    return None
 
 
 def replace_values(state: MutableMapping[Tensor, Any], param: Tensor, values: Any) -> None:

@@ -6,6 +6,8 @@ content need no telling: the memory is the tensor's own.
 """
 
 import copy
+import os
+import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
@@ -14,42 +16,60 @@ from torch.utils import _pytree as pytree
 
 from fusedopt._extension import _C
 
-# In each method what is dropped lives until the change is known: another thread may be about to
-# step.
+# One thread at a time changes such dictionaries, so that what a change drops is what it holds: it
+# lives until the change is known, as another thread may be about to step. Hashes of tensors are
+# computed in Python, so that the GIL alone would not do.
+_changing = threading.RLock()
+
+
+def _renew_lock() -> None:
+    # A thread that held it does not exist in the child.
+    global _changing
+    _changing = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 class _WatchedDict(dict):  # type: ignore[type-arg]
     def __setitem__(self, key: Any, value: Any) -> None:
-        dropped = dict.get(self, key)
-        dict.__setitem__(self, key, value)
-        _C.note_change()
+        with _changing:
+            dropped = dict.get(self, key)
+            dict.__setitem__(self, key, value)
+            _C.note_change()
         del dropped
 
     def __delitem__(self, key: Any) -> None:
-        dropped = dict.get(self, key)
-        dict.__delitem__(self, key)
-        _C.note_change()
+        with _changing:
+            dropped = dict.get(self, key)
+            dict.__delitem__(self, key)
+            _C.note_change()
         del dropped
 
     def pop(self, *args: Any) -> Any:
-        dropped = dict.pop(self, *args)
-        _C.note_change()
+        with _changing:
+            dropped = dict.pop(self, *args)
+            _C.note_change()
         return dropped
 
     def popitem(self) -> tuple[Any, Any]:
-        dropped = dict.popitem(self)
-        _C.note_change()
+        with _changing:
+            dropped = dict.popitem(self)
+            _C.note_change()
         return dropped
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
-        if key not in self:
-            self[key] = default
-        return self[key]
+        with _changing:
+            if key not in self:
+                self[key] = default
+            return dict.__getitem__(self, key)
 
     def clear(self) -> None:
-        dropped = dict(self)
-        dict.clear(self)
-        _C.note_change()
+        with _changing:
+            dropped = dict(self)
+            dict.clear(self)
+            _C.note_change()
         del dropped
 
     def update(self, *args: Any, **kwargs: Any) -> None:

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
 //
-// Whether parameters that were given other memory may overlap now.
+// Whether parameters to be stepped, some of which were given other memory, may overlap now.
 #pragma once
 
 #include <algorithm>
@@ -15,10 +15,10 @@ namespace {
 
 // Looks at where they begin and end; whether those with gaps do overlap, Python finds out when
 // another plan is made.
-bool may_overlap(const std::vector<Member>& members, const std::vector<Entry>& entries) {
+bool may_overlap(const std::vector<size_t>& active, const std::vector<Entry>& entries) {
   std::vector<std::pair<const char*, const char*>> extents;
-  for (size_t at = 0; at < members.size(); ++at) {
-    if (members[at].idle || entries[at].duplicate || entries[at].span.numel == 0) continue;
+  for (const size_t at : active) {
+    if (entries[at].span.numel == 0) continue;
     const at::Tensor& local = THPVariable_Unpack(entries[at].local);
     int64_t last = 0;
     for (int64_t d = 0; d < local.dim(); ++d) last += (local.size(d) - 1) * local.stride(d);

@@ -27,6 +27,9 @@ class Hold {
     const int tensors = e.tensor_count + (e.count != nullptr ? 1 : 0);
     for (int k = 0; k < tensors; ++k) add(THPVariable_Unpack(e.tensors[k]));
     for (int k = 0; k < e.part_count; ++k) add(THPVariable_Unpack(e.parts[k]));
+    // Its version is asked for after the step.
+    if (e.weights != nullptr)
+      objects_.push_back(py::reinterpret_borrow<py::object>(e.parts[e.part_count - 1]));
   }
 
  private:

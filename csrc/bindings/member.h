@@ -26,7 +26,6 @@ struct MemberInfo {
   // The keys of its state: the count of steps, where there is one, the rule's states in order,
   // codes followed by their scales, and then the master.
   py::tuple keys;
-  bool first;                 // its state has taken no step yet
   uintptr_t flat_grad;        // where its gradient lies in a flat buffer, else 0
   at::ScalarType state_type;  // a byte: codes and scales
   int master_bits;            // 0: no master
@@ -88,7 +87,7 @@ struct Entry {
   uint8_t param_size = 0, grad_size = 0, state_size = 0;  // bytes of a real
   DType grad_dtype = DType::float32;
   bool duplicate = false;
-  bool first = false;
+  bool first = false;  // its state may have been made for a step that is still to come
   bool float64 = false;
   bool device_counts = false;  // its steps
 
@@ -228,7 +227,7 @@ std::pair<Member, Entry> make_member(const MemberInfo& info, int state_count,
   e.param = info.param.ptr();
   e.local = info.local.ptr();
   e.duplicate = info.duplicate;
-  e.first = info.first;
+  e.first = workspace.may_be_begun(info.param.ptr());
   e.float64 = m.dtype == DType::float64;
   e.param_size = uint8_t(size_of(m.dtype));
   e.state_size = uint8_t(c10::elementSize(info.state_type));

@@ -56,13 +56,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("are_outdated", &Workspace::are_outdated)
       .def_property_readonly("grad_norm", &Workspace::grad_norm);
   py::class_<MemberInfo>(m, "Member")
-      .def(py::init<py::object, py::object, std::string, bool, py::tuple, bool, uintptr_t,
-                    at::ScalarType, int, bool, bool, uint64_t, uint64_t, bool,
-                    std::optional<py::object>, int>(),
+      .def(py::init<py::object, py::object, std::string, bool, py::tuple, uintptr_t, at::ScalarType,
+                    int, bool, bool, uint64_t, uint64_t, bool, std::optional<py::object>, int>(),
            py::kw_only(), py::arg("param"), py::arg("local"), py::arg("name"), py::arg("duplicate"),
-           py::arg("keys"), py::arg("first"), py::arg("flat_grad"), py::arg("state_type"),
-           py::arg("master_bits"), py::arg("stochastic"), py::arg("counts_steps"), py::arg("seed"),
-           py::arg("ordinal"), py::arg("on_device"), py::arg("first_count"), py::arg("lineage"));
+           py::arg("keys"), py::arg("flat_grad"), py::arg("state_type"), py::arg("master_bits"),
+           py::arg("stochastic"), py::arg("counts_steps"), py::arg("seed"), py::arg("ordinal"),
+           py::arg("on_device"), py::arg("first_count"), py::arg("lineage"));
   py::class_<Plan>(m, "Plan")
       .def(py::init<std::string, std::shared_ptr<Workspace>, py::handle, py::handle>())
       .def("add_group", &Plan::add_group)

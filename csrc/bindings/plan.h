@@ -180,6 +180,7 @@ class Plan {
       if (grad == nullptr) continue;
       Entry& e = entries_[at];
       if (grad != unchecked()) {
+        if (e.first) check_first(e);
         add_span(e, at, grad);
         continue;
       }
@@ -194,9 +195,10 @@ class Plan {
       void* const address = const_cast<void*>(local.unsafeGetTensorImpl()->data());
       moved = moved || address != e.span.param;
       e.span.param = address;
+      if (e.first) check_first(e);
       check_and_add(e, at, local, local.unsafeGetTensorImpl()->grad());
     }
-    return missing_.empty() && !(moved && may_overlap(members_, entries_));
+    return missing_.empty() && !(moved && may_overlap(active_, entries_));
   }
 
   // Reads the options of all groups that have members to be stepped; false where they ask for other
@@ -253,6 +255,12 @@ class Plan {
         if (address != nullptr) found_[at] = address;
       }
     }
+  }
+
+  // A state that was made for this step has to be what was made.
+  void check_first(Entry& e) {
+    e.first = e.tensor_count > 0 && workspace_->is_begun(e.param, e.tensors[0]);
+    if (!e.first) workspace_->has_stepped(e.param);
   }
 
   // Adds the span of one parameter. Throws on a gradient that cannot be taken.

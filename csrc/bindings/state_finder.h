@@ -70,7 +70,6 @@ class StateFinder {
       // Nobody knows how many steps other counts on a device have seen.
       if (tensors != m.tensors && e.device_counts) return false;
       if (tensors == m.tensors && has_same_state(e)) return true;
-      if (tensors != m.tensors) e.first = false;
     }
     set_tensors(tensors, m, e);
     set_padding(m, e);

@@ -35,7 +35,7 @@ DAMAGES = {
 DAMAGED = [
     (case, key, damage)
     for case in CASES
-    for key in case.state_keys
+    for key in sorted(case.state_keys)
     for damage in DAMAGES
     # A step is one number, whatever its dtype; without momentum SGD's first step is to come.
     if not (key == "step" and damage in ("dtype", "complex"))

@@ -233,3 +233,22 @@ def test_one_parameter_after_the_other(case: Case) -> None:
             set_grads(params[: step + 1], step)
             optimizer.step()
     assert_close(*pair)
+
+
+@pytest.mark.parametrize("how", ["in place", "another tensor", "another state"])
+def test_a_buffer_of_the_user_s_before_the_first_step_is_continued(how: str) -> None:
+    """Though a state had been made for that step, as there is for flat parameters."""
+    pair = [
+        fusedopt.SGD(make_params(), lr=0.1, momentum=0.9, dampening=0.5, flat=True),
+        torch.optim.SGD(make_params(), lr=0.1, momentum=0.9, dampening=0.5),
+    ]
+    for optimizer in pair:
+        for p in params_of(optimizer):
+            if how == "in place" and "momentum_buffer" in optimizer.state[p]:
+                optimizer.state[p]["momentum_buffer"].fill_(0.5)
+            elif how == "another state":
+                optimizer.state[p] = {"momentum_buffer": torch.full_like(p, 0.5).detach()}
+            else:
+                optimizer.state[p]["momentum_buffer"] = torch.full_like(p, 0.5).detach()
+        train(optimizer, range(3))
+    assert_close(*pair)

@@ -3,14 +3,9 @@
 A program of its own imports torch once and forks for each race: a crash is that of one race.
 """
 
-import faulthandler
 import functools
 import json
-import os
-import signal
-import subprocess
 import sys
-import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -19,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.forks import in_a_fork, output_of_program
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -302,29 +298,6 @@ NOT_WITH_TORCH = {"gradients_in_place", "data_in_turns", "new_data", "data_of_st
 # -- the program that runs them -----------------------------------------------------------------
 
 
-def in_a_fork(run: Callable[[], None]) -> str:
-    """What went wrong, in words; "": nothing."""
-    with tempfile.TemporaryFile() as log:
-        child = os.fork()
-        if child == 0:
-            os.dup2(log.fileno(), 2)
-            faulthandler.enable()
-            signal.alarm(200)  # where a lock is never let go
-            status = 1
-            try:
-                run()
-                status = 0
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        _, status = os.waitpid(child, 0)
-        log.seek(0)
-        said = log.read().decode(errors="replace")
-    return "" if status == 0 else f"status {status}\n{said[-3000:]}"
-
-
 def run_races(size: str) -> None:
     """Print what went wrong in each race, as JSON."""
     # What is imported with the first optimizer of a process.
@@ -343,17 +316,8 @@ def run_races(size: str) -> None:
 
 @functools.cache
 def outcomes(size: str) -> dict[str, str]:
-    tests, root = Path(__file__).parents[1], Path(fusedopt.__file__).parents[1]
-    paths = [str(Path(__file__).parent), str(tests), str(root)]
-    done = subprocess.run(
-        [sys.executable, "-c", f"import test_threads; test_threads.run_races('{size}')"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "2"},
-        capture_output=True,
-        text=True,
-        timeout=3000,
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
+    program = f"import test_threads; test_threads.run_races('{size}')"
+    return dict(json.loads(output_of_program(program, Path(__file__).parent)))
 
 
 @pytest.mark.parametrize("package", PACKAGES)

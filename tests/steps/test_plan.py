@@ -93,6 +93,20 @@ def test_positions_that_are_not_there() -> None:
             step_some(optimizer, [position])
 
 
+def test_a_partial_step_looks_at_no_other_memory() -> None:
+    """Where a parameter was given other memory, too: a whole step would say that two overlap."""
+    optimizer: Any = fusedopt.SGD(make_params(), lr=0.5)
+    train(optimizer, range(1))
+    other, moved = params_of(optimizer)[:2]
+    set_grads([moved], 5)
+    moved.data = moved.data.clone()
+    other.data = moved.data
+    before, gradient = moved.detach().clone(), moved.grad
+    step_some(optimizer, [1])
+    assert gradient is not None
+    assert torch.equal(moved.detach(), before - 0.5 * gradient)
+
+
 # -- a rule for each group -----------------------------------------------------------------------
 
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "decoupled_weight_decay": True, "amsgrad": False}
