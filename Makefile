@@ -10,6 +10,9 @@ ARGS ?=
 PY := $(if $(strip $(VENV)),$(VENV)/bin/python,$(PYTHON))
 # The tools that come with the interpreter: $(call tool,ruff)
 tool = "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/$(1)"
+# The tests are shared out among processes where pytest-xdist is installed.
+WORKERS = $$($(PY) -c 'import os, xdist; \
+  print("-n", min(4, len(os.sched_getaffinity(0))), "--dist worksteal")' 2>/dev/null)
 SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help env build demo test test-all bench bench-quick lint format check-binary check-tables tables gpu-check dist clean
@@ -41,7 +44,7 @@ demo: build  ## train two real models with torch.optim and with fusedopt, side b
 	$(PY) -m benchmarks.demo $(ARGS)
 
 test: build  ## run the tests, but those that are slow
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PY) -m pytest -m "not slow" $(WORKERS) $(ARGS)
 
 test-all: build  ## run all tests; ARGS="-m slow": those that make test leaves out
 	$(PY) -m pytest $(ARGS)

@@ -1,4 +1,4 @@
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypedDict
 
 import torch
@@ -36,6 +36,7 @@ def flat_steps(values: list[float], device: torch.device) -> list[Tensor]: ...
 def is_capturing(device: torch.device) -> bool: ...
 def is_recorded() -> bool: ...
 def note_change() -> None: ...
+def know_dtensor(cls: type[Tensor]) -> None: ...
 def has_gradient(param: Tensor) -> bool: ...
 def attach_gradients(
     params: list[Tensor], grads: list[Tensor], addresses: list[int], grad_addresses: list[int]
@@ -59,7 +60,6 @@ class Member:
         self,
         *,
         param: Tensor,
-        local: Tensor,
         name: str,
         duplicate: bool,
         keys: tuple[str, ...],
@@ -73,7 +73,15 @@ class Member:
         on_device: bool,
         first_count: Tensor | None,
         lineage: int,
+        runs: list[tuple[int, int]],
+        cut: int,
     ) -> None: ...
+
+class Lacks:
+    @property
+    def states(self) -> list[int]: ...
+    @property
+    def gradients(self) -> list[int]: ...
 
 class Plan:
     def __init__(
@@ -94,6 +102,8 @@ class Plan:
         found_inf: Tensor | float | None,
         max_grad_norm: float | None,
         positions: list[int] | None = None,
-    ) -> list[int] | None: ...
+        grads: list[tuple[Tensor, Tensor]] = ...,
+        add_up: Callable[[list[float]], float] | None = None,
+    ) -> Lacks | None: ...
     @property
     def span_count(self) -> int: ...

@@ -9,7 +9,8 @@ from torch import Tensor
 from fusedopt._formats import CODE, MASTERS, ORDER, OWN_OPTIONS, SCALE, part_of
 from fusedopt._members import Member
 from fusedopt._rules import state_keys
-from fusedopt._states import allocate, check_state, convert
+from fusedopt._sharded import local_of
+from fusedopt._states import allocate, check_state, convert, local_values
 from fusedopt._watched_state import OptimizerState, values_of, watched
 
 # torch's load_state_dict casts the state of a parameter in a way that no subclass can change, but
@@ -59,13 +60,17 @@ def options_when_loaded(
 
 
 def states_by_param(
-    loaded: Mapping[str, Any], members: Sequence[Member], present: Mapping[Any, Any]
+    loaded: Mapping[str, Any],
+    members: Sequence[Member],
+    present: Mapping[Any, Any],
+    given: "Given",
 ) -> dict[Any, Any]:
     """The states in a state_dict by parameter.
 
     Args:
         members: in the order of the state_dict, with the options that it gives them.
         present: the optimizer's own states.
+        given: what they were when a state_dict last showed them to somebody.
 
     Raises:
         TypeError, ValueError: for a state that does not belong to its parameter.
@@ -85,7 +90,7 @@ def states_by_param(
             states[number] = values
         else:
             _check_loaded(member, values, needed[number])
-            _check_filled(member, values, values_of(present, member.param))
+            _check_filled(member, values, values_of(present, member.param), given)
             states[member.param] = values
     return states
 
@@ -95,7 +100,9 @@ def _check_loaded(member: Member, values: Any, needed: set[str]) -> None:
     if not isinstance(values, Mapping):
         raise TypeError(f"{where} is a {type(values).__name__}; expected a dictionary")
     names = state_keys([member.rule])
-    known = {k: v for k, v in values.items() if k in names and v is not None}
+    known = local_values(
+        member, {k: v for k, v in values.items() if k in names and v is not None}, names
+    )
     if lacking := _lacking_in(known, needed):
         raise ValueError(f"{where} lacks {', '.join(lacking)}")
     if isinstance(step := known.get("step"), Tensor):
@@ -106,7 +113,30 @@ def _check_loaded(member: Member, values: Any, needed: set[str]) -> None:
             raise ValueError(f"{where} has a {key} that is not finite; is the checkpoint damaged?")
 
 
-def _check_filled(member: Member, values: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+Given = dict[tuple[int, str], int]
+"""Versions of state tensors, by the id of their parameter and their key."""
+
+
+def versions_of(state: Mapping[Any, Any]) -> Given:
+    """Of all tensors of a state, which tell whether somebody has written them since."""
+    return {
+        (id(param), key): _version_of(value)
+        for param, values in state.items()
+        if isinstance(values, Mapping)
+        for key, value in values.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _version_of(value: Tensor) -> int:
+    local = local_of(value)
+    own = 0 if value.is_inference() else value._version
+    return own if local is value else own + local._version
+
+
+def _check_filled(
+    member: Member, values: Mapping[str, Any], own: Mapping[str, Any], given: Given
+) -> None:
     """Raise where the checkpoint filled a part of the state only, and the rest is our own.
 
     torch.distributed's functions read a checkpoint into a state_dict that they have made of ours,
@@ -122,10 +152,15 @@ def _check_filled(member: Member, values: Mapping[str, Any], own: Mapping[str, A
     if twice:
         raise ValueError(f"{where} has {', '.join(twice)} in codes and without; {how}")
     judged = {"step", *member.names, *(n + part for n in member.names for part in (CODE, SCALE))}
-    tensors = {
-        k: v for k, v in values.items() if k in judged and isinstance(v, Tensor) and v.numel() > 0
+    tensors = {k: local_of(v) for k, v in values.items() if k in judged and isinstance(v, Tensor)}
+    tensors = {k: v for k, v in tensors.items() if v.numel() > 0}
+    # A checkpoint may also have been read into them.
+    live = {
+        k
+        for k, v in tensors.items()
+        if _is_same_memory(v, local_of(own.get(k)))
+        and _version_of(own[k]) == given.get((id(member.param), k), _version_of(own[k]))
     }
-    live = {k for k, v in tensors.items() if _is_same_memory(v, own.get(k))}
     if live and live != tensors.keys():
         raise ValueError(
             f"{where}: {', '.join(sorted(live))} are the optimizer's own tensors, but not "
@@ -169,7 +204,8 @@ def own_states(
         rest[param] = copy.deepcopy(users)
         known[param] = {k: v for k, v in values.items() if k in names and v is not None}
         if param in by_param:
-            known[param] = convert(known[param], by_param[param])
+            member = by_param[param]
+            known[param] = convert(local_values(member, known[param], names), member)
     for param, values in allocate(members, known).items():
         # In the order in which they were.
         values |= rest[param]

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from fusedopt._extension import _C
 from fusedopt._overlap import is_dense
+from fusedopt._sharded import SHORTEST_ROW
 
 BLOCK: int = _C.block
 """The most elements that share a scale."""
-SHORTEST_ROW = 64
-"""Shorter rows would have too many scales: blocks do not end with them."""
 
 # What the keys of a state are made of, besides the names that a rule gives its states.
 CODE = "_code"  # behind a name: that state in codes
@@ -200,7 +199,7 @@ def layout_of(param: Tensor) -> Tensor:
 def format_of(
     group: Mapping[str, Any],
     param: Tensor,
-    numel: int,
+    has_same_blocks: bool,
     what: str,
     unsafe: Mapping[str, str],
     weight_like: Callable[[], Iterable[str]],
@@ -208,7 +207,7 @@ def format_of(
     """What a group's options mean for a parameter.
 
     Args:
-        numel: how many elements the whole parameter has.
+        has_same_blocks: whether the blocks of its codes are the same ones, however it is sharded.
         what: optimizer and parameter, for errors.
         unsafe: options with which states must not be codes, and why.
         weight_like: the keys of states that must not be codes whatever the options.
@@ -229,7 +228,9 @@ def format_of(
     wanted = group["state_dtype"]
     if isinstance(wanted, str) and wanted == "int8":
         _check_codes(group, param, real, what, unsafe, weight_like)
-        state = torch.float32 if numel < smallest else torch.uint8
+        # Of the whole, as the number of processes is to make no difference.
+        in_codes = param.numel() >= smallest and has_same_blocks
+        state = torch.uint8 if in_codes else torch.float32
     else:
         state = _float(wanted, param, real, what)
         if master_bits and state == torch.float16:

@@ -9,6 +9,7 @@ from torch import Tensor
 from fusedopt._extension import _C
 from fusedopt._formats import OLD_REMAINDER, REMAINDER, WHOLE_MASTER, master_key
 from fusedopt._members import Member
+from fusedopt._sharded import is_sharded, local_of, wrap
 from fusedopt._watched_state import ParameterState, values_of
 
 
@@ -81,13 +82,17 @@ def note_weights(
 def read_masters(params: Iterable[Tensor], state: Mapping[Tensor, Any]) -> Iterator[Tensor]:
     """The weights that an optimizer works on: the masters, else the parameters, as copies."""
     for param in params:
-        weights = param.detach()
+        weights = local_of(param).detach()
         half = weights.dtype in (torch.bfloat16, torch.float16)
-        stored = _stored(values_of(state, param), master_key(param)) if half else None
+        stored = None
+        if half:
+            values = {k: local_of(v) for k, v in values_of(state, param).items()}
+            stored = _stored(values, master_key(weights))
         if stored is not None:
-            yield _C.join_master(weights, stored)
+            exact = _C.join_master(weights, stored)
         else:
-            yield weights.to(torch.float32 if half else weights.dtype, copy=True)
+            exact = weights.to(torch.float32 if half else weights.dtype, copy=True)
+        yield wrap(exact, param) if is_sharded(param) else exact
 
 
 @torch.no_grad()
@@ -105,15 +110,16 @@ def load_masters(
             f"each of {len(members)} parameters"
         )
     for member, master in zip(members, masters, strict=True):
-        shape = tuple(member.local.shape)
-        if not isinstance(master, Tensor) or master.shape != shape:
-            got = tuple(master.shape) if isinstance(master, Tensor) else type(master).__name__
+        shape = tuple(member.param.shape)
+        alike = isinstance(master, Tensor) and is_sharded(master) == member.is_sharded
+        if not alike or master.shape != shape or local_of(master).shape != member.local.shape:
+            got = tuple(master.shape) if alike else type(master).__name__
             raise ValueError(
                 f"{optimizer}: load_master_params got {got} for {member.name}; expected a tensor "
-                f"of shape {shape}"
+                f"of shape {shape}{', sharded as it is' if member.is_sharded else ''}"
             )
-    for member, master in zip(members, masters, strict=True):
-        param = member.local
+    for member, whole in zip(members, masters, strict=True):
+        param, master = member.local, local_of(whole)
         half = param.dtype in (torch.bfloat16, torch.float16)
         bits = member.format.master_bits if half else 0
         if bits:
@@ -122,6 +128,8 @@ def load_masters(
             param.copy_(weights)
             if member.param not in state:
                 state[member.param] = ParameterState()
+            if member.is_sharded:
+                stored = wrap(stored, member.param)
             state[member.param][master_key(param)] = stored
         else:
             param.copy_(master)

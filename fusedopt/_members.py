@@ -13,6 +13,15 @@ from fusedopt._extension import _C
 from fusedopt._formats import COMBINATIONS, DEFAULTS, Format, Spec, format_of
 from fusedopt._overlap import check_overlap
 from fusedopt._rules import rule_info
+from fusedopt._sharded import (
+    Runs,
+    check_mesh,
+    has_same_blocks,
+    is_sharded,
+    local_of,
+    mesh_of,
+    runs_of,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,22 +68,15 @@ class Group:
             name = f"parameter '{names[i]}'" if names else f"parameter {i} of group {self.index}"
             yield name, param
 
-    def format_of(self, name: str, param: Tensor, numel: int) -> Format:
+    def format_of(self, name: str, param: Tensor) -> Format:
         what = f"{self.optimizer}: {name}"
-        return format_of(self.options, param, numel, what, self.unsafe_in_int8, self.weight_like)
+        same = has_same_blocks(param)
+        return format_of(self.options, param, same, what, self.unsafe_in_int8, self.weight_like)
 
     def counts_on_device(self, param: Tensor) -> bool:
         """Whether the device counts a parameter's steps, so that the host need not know of them."""
         wanted = self.options.get("capturable") or self.options.get("fused")
         return bool(wanted) and param.device.type == _C.accelerator
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """Where a member's memory lies in the whole parameter, in elements."""
-
-    offset: int
-    numel: int  # of the whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,13 +102,19 @@ class Member:
 
     @property
     def local(self) -> Tensor:
-        """The plain memory that is stepped; states are laid out like it."""
-        return self.param
+        """The plain tensor that is stepped; states are laid out like it."""
+        local: Tensor = local_of(self.param)
+        return local
 
     @functools.cached_property
-    def position(self) -> Position:
+    def is_sharded(self) -> bool:
+        """Whether the parameter is a DTensor, so that its states are."""
+        return is_sharded(self.param)
+
+    @property
+    def runs(self) -> Runs:
         """Where local lies in the whole parameter."""
-        return Position(offset=0, numel=self.param.numel())
+        return runs_of(self.param)
 
     @functools.cached_property
     def format(self) -> Format:
@@ -115,7 +123,7 @@ class Member:
         Raises:
             TypeError, ValueError: where the group's choice makes no sense for the parameter.
         """
-        return self.group.format_of(self.name, self.local, self.position.numel)
+        return self.group.format_of(self.name, self.param)
 
     @property
     def counts_on_device(self) -> bool:
@@ -167,7 +175,7 @@ def is_ready(param: Tensor) -> bool:
         and not is_lazy(param)
         and param.layout == torch.strided
         and _real(param) in _PARAM_DTYPES
-        and _has_memory(param)
+        and _has_memory(local_of(param))
     )
 
 
@@ -190,15 +198,29 @@ def check_members(members: Iterable[Member]) -> None:
     """
     names: dict[int, str] = {}
     params: list[Tensor] = []
+    of_meshes: dict[Any, Member] = {}
     optimizer = ""
     for member in members:
         optimizer = member.group.optimizer
         if not member.duplicate:
             _check_param(f"{optimizer}: {member.name}", member.param)
+            if member.is_sharded:
+                _check_device(member, of_meshes.setdefault(mesh_of(member.param), member))
             params.append(member.local)
             names[id(member.local)] = member.name
         _ = member.format  # of each group that it is in
     check_overlap(params, optimizer, lambda p: names[id(p)])
+
+
+def _check_device(member: Member, other: Member) -> None:
+    """Raise for parameters of one mesh on different kinds of devices, of which none could be on
+    that of the other's collectives."""
+    here, there = member.local.device.type, other.local.device.type
+    if here != there:
+        raise ValueError(
+            f"{member.group.optimizer}: {member.name} is on {here} but {other.name}, of the same "
+            f"mesh, on {there}; move one of them"
+        )
 
 
 def _real(param: Tensor) -> torch.dtype:
@@ -216,10 +238,13 @@ def _check_param(what: str, param: Tensor) -> None:
         fail("uninitialised", "one whose module has run once")
     if param.layout != torch.strided:
         fail(f"a tensor of layout {param.layout}", "a dense tensor")
+    if is_sharded(param):
+        check_mesh(what, param)
+        param = local_of(param)
     if not _has_memory(param):
         fail(
             f"a {type(param).__name__} on {param.device} without memory of its own",
-            "an ordinary tensor (for a DTensor: its to_local())",
+            "an ordinary tensor",
         )
     if param.device.type not in ("cpu", "cuda"):
         fail(f"on {param.device}", "a tensor on a CPU or a CUDA device")
@@ -240,6 +265,7 @@ def add_member(
     flat_grad: int,
     first_count: Tensor | None,
     lineage: int,
+    cut: int,
 ) -> None:
     """Add a member to the group that a plan got last.
 
@@ -247,12 +273,12 @@ def add_member(
         flat_grad: the address of its flat gradient; 0: it has none.
         first_count: of its steps on the device, where its state has none.
         lineage: a number that it shares with those that have taken the same steps on the device.
+        cut: the number of the process groups that it is cut among.
     """
     keys, options = member.keys, member.group.options
     plan.add(
         _C.Member(
             param=member.param,
-            local=member.local,
             name=member.name,
             duplicate=member.duplicate,
             keys=keys,
@@ -266,5 +292,7 @@ def add_member(
             on_device=member.counts_on_device,
             first_count=first_count,
             lineage=lineage,
+            runs=member.runs,
+            cut=cut,
         )
     )

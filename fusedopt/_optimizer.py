@@ -1,30 +1,28 @@
 """FusedOptimizer, which all optimizers are: the constructor, parameter groups and the step."""
 
-import functools
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from typing import Any, Final
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fusedopt._checkpoint import (
     COPIED,
     LOADED,
     Copied,
+    Given,
     options_when_loaded,
     own_states,
     states_by_param,
+    versions_of,
     with_own_options,
 )
 from fusedopt._counts import (
-    FirstCounts,
     without_skipped_first,
 )
 from fusedopt._extension import _C
-from fusedopt._flat import FlatGradients, FlatParameters, are_flat, find_buffer
+from fusedopt._flat import FlatGradients, FlatParameters, are_flat
 from fusedopt._formats import name_of
 from fusedopt._masters import (
     forget_outdated,
@@ -33,18 +31,19 @@ from fusedopt._masters import (
     read_masters,
     with_known_weights,
 )
-from fusedopt._members import Group, Member, check_members, is_ready, list_members
-from fusedopt._plans import make_plan
+from fusedopt._members import Group, check_members, is_ready, list_members
+from fusedopt._norms import NormGroup, check_norm_group
 from fusedopt._rules import state_keys
-from fusedopt._states import is_begun, note_begun, replace_values
+from fusedopt._sharded import is_sharded
+from fusedopt._states import is_begun, note_begun
+from fusedopt._step import SteppingOptimizer
 from fusedopt._watched_state import OptimizerState, plain, watched
 
-# Plans that are made for one step before it gives up: more than one round is needed only where
-# another thread changes what was looked up.
-MOST_PLANS: Final = 20
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
-class FusedOptimizer(Optimizer):
+class FusedOptimizer(SteppingOptimizer):
     """What all optimizers share.
 
     A subclass names its rule, by which the compiled module knows its maths. Where torch.optim has a
@@ -56,16 +55,10 @@ class FusedOptimizer(Optimizer):
     _unsafe_in_int8: Mapping[str, str] = {}
 
     # Class-level, as unpickling calls no constructor.
-    _plan: _C.Plan | None = None
     _flats: tuple[FlatParameters, ...] = ()
-    _flat_gradients: FlatGradients | None = None  # None: not known yet
-    _warned_detached = False
     _own_defaults: Mapping[str, Any] = {}
+    _given: Given = {}
     _flat = False
-    _max_grad_norm: float | None = None
-    _workspace: _C.Workspace
-    # Of parameters whose state names no count, the steps taken on the device since it was made.
-    _first_counts: FirstCounts
 
     def _init(
         self,
@@ -74,6 +67,7 @@ class FusedOptimizer(Optimizer):
         max_grad_norm: float | None,
         args: dict[str, Any],
         differentiable: bool = False,
+        norm_group: "ProcessGroup | None" = None,
     ) -> None:
         """Call the constructor of the other base, or torch's Optimizer, with args.
 
@@ -90,6 +84,7 @@ class FusedOptimizer(Optimizer):
         self._flat = flat
         self._workspace = _C.Workspace()
         self._first_counts = {}
+        self._norm_group = None if norm_group is None else NormGroup(norm_group)
         self.max_grad_norm = max_grad_norm
         super().__init__(**args)
         self.defaults.update(options)
@@ -116,10 +111,6 @@ class FusedOptimizer(Optimizer):
         all_options = self.param_groups if param_groups is None else param_groups
         return [self._group(index, options) for index, options in enumerate(all_options)]
 
-    def _params(self) -> Iterator[Tensor]:
-        for group in self.param_groups:
-            yield from group["params"]
-
     def _state_keys(self) -> set[str]:
         """All keys that a state has by a rule of any group."""
         return state_keys({self._rule_of(group) for group in self.param_groups})
@@ -135,15 +126,26 @@ class FusedOptimizer(Optimizer):
         added = self._group(index, self.param_groups[index])
         try:
             added.check_options()
+            if self._max_grad_norm is not None and self._norm_group is None:
+                check_norm_group(type(self).__name__, added.params)
             # Others are looked at when they first have a gradient, as in torch.
             check_members(m for m in list_members([added]) if is_ready(m.param))
+            if self._flat and any(is_sharded(p) for p in added.params):
+                raise ValueError(
+                    f"{type(self).__name__}: flat=True with sharded parameters, whose memory is "
+                    "where FSDP has put it; use flat=False, a step costs the same"
+                )
             if self._flat and added.params and not are_flat(added.params, type(self).__name__):
                 self._flats += (FlatParameters(added.params, gradients=True),)
             self._plan = None
+            made_early = [p for p in added.params if is_sharded(p) and is_ready(p)]
             if self._flat:
                 # Flat gradients always exist: torch's checkpoint code, which makes state by a step
-                # where there is no gradient yet, leaves it to us.
-                self._make_plan(self.state, [p for p in added.params if p.requires_grad])
+                # where there is no gradient yet, leaves it to us. Shards have to have state on all
+                # processes, also where one of these has no gradient.
+                made_early = [p for p in added.params if p.requires_grad]
+            if made_early:
+                self._make_plan(self.state, made_early)
         except Exception:
             self.param_groups.pop()
             raise
@@ -166,6 +168,9 @@ class FusedOptimizer(Optimizer):
                 raise ValueError(
                     f"{type(self).__name__}: max_grad_norm is {value}; expected at least 0, or None"
                 )
+            if self._norm_group is None:
+                groups = getattr(self, "param_groups", ())
+                check_norm_group(type(self).__name__, (p for g in groups for p in g["params"]))
         self._max_grad_norm = value
 
     @property
@@ -176,139 +181,6 @@ class FusedOptimizer(Optimizer):
         several); None before the first such step. Reading it does not wait for the device.
         """
         return self._workspace.grad_norm
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        # With it GradScaler leaves unscaling and skipping to step(), in which nobody can clip.
-        return bool(self.defaults.get("fused"))
-
-    @_step_supports_amp_scaling.setter
-    def _step_supports_amp_scaling(self, value: bool) -> None:
-        """torch's constructors set it where fused=True; a copy has to know it, too."""
-
-    @staticmethod
-    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a class's step, which torch's constructor does once for each class.
-
-        torch's own wrapper names the step to profilers and calls hooks. It takes several times as
-        long as a small step, so it is left out where nobody listens.
-        """
-        recorded = Optimizer.profile_hook_step(func)
-
-        @functools.wraps(func)
-        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if (
-                _C.is_recorded()
-                or self._optimizer_step_pre_hooks
-                or self._optimizer_step_post_hooks
-                or _global_optimizer_pre_hooks
-                or _global_optimizer_post_hooks
-            ):
-                return recorded(self, *args, **kwargs)
-            return func(self, *args, **kwargs)
-
-        return wrapper
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all parameters that have a gradient, in one pass.
-
-        Args:
-            closure: reevaluates the model and returns the loss.
-
-        Returns:
-            What the closure returned, else None.
-
-        Raises:
-            RuntimeError: for a sparse gradient.
-            TypeError, ValueError: for a gradient, parameter, state or option that cannot be taken;
-                the message names it. Nothing has been changed then.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-
-        state = self.state  # which another thread may replace meanwhile
-        missing = self._take_step(self._plan or self._make_plan(state), state)
-        if missing is not None:
-            self._step_anew(missing, state)
-        return loss
-
-    def _take_step(self, plan: _C.Plan, state: Mapping[Tensor, Any]) -> list[int] | None:
-        """Step by a plan; see _C.Plan.step."""
-        grad_scale = getattr(self, "grad_scale", None)
-        found_inf = getattr(self, "found_inf", None)
-        return plan.step(self.param_groups, state, grad_scale, found_inf, self._max_grad_norm)
-
-    def _step_anew(self, missing: list[int], state: MutableMapping[Tensor, Any]) -> None:
-        """Step by a new plan, in which the parameters at these positions get their state.
-
-        The first one only tells which parameters lack state, where something else has changed.
-        """
-        new: dict[int, Tensor] = {}
-        before: list[tuple[Tensor, Any]] = []
-        try:
-            for _ in range(MOST_PLANS):
-                params = [*self._params()]
-                for param in (params[i] for i in missing if i < len(params)):
-                    if id(param) not in new:
-                        self._check_capture(param)
-                        new[id(param)] = param
-                        values = state.get(param)
-                        before.append((param, dict(values) if values is not None else None))
-                found = self._take_step(self._make_plan(state, new.values()), state)
-                if found is None:
-                    return
-                missing = found
-            raise RuntimeError(
-                f"{type(self).__name__}: another thread changes parameters or their state faster "
-                "than they can be looked up; nothing was stepped"
-            )
-        except BaseException:
-            for param, values in before:
-                replace_values(state, param, values)
-                if not values:
-                    self._workspace.forget_begun(param)
-            raise
-
-    def _check_capture(self, param: Tensor) -> None:
-        if _C.is_capturing(param.device):
-            raise RuntimeError(
-                f"{type(self).__name__}: the first step, which makes the state, cannot be "
-                "captured into a CUDA graph; take a step before capture begins"
-            )
-
-    def _make_plan(self, state: MutableMapping[Tensor, Any], new: Iterable[Tensor] = ()) -> _C.Plan:
-        """Look up everything that steps walk over; make state for the parameters in new."""
-        self._plan = make_plan(
-            type(self).__name__,
-            self._groups(),
-            state,
-            new={id(param) for param in new},
-            keys=self._state_keys(),
-            first_counts=self._first_counts,
-            workspace=self._workspace,
-            flat_grad=self._flat_grad,
-        )
-        self._flat_gradients = None
-        return self._plan
-
-    def _flat_grad(self, member: Member) -> int:
-        """The address of a member's flat gradient; 0 for none. Warns of a lost parameter."""
-        buffer = find_buffer(member.param)
-        if buffer is None:
-            return 0
-        if buffer.holds(member.param):
-            return buffer.slots[id(member.param)].grad_address
-        if not self._warned_detached:
-            self._warned_detached = True
-            warnings.warn(
-                f"{type(self).__name__}: {member.name} was moved into a flat buffer and is no "
-                "longer there (module.to(), param.data = ...); it is stepped where it is now, on "
-                "its own. Make FlatParameters anew to have it flat again.",
-                stacklevel=2,
-            )
-        return 0
 
     # -- checkpoints --------------------------------------------------------------------------
 
@@ -325,6 +197,7 @@ class FusedOptimizer(Optimizer):
             return super().state_dict()
         finally:
             handle.remove()
+            self._given = versions_of(self.state)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state_dict of this class or of torch.optim's class of the same name.
@@ -343,7 +216,10 @@ class FusedOptimizer(Optimizer):
             if options is None:
                 return loaded  # torch's own check comes next, and says so
             members = list_members(self._groups(options))
-            return {**loaded, "state": {LOADED: states_by_param(loaded, members, self.state)}}
+            return {
+                **loaded,
+                "state": {LOADED: states_by_param(loaded, members, self.state, self._given)},
+            }
 
         handle = self.register_load_state_dict_pre_hook(check)
         before = {**self.__dict__, "defaults": dict(self.defaults)}
@@ -362,6 +238,7 @@ class FusedOptimizer(Optimizer):
         state = {
             **super().__getstate__(),
             "_max_grad_norm": self._max_grad_norm,
+            "_norm_group": self._norm_group,
             # A plain tuple, as private classes have no place in pickles.
             COPIED: tuple(
                 Copied(

@@ -9,6 +9,7 @@ from torch import Tensor
 from fusedopt._counts import FirstCounts, drop_first_counts, lineages, make_first_counts
 from fusedopt._extension import _C
 from fusedopt._members import Group, Member, add_member, check_members, is_ready, list_members
+from fusedopt._norms import CutNorm
 from fusedopt._states import complete_states, lacks_state, note_begun
 from fusedopt._watched_state import OptimizerState, ParameterState
 
@@ -22,6 +23,7 @@ def make_plan(
     keys: Set[str],
     first_counts: FirstCounts,
     workspace: _C.Workspace,
+    norm: CutNorm,
     flat_grad: Callable[[Member], int],
 ) -> _C.Plan:
     """A plan for the parameters of these groups.
@@ -30,6 +32,7 @@ def make_plan(
         optimizer: the name of its class, for errors.
         new: the ids of the parameters whose state is to be made.
         keys: all that states have by a rule.
+        norm: that of all parameters, which knows how they are cut.
         flat_grad: the address of a member's flat gradient; 0: it has none.
 
     Raises:
@@ -59,6 +62,7 @@ def make_plan(
                 flat_grad=flat_grad(member),
                 first_count=first_counts.get(param),
                 lineage=lineage.get(id(param), 0),
+                cut=norm.number_of(member.ordinal),
             )
     return plan
 

@@ -29,13 +29,17 @@ from fusedopt._formats import (
     layout_of,
     part_of,
     related,
+    shape_of,
 )
 from fusedopt._masters import convert_master, exact_weights
 from fusedopt._members import Member
 from fusedopt._overlap import has_own_elements
 from fusedopt._rules import is_never_negative, rule_info
+from fusedopt._sharded import is_sharded, local_of, mesh_of, placements_of, wrap
 from fusedopt._watched_state import ParameterState, values_of
 
+# What every process has as a whole.
+WHOLE = ("step", ORDER)
 # Bytes of a state tensor that has a buffer of its own.
 LARGE = 2**18
 
@@ -65,15 +69,19 @@ def complete_states(
             continue
         param, keys = member.param, member.keys
         those = related(keys)
-        before = state.get(param, {})
-        _check_values(member, before)
+        there = state.get(param, {})
+        _check_values(member, there)
+        before = local_values(member, there, those)
         values = {k: before[k] for k in those if before.get(k) is not None}
         if "step" in keys and values.keys() - {"step", *MASTERS}:
             values.setdefault("step", None if rule_info(member.rule)["counts_steps"] else 0.0)
         check_state(member, values)
         values = convert(values, member)
         if any(values.get(k) is not before.get(k) for k in those - {"step"}):
-            changed[param] = {k: v for k, v in before.items() if k not in those} | values
+            changed[param] = {k: v for k, v in there.items() if k not in those} | {
+                k: there[k] if v is before.get(k) else as_stored(member, k, v)
+                for k, v in values.items()
+            }
         present = {k: values[k] for k in keys if k in values}
         wanted[param] = {k: v for k, v in present.items() if not fits(member, k, v)}
         if id(param) in new:
@@ -82,7 +90,7 @@ def complete_states(
             made = convert_states(initial_state(member, values), member)
             wanted[param].update({k: made.get(k) for k in keys if k not in present})
             has_codes = any(part_of(key) == CODE for key in keys)
-            if has_codes and (order := order_of(member.local)) is not None:
+            if has_codes and (order := order_of(member.param)) is not None:
                 wanted[param][ORDER] = order
     for param, values in allocate(members, wanted).items():
         if values:
@@ -195,8 +203,65 @@ def allocate(
         for member, value, tensor in zip(alike, values, tensors, strict=True):
             if key != "step" and value is not None:
                 tensor.copy_(value.detach())
-            made[member.param][key] = tensor
+            made[member.param][key] = as_stored(member, key, tensor)
     return made
+
+
+def as_stored(member: Member, key: str, value: Any) -> Any:
+    """A value of a member's state as it stands in the dictionary: sharded, as the parameter is."""
+    if not member.is_sharded or key in WHOLE or not isinstance(value, Tensor):
+        return value
+    return wrap(value, member.param, shape_of(key, member.param) if part_of(key) == SCALE else None)
+
+
+def local_values(member: Member, values: Mapping[str, Any], keys: Container[str]) -> dict[str, Any]:
+    """The values of a member's state as this process has them.
+
+    Args:
+        keys: those that are not the user's.
+
+    Raises:
+        TypeError, ValueError: for one that is sharded in another way than the parameter.
+    """
+    result = dict(values)
+    for key, value in values.items():
+        if key in keys and key not in WHOLE and isinstance(value, Tensor):
+            _check_placed(member, key, value)
+            result[key] = local_of(value)
+    return result
+
+
+def _check_placed(member: Member, key: str, value: Tensor) -> None:
+    """Raise where a state is sharded in another way than its parameter."""
+    param, where = member.param, member.where(key)
+    if not is_sharded(value):
+        # What fits a shard is that of this process.
+        if member.is_sharded and value.shape == param.shape != local_of(param).shape:
+            raise ValueError(
+                f"{where} is a plain tensor of the whole parameter's shape, {tuple(value.shape)}, "
+                f"but the parameter is sharded: {placements_of(param)} among {mesh_of(param)}; "
+                "load it with set_optimizer_state_dict of torch.distributed.checkpoint.state_dict "
+                "(full_state_dict=True)"
+            )
+        return
+    if not member.is_sharded:
+        raise TypeError(
+            f"{where} is sharded, {placements_of(value)} among {mesh_of(value)}, but the parameter "
+            "is a plain tensor; pass its full_tensor()"
+        )
+    if mesh_of(value) != mesh_of(param) or placements_of(value) != placements_of(param):
+        raise ValueError(
+            f"{where} is sharded as {placements_of(value)} among {mesh_of(value)}; expected it as "
+            f"the parameter, {placements_of(param)} among {mesh_of(param)}: load it with "
+            "torch.distributed.checkpoint, which brings it there"
+        )
+    # Codes of an old form are never sharded.
+    expected = shape_of(key, param)
+    if tuple(value.shape) != expected:
+        raise ValueError(
+            f"{where} has the whole shape {tuple(value.shape)}; expected {expected}, as the "
+            f"parameter has {tuple(param.shape)}"
+        )
 
 
 def home_of(member: Member, key: str) -> torch.device:
@@ -316,7 +381,7 @@ def convert_states(values: Mapping[str, Any], member: Member) -> dict[str, Any]:
         code, scale = values[name + CODE], values.get(name + SCALE)
         if scale is None or name in result and not codes:
             continue
-        if codes and is_in_order(old_order, local):
+        if codes and is_in_order(old_order, member.param):
             code, scale = in_blocks_of(local, code, scale, squares(name))
             result |= {name + CODE: code, name + SCALE: scale}
             result.pop(name, None)
@@ -327,8 +392,8 @@ def convert_states(values: Mapping[str, Any], member: Member) -> dict[str, Any]:
             code, scale = encode(result.pop(name), local, squares(name))
             result |= {name + CODE: code, name + SCALE: scale}
     if any(part_of(k) == CODE for k in result):
-        there = old_order is not None and is_in_order(old_order, local)
-        order = old_order if there else order_of(local)
+        there = old_order is not None and is_in_order(old_order, member.param)
+        order = old_order if there else order_of(member.param)
         if order is not None:
             result[ORDER] = order
     return result

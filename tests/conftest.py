@@ -4,6 +4,11 @@ import gc
 import os
 from collections.abc import Iterator
 
+# Among several processes, threads that wait for work must not take the others' time. torch's
+# threads read this as they are loaded.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from support import accelerator

@@ -20,16 +20,16 @@ namespace {
 class Hold {
  public:
   void add(const Entry& e) {
-    const at::Tensor& local = THPVariable_Unpack(e.local);
-    objects_.push_back(py::reinterpret_borrow<py::object>(e.local));
-    add(local);
-    add(local.unsafeGetTensorImpl()->grad());
+    objects_.push_back(py::reinterpret_borrow<py::object>(e.param));
+    if (e.sharded) objects_.push_back(py::reinterpret_borrow<py::object>(e.local));
+    add(THPVariable_Unpack(e.local));
+    const at::Tensor* const grad = Gradient::of(e.param).local;
+    if (grad != nullptr) add(*grad);
     const int tensors = e.tensor_count + (e.count != nullptr ? 1 : 0);
     for (int k = 0; k < tensors; ++k) add(THPVariable_Unpack(e.tensors[k]));
     for (int k = 0; k < e.part_count; ++k) add(THPVariable_Unpack(e.parts[k]));
     // Its version is asked for after the step.
-    if (e.weights != nullptr)
-      objects_.push_back(py::reinterpret_borrow<py::object>(e.parts[e.part_count - 1]));
+    if (e.weights != nullptr) objects_.push_back(py::reinterpret_borrow<py::object>(e.master));
   }
 
  private:

@@ -17,10 +17,13 @@
 namespace fusedopt {
 namespace {
 
+// Where the elements of a shard lie in the whole parameter, in order: where a run of them begins,
+// and how many they are.
+using Runs = std::vector<std::pair<int64_t, int64_t>>;
+
 // What Python says of a parameter when it makes a plan.
 struct MemberInfo {
-  py::object param;  // the user's
-  py::object local;  // the plain tensor that is stepped
+  py::object param;
   std::string name;
   bool duplicate;  // the same parameter again: it is stepped once
   // The keys of its state: the count of steps, where there is one, the rule's states in order,
@@ -36,6 +39,8 @@ struct MemberInfo {
   // That count where a rule has none in its state and the device counts.
   std::optional<py::object> first_count;
   int lineage;
+  Runs runs;
+  int cut;  // the place of the process groups that it is cut among, in the plan's list of these
 };
 
 // A member, and what a step has to find unchanged, or else a plan is made anew. All tensors are
@@ -48,7 +53,13 @@ struct Member {
   PyObject* values = nullptr;  // its state
   py::tuple keys;              // of that
   std::vector<TensorKind> kinds;
-  StateTensors tensors{};
+  StateTensors tensors{};  // as they are in the dictionary
+  StateTensors locals{};   // the plain ones of these
+  py::object spec;         // of a sharded one, which is not looked into while it is the same object
+  py::object grad_spec;    // another one that is equal
+  Runs runs;
+  std::vector<Coding> pieces;  // where it cannot be walked as one span in codes
+  std::vector<int64_t> ends;   // the elements up to the end of each piece
   std::optional<py::object> first_count;
   uintptr_t flat_grad = 0;
   bool idle = false;  // it has had no gradient, and nobody has looked at it
@@ -86,7 +97,9 @@ struct Entry {
   int lineage = 0;             // parameters of one lineage have taken the same steps on the device
   uint8_t param_size = 0, grad_size = 0, state_size = 0;  // bytes of a real
   DType grad_dtype = DType::float32;
+  int cut = 0;
   bool duplicate = false;
+  bool sharded = false;
   bool first = false;  // its state may have been made for a step that is still to come
   bool float64 = false;
   bool device_counts = false;  // its steps
@@ -103,6 +116,7 @@ struct Entry {
   Coding coding{};
   std::array<PyObject*, kMaxStates + 1> parts{};
   std::array<const void*, kMaxStates + 1> part_addresses{};
+  PyObject* master = nullptr;  // as it is in the dictionary
   Weights* weights = nullptr;  // where a remainder is worth nothing once the weights are others
 };
 
@@ -150,9 +164,41 @@ bool is_wanted(const Member& m, const Entry& e, size_t key, const at::Tensor& te
   return tensor.scalar_type() == param_formats()[e.coding.param].master && is_in(m.order, tensor);
 }
 
+// Where a span with a Coding has to be cut: at the ends of runs, and behind elements that complete
+// a block which begins in another shard.
+void set_pieces(bool by_rows, Member& m, Entry& e) {
+  m.pieces.clear();
+  m.ends.clear();
+  const int64_t row = e.coding.row, in_row = Blocks{e.span.numel, row}.in_row();
+  int64_t i = 0;
+  for (auto [begin, left] : m.runs) {
+    for (int64_t size; left > 0; i += size, begin += size, left -= size) {
+      size = left;
+      Coding piece = e.coding;
+      piece.first_block = by_rows ? begin / row * in_row : begin / kBlock;
+      piece.first_place = by_rows ? 0 : int32_t(begin % kBlock);
+      if (piece.first_place != 0) size = std::min(size, int64_t(kBlock - piece.first_place));
+      if (size == e.span.numel) {
+        e.coding = piece;
+        return;
+      }
+      if (!by_rows) piece.row = size;
+      for (int k = 0; k < e.tensor_count; ++k)
+        if (by_rows) piece.scales[k] += i / row * in_row;
+      if (piece.master != nullptr)
+        piece.master = static_cast<char*>(piece.master) + i * StreamBytes(piece).master;
+      m.pieces.push_back(piece);
+      m.ends.push_back(i + size);
+    }
+  }
+}
+
 // Takes the tensors of a member's state, whose order is that of its keys.
-void set_tensors(const StateTensors& tensors, Member& m, Entry& e) {
-  m.tensors = tensors;
+void set_tensors(const StateTensors& in_dictionary, const StateTensors& tensors, Member& m,
+                 Entry& e) {
+  m.tensors = in_dictionary;
+  m.locals = tensors;
+  bool by_rows = false;
   size_t next = m.counts_steps ? 1 : 0;
   e.part_count = 0;
   const auto take_part = [&] {
@@ -170,13 +216,19 @@ void set_tensors(const StateTensors& tensors, Member& m, Entry& e) {
     e.span.states[k] = address_of(state);
     if (m.state_type == at::kByte) {
       e.coding.scales[k] = static_cast<float*>(take_part());
-      e.coding.row = row_of(THPVariable_Unpack(e.parts[e.part_count - 1]), e.span.numel);
+      const at::Tensor& scales = THPVariable_Unpack(e.parts[e.part_count - 1]);
+      e.coding.row = row_of(scales, e.span.numel);
+      by_rows = scales.dim() == 2;
     } else {
       m.in_order = m.in_order && is_in(m.order, tensor);
     }
   }
-  if (next < m.keys.size()) e.coding.master = take_part();
+  if (next < m.keys.size()) {
+    e.master = in_dictionary[next];
+    e.coding.master = take_part();
+  }
   if (m.counts_steps) set_count(tensors[0], e);
+  if (e.coded) set_pieces(by_rows, m, e);
 }
 
 // Where its gradient lies in a flat buffer and how much padding is behind it there, if it and its
@@ -203,7 +255,9 @@ std::pair<Member, Entry> make_idle_member(py::handle param) {
 // yet, nor of states.
 std::pair<Member, Entry> make_member(const MemberInfo& info, int state_count,
                                      Workspace& workspace) {
-  const at::Tensor& tensor = THPVariable_Unpack(info.local.ptr());
+  PyObject* const local = dtensors.local(info.param.ptr());
+  TORCH_INTERNAL_ASSERT(local != nullptr, info.name, " has no memory");
+  const at::Tensor& tensor = THPVariable_Unpack(local);
   Member m;
   m.param = info.param.ptr();
   m.name = info.name;
@@ -222,11 +276,15 @@ std::pair<Member, Entry> make_member(const MemberInfo& info, int state_count,
                 ? m.strides
                 : at::empty_like(tensor, at::TensorOptions(at::kMeta)).strides().vec();
   m.on_device = info.on_device;
+  m.runs = info.runs;
 
   Entry e;
   e.param = info.param.ptr();
-  e.local = info.local.ptr();
+  e.local = local;
   e.duplicate = info.duplicate;
+  e.cut = info.cut;
+  e.sharded = local != e.param;
+  if (e.sharded) m.spec = py::reinterpret_borrow<py::object>(dtensors.spec(e.param));
   e.first = workspace.may_be_begun(info.param.ptr());
   e.float64 = m.dtype == DType::float64;
   e.param_size = uint8_t(size_of(m.dtype));
@@ -263,8 +321,16 @@ bool has_same_state(const Entry& e) {
 
 // Whether a remainder belongs to other weights than those that there are.
 bool is_outdated(const Entry& e) {
-  return e.weights != nullptr && e.weights->are_known(e.parts[e.part_count - 1]) &&
-         !e.weights->are_those_of(e.local);
+  return e.weights != nullptr && e.weights->are_known(e.master) &&
+         !e.weights->are_those_of(e.param);
+}
+
+// Whether a sharded parameter, and its state, are wrapped around the same plain tensors.
+bool has_same_locals(const Entry& e, const Member& m) {
+  if (dtensors.local(e.param) != e.local || dtensors.spec(e.param) != m.spec.ptr()) return false;
+  for (size_t i = 0; i < m.keys.size(); ++i)
+    if (dtensors.local(m.tensors[i]) != m.locals[i]) return false;
+  return true;
 }
 
 // As all checks have let it pass.
@@ -274,7 +340,7 @@ bool is_as_checked(const Entry& e, const c10::TensorImpl& param, const c10::Tens
          param.data() == e.span.param && param.numel() == e.numel && param.is_contiguous() &&
          param.dtype() == e.type && grad.is_contiguous() && grad.dtype() == e.grad_type &&
          grad.device() == e.device && grad.sizes() == param.sizes() && has_same_state(e) &&
-         (e.weights == nullptr || e.weights->are_those_of(e.local));
+         (e.weights == nullptr || e.weights->are_those_of(e.param));
 }
 
 // As when the plan was made, but for where it is.

@@ -43,6 +43,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("is_capturing", is_capturing);
   m.def("is_recorded", at::hasCallbacks);
   m.def("attach_gradients", attach_gradients);
+  m.def("know_dtensor", [](py::handle type) { dtensors.know(type); });
   py::class_<Workspace, std::shared_ptr<Workspace>>(m, "Workspace")
       .def(py::init<>())
       .def_readonly("captured", &Workspace::captured)
@@ -56,18 +57,23 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("are_outdated", &Workspace::are_outdated)
       .def_property_readonly("grad_norm", &Workspace::grad_norm);
   py::class_<MemberInfo>(m, "Member")
-      .def(py::init<py::object, py::object, std::string, bool, py::tuple, uintptr_t, at::ScalarType,
-                    int, bool, bool, uint64_t, uint64_t, bool, std::optional<py::object>, int>(),
-           py::kw_only(), py::arg("param"), py::arg("local"), py::arg("name"), py::arg("duplicate"),
-           py::arg("keys"), py::arg("flat_grad"), py::arg("state_type"), py::arg("master_bits"),
+      .def(py::init<py::object, std::string, bool, py::tuple, uintptr_t, at::ScalarType, int, bool,
+                    bool, uint64_t, uint64_t, bool, std::optional<py::object>, int, Runs, int>(),
+           py::kw_only(), py::arg("param"), py::arg("name"), py::arg("duplicate"), py::arg("keys"),
+           py::arg("flat_grad"), py::arg("state_type"), py::arg("master_bits"),
            py::arg("stochastic"), py::arg("counts_steps"), py::arg("seed"), py::arg("ordinal"),
-           py::arg("on_device"), py::arg("first_count"), py::arg("lineage"));
+           py::arg("on_device"), py::arg("first_count"), py::arg("lineage"), py::arg("runs"),
+           py::arg("cut"));
+  py::class_<Plan::Lacks>(m, "Lacks")
+      .def_readonly("states", &Plan::Lacks::states)
+      .def_readonly("gradients", &Plan::Lacks::gradients);
   py::class_<Plan>(m, "Plan")
       .def(py::init<std::string, std::shared_ptr<Workspace>, py::handle, py::handle>())
       .def("add_group", &Plan::add_group)
       .def("add", &Plan::add)
       .def("add_idle", &Plan::add_idle)
       .def("step", &Plan::step, py::arg("groups"), py::arg("state"), py::arg("grad_scale"),
-           py::arg("found_inf"), py::arg("max_grad_norm"), py::arg("positions") = py::none())
+           py::arg("found_inf"), py::arg("max_grad_norm"), py::arg("positions") = py::none(),
+           py::arg("grads") = py::list(), py::arg("add_up") = py::none())
       .def_property_readonly("span_count", &Plan::span_count);
 }

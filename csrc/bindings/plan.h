@@ -7,17 +7,19 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "capture.h"
 #include "extents.h"
-#include "gathered.h"
 #include "gradient.h"
 #include "hold.h"
 #include "hyper_table.h"
 #include "lineages.h"
 #include "param_list.h"
 #include "runner.h"
+#include "shards.h"
+#include "spans.h"
 #include "state_finder.h"
 
 namespace fusedopt {
@@ -36,6 +38,8 @@ class Plan {
         workspace_(std::move(workspace)),
         states_(state_type, values_type),
         table_(optimizer_),
+        spans_(table_),
+        shards_(optimizer_),
         runner_(optimizer_, workspace_) {}
 
   void add_group(const std::string& rule, const py::dict& group, bool capturable) {
@@ -58,36 +62,47 @@ class Plan {
       if (!first_device_) first_device_ = m.device;
       elements_ += e.span.numel;
     }
-    append(std::move(m), e);
+    sharded_ = sharded_ || e.sharded;
+    append({std::move(m), e});
   }
 
   // Likewise one that nobody has looked at, as it has had no gradient yet.
-  void add_idle(const py::object& param) {
-    auto [m, e] = make_idle_member(param);
-    append(std::move(m), e);
-  }
+  void add_idle(const py::object& param) { append(make_idle_member(param)); }
+
+  // What there has to be before a step, by position. Nothing was changed then.
+  struct Lacks {
+    std::vector<int> states;     // the plan is to be made anew, with state for these
+    std::vector<int> gradients;  // placed as their parameters are, and ready
+  };
 
   // One step over all parameters that have a gradient or, with positions, those of them. Returns
-  // None when it is done. A list means that nothing was changed and the plan has to be made anew
-  // first, with state for the parameters listed (by position).
-  std::optional<std::vector<int>> step(const py::list& groups, const py::object& state,
-                                       const py::object& grad_scale, const py::object& found_inf,
-                                       const std::optional<double>& max_grad_norm,
-                                       const std::optional<std::vector<int>>& positions) {
+  // None when it is done.
+  //
+  // Grads: parameters, each with a plain tensor in place of its gradient. Add_up: adds up the sums
+  // of squares of those cut among the same processes, and those of these processes.
+  std::optional<Lacks> step(const py::list& groups, const py::object& state,
+                            const py::object& grad_scale, const py::object& found_inf,
+                            const std::optional<double>& max_grad_norm,
+                            const std::optional<std::vector<int>>& positions,
+                            const std::vector<std::pair<py::object, py::object>>& grads,
+                            const py::object& add_up) {
     const Turn turn(workspace_->turn);
     const at::NoGradGuard no_grad;
+    runner_.called_with = c10::impl::tls_local_dispatch_key_set();
     // What runs below Python lets no other thread run.
     const c10::impl::ExcludeDispatchKeyGuard below_python(c10::python_ks);
     const Forget forget{*this};
     partial_ = positions ? &*positions : nullptr;
+    shards_.give(grads);
+    runner_.add_up = add_up.is_none() ? nullptr : add_up.ptr();
     if (!set_factor(grad_scale, found_inf, max_grad_norm)) return std::nullopt;
-    if (!prepare(groups, state)) return std::move(missing_);
-    if (is_captured(works_, active_, outdated_, members_, entries_, table_))
+    if (!prepare(groups, state)) return Lacks{missing_, misplaced_};
+    if (is_captured(spans_.works, active_, outdated_, members_, entries_, table_))
       workspace_->captured = true;
     // Others' weights are their own masters.
     for (const size_t position : outdated_)
       THPVariable_Unpack(entries_[position].parts[entries_[position].part_count - 1]).zero_();
-    if (duration_.is_short(members_.size())) {
+    if (runner_.add_up == nullptr && duration_.is_short(members_.size())) {
       run();
       finish();
       return std::nullopt;
@@ -102,12 +117,7 @@ class Plan {
     return std::nullopt;
   }
 
-  // Spans walked by the last step.
-  int64_t span_count() const {
-    size_t count = 0;
-    for (const auto& work : works_) count += work.spans.size();
-    return int64_t(count);
-  }
+  int64_t span_count() const { return spans_.count(); }
 
  private:
   // -- the factor that callers give --------------------------------------------------------------
@@ -116,7 +126,7 @@ class Plan {
   bool set_factor(const py::object& grad_scale, const py::object& found_inf,
                   const std::optional<double>& max_grad_norm) {
     FactorSource& source = runner_.source = FactorSource{};
-    runner_.clips = max_grad_norm.has_value();
+    spans_.clips = runner_.clips = max_grad_norm.has_value();
     source.max_grad_norm = max_grad_norm.value_or(0);
     if (!grad_scale.is_none()) {
       source.grad_scale = on_the_accelerator(grad_scale);
@@ -142,7 +152,10 @@ class Plan {
     return tensor.const_data_ptr<float>();
   }
 
-  bool on_one_accelerator() const { return first_device_ && one_accelerator_; }
+  // Other processes' sums are added by the host.
+  bool on_one_accelerator() const {
+    return first_device_ && one_accelerator_ && runner_.add_up == nullptr;
+  }
 
   c10::Device norm_device() const {
     return on_one_accelerator() ? *first_device_ : c10::Device(c10::kCPU);
@@ -153,14 +166,16 @@ class Plan {
   int64_t walked() const { return int64_t(partial_ ? partial_->size() : entries_.size()); }
   size_t position(int64_t i) const { return partial_ ? size_t((*partial_)[i]) : size_t(i); }
 
-  // Whether all the spans could be made; if not, missing_ tells for whom state has to be made. From
-  // where parameters are listed on no other thread runs.
+  // Whether all the spans could be made; if not, missing_ tells for whom state has to be made, and
+  // misplaced_ whose gradient cannot be read as it is. From where parameters are listed on no other
+  // thread runs.
   bool prepare(const py::list& groups, const py::object& state) {
     missing_.clear();
+    misplaced_.clear();
     active_.clear();
     first_.clear();
     outdated_.clear();
-    for (auto& work : works_) work.clear();
+    spans_.clear();
     if (!read_options(groups)) return false;
     if (!states_.are_found(state)) {
       if (!list_.all(groups, table_)) return false;
@@ -168,11 +183,8 @@ class Plan {
         if (list_.params[at] != entries_[at].param) return false;
       if (!states_.find(state, members_, entries_)) return false;
     }
-    if (!(partial_ ? list_.some(groups, table_, entries_, *partial_) : list_.all(groups, table_)))
-      return false;
-    if (!states_.look_into_others(members_, entries_)) return false;
-
-    share<&Plan::look>();
+    if (!look_at_all(groups)) return false;
+    if (sharded_ && !are_placed(groups)) return false;
     bool moved = false;
     for (int64_t i = 0; i < walked(); ++i) {
       const size_t at = position(i);
@@ -181,7 +193,8 @@ class Plan {
       Entry& e = entries_[at];
       if (grad != unchecked()) {
         if (e.first) check_first(e);
-        add_span(e, at, grad);
+        activate(e, at);
+        spans_.add(e, members_[at], grad);
         continue;
       }
       if (list_.params[at] != e.param) return false;
@@ -189,6 +202,7 @@ class Plan {
         missing_.push_back(int(at));
         continue;
       }
+      if (e.sharded && !find_locals(members_[at], e)) return false;
       const at::Tensor& local = THPVariable_Unpack(e.local);
       if (!is_as_planned(e, members_[at], local)) return false;
       if (!has_same_state(e) && !states_.take(members_[at], e)) return false;
@@ -196,9 +210,42 @@ class Plan {
       moved = moved || address != e.span.param;
       e.span.param = address;
       if (e.first) check_first(e);
-      check_and_add(e, at, local, local.unsafeGetTensorImpl()->grad());
+      check_and_add(e, at, local,
+                    e.sharded ? *shards_.of(e).local : local.unsafeGetTensorImpl()->grad());
     }
     return missing_.empty() && !(moved && may_overlap(active_, entries_));
+  }
+
+  bool look_at_all(const py::list& groups) {
+    if (!(partial_ ? list_.some(groups, table_, entries_, *partial_) : list_.all(groups, table_)))
+      return false;
+    if (!states_.look_into_others(members_, entries_)) return false;
+    share<&Plan::look>();
+    return true;
+  }
+
+  // Whether all gradients of sharded parameters are placed as these are. Another look is taken
+  // where Python had to be asked.
+  bool are_placed(const py::list& groups) {
+    for (int64_t i = 0; i < walked(); ++i) {
+      const size_t at = position(i);
+      if (found_[at] == unknown()) shards_.add_unknown(at, entries_[at], members_[at]);
+    }
+    if (!shards_.has_unknown()) return true;
+    shards_.find_misplaced(members_, misplaced_);
+    if (!misplaced_.empty() || !look_at_all(groups)) return false;
+    for (int64_t i = 0; i < walked(); ++i)
+      if (found_[position(i)] == unknown()) return false;
+    return true;
+  }
+
+  // Looks up the plain tensors of a sharded parameter and its state; false where the plan has to be
+  // made anew.
+  bool find_locals(Member& m, Entry& e) {
+    if (has_same_locals(e, m)) return true;
+    e.local = dtensors.local(e.param);
+    return e.local != nullptr && dtensors.spec(e.param) == m.spec.ptr() &&
+           (m.keys.empty() || states_.take(m, e));
   }
 
   // Reads the options of all groups that have members to be stepped; false where they ask for other
@@ -227,12 +274,6 @@ class Plan {
                     });
   }
 
-  // Stands for the address of a gradient that has to be checked first.
-  static const void* unchecked() {
-    static const char address = 0;
-    return &address;
-  }
-
   // Looks up the gradients of a range of the walk: their addresses where all checks have let the
   // same pass before, null for those to leave out. Changes nothing else, so that several threads
   // can share the work.
@@ -244,6 +285,10 @@ class Plan {
       if (list_.params[at] != e.param) continue;
       if (e.duplicate) {
         found_[at] = nullptr;
+        continue;
+      }
+      if (e.sharded) {
+        found_[at] = shards_.look(e, members_[at]);
         continue;
       }
       const c10::TensorImpl& local = *THPVariable_Unpack(e.local).unsafeGetTensorImpl();
@@ -259,8 +304,15 @@ class Plan {
 
   // A state that was made for this step has to be what was made.
   void check_first(Entry& e) {
-    e.first = e.tensor_count > 0 && workspace_->is_begun(e.param, e.tensors[0]);
+    const Member& m = members_[size_t(&e - entries_.data())];
+    const size_t made = m.counts_steps ? 1 : 0;
+    e.first = made < m.keys.size() && workspace_->is_begun(e.param, m.tensors[made]);
     if (!e.first) workspace_->has_stepped(e.param);
+  }
+
+  void activate(const Entry& e, size_t at) {
+    active_.push_back(at);
+    if (e.first) first_.push_back(at);
   }
 
   // Adds the span of one parameter. Throws on a gradient that cannot be taken.
@@ -268,19 +320,18 @@ class Plan {
     const Member& m = members_[at];
     e.checked = false;
     e.span.kernel = kernel_for(e, m, table_.of(e).variant, local, grad, optimizer_);
-    e.work = &work_on(m.device, works_);
+    e.work = &work_on(m.device, spans_.works);
     e.grad_dtype = *dtype_of(grad.scalar_type());
     e.grad_size = uint8_t(size_of(e.grad_dtype));
     e.coding.grad = e.grad_dtype;
     if (is_outdated(e)) outdated_.push_back(at);
+    activate(e, at);
     if (e.span.numel == 0) {
-      active_.push_back(at);
-      if (e.first) first_.push_back(at);
       if (e.device_counts) e.work->advance(e.count);
     } else if (!m.dense || !m.in_order) {
-      add_gathered(e, at, local, grad);
+      spans_.add_gathered(e, members_[at], local, grad);
     } else if (!is_in_order(local, grad)) {
-      add_span(e, at, gathered_.copy(grad, m.order));
+      spans_.add_copied(e, members_[at], grad);
     } else {
       e.checked = local.is_contiguous() && grad.is_contiguous() &&
                   !local.unsafeGetTensorImpl()->is_python_dispatch() &&
@@ -291,76 +342,22 @@ class Plan {
       e.type = local.dtype();
       e.grad_type = grad.dtype();
       e.device = m.device;
-      add_span(e, at, grad.unsafeGetTensorImpl()->data());
+      spans_.add(e, members_[at], grad.unsafeGetTensorImpl()->data());
     }
-  }
-
-  // The span of a parameter that, or some of whose states, do not lie in one order without gaps:
-  // what lies otherwise is gathered, and put back afterwards.
-  void add_gathered(const Entry& e, size_t at, const at::Tensor& local, const at::Tensor& grad) {
-    const Member& m = members_[at];
-    Entry there = e;
-    if (!m.dense) there.span.param = gathered_.borrow(local, m.order);
-    for (int k = 0; k < e.tensor_count && !m.in_order; ++k) {
-      const at::Tensor& state = THPVariable_Unpack(e.tensors[k]);
-      if (!is_in(m.order, state)) there.span.states[k] = gathered_.borrow(state, m.order);
-    }
-    add_span(
-        there, at,
-        is_in(m.order, grad) ? grad.unsafeGetTensorImpl()->data() : gathered_.copy(grad, m.order));
-  }
-
-  void add_span(const Entry& e, size_t at, const void* grad) {
-    DeviceWork& work = *e.work;
-    active_.push_back(at);
-    if (e.first) first_.push_back(at);
-    if (e.device_counts) work.advance(e.count);
-    Span span = e.span;
-    span.grad = grad;
-    span.row = table_.row(e, work);
-    if (e.coded) {
-      Coding& coding = entries_[at].coding;
-      if (e.count != nullptr && !e.device_counts) coding.step = uint32_t(*e.count) + 1;
-      span.coding = &coding;
-    }
-    if (runner_.clips) work.gradients.push_back({grad, span.numel, work.chunks(), e.grad_dtype});
-    if (work.spans.empty() || !extend(work.spans.back(), work.open_padding, span, e)) {
-      span.offset = work.spans.empty() ? 0 : work.spans.back().offset + work.spans.back().numel;
-      work.spans.push_back(span);
-    }
-    // Padding belongs to a flat buffer only where all of the streams are in one.
-    const bool padded = e.padding > 0 && grad == e.flat_grad && work.notes[span.row].keeps_zero;
-    work.open_padding = padded ? e.padding : 0;
-  }
-
-  // Lengthens the last span by one that adjoins it in every stream.
-  static bool extend(Span& last, int64_t open_padding, const Span& span, const Entry& e) {
-    if (last.kernel != span.kernel || last.row != span.row || e.coded) return false;
-    const int64_t length = last.numel + open_padding;
-    const auto adjoins = [&](const void* a, const void* b, int64_t size) {
-      return static_cast<const char*>(a) + length * size == static_cast<const char*>(b);
-    };
-    if (!adjoins(last.param, span.param, e.param_size) ||
-        !adjoins(last.grad, span.grad, e.grad_size))
-      return false;
-    for (int k = 0; k < e.tensor_count; ++k)
-      if (!adjoins(last.states[k], span.states[k], e.state_size)) return false;
-    last.numel = length + span.numel;
-    return true;
   }
 
   // -- the update --------------------------------------------------------------------------------
 
   void run() {
     duration_.measure([&] {
-      runner_.norm(works_, on_one_accelerator() ? first_device_ : std::nullopt);
+      runner_.norm(spans_.works, on_one_accelerator() ? first_device_ : std::nullopt);
       runner_.factor();
-      runner_.update(works_, table_);
+      runner_.update(spans_.works, table_);
     });
   }
 
   void finish() {
-    gathered_.put_back();
+    spans_.put_back();
     if (states_.counts_are_shared()) {
       count_steps(0, walked());
     } else {
@@ -384,16 +381,23 @@ class Plan {
       Entry& e = entries_[at];
       if (e.count != nullptr && !e.device_counts) *e.count += 1;
       e.first = false;
-      c10::TensorImpl* impl = THPVariable_Unpack(e.local).unsafeGetTensorImpl();
-      if (!impl->is_inference()) impl->bump_version();
+      bump_version(e.local);
+      if (e.sharded) bump_version(e.param);
       // Another thread may have given it other memory meanwhile, which was not stepped.
-      if (e.weights != nullptr)
-        *e.weights = {e.span.param, version_of(e.local), e.coding.master,
-                      version_of(e.parts[e.part_count - 1])};
+      if (e.weights != nullptr) {
+        *e.weights = Weights::of(e.param, e.master);
+        e.weights->param.address = e.span.param;
+        e.weights->master.address = e.coding.master;
+      }
     }
   }
+  static void bump_version(PyObject* tensor) {
+    c10::TensorImpl* impl = THPVariable_Unpack(tensor).unsafeGetTensorImpl();
+    if (!impl->is_inference()) impl->bump_version();
+  }
 
-  void append(Member m, Entry e) {
+  void append(std::pair<Member, Entry> made) {
+    auto& [m, e] = made;
     e.group = int(table_.groups().size()) - 1;
     e.in_group = int(table_.groups().back().size++);
     entries_.push_back(e);
@@ -407,7 +411,8 @@ class Plan {
     Plan& plan;
     ~Forget() {
       plan.states_.release();
-      plan.gathered_.clear();
+      plan.spans_.release();
+      plan.shards_.release();
     }
   };
 
@@ -416,6 +421,8 @@ class Plan {
   std::shared_ptr<Workspace> workspace_;
   StateFinder states_;
   HyperTable table_;
+  Spans spans_;
+  ShardedGradients shards_;
   Runner runner_;
   Duration duration_;
   std::vector<Member> members_;
@@ -423,19 +430,18 @@ class Plan {
   int64_t elements_ = 0;         // of all parameters, in reals
   Lineages lineages_;            // empty: the host counts all steps
   bool device_decides_ = true;   // whether a step takes place need not be known to the host
+  bool sharded_ = false;         // some parameter is
   bool one_accelerator_ = true;  // all parameters are on the same one
   std::optional<c10::Device> first_device_;  // none: there is nothing to step
 
   // Of the step at hand; kept so that a step allocates nothing.
   const std::vector<int>* partial_ = nullptr;  // the positions to step; null: all
-  std::vector<int> missing_;
+  std::vector<int> missing_, misplaced_;
   std::vector<const void*> found_;  // by position, see look()
   std::vector<size_t> active_;      // positions
   std::vector<size_t> first_;       // those whose first step it is
   std::vector<size_t> outdated_;    // those whose master belongs to other weights
   std::vector<int*> stepped_;       // lineages
-  Works works_;                     // of all devices
-  Gathered gathered_;
 };
 
 }  // namespace

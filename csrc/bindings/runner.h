@@ -28,6 +28,9 @@ class Runner {
   // What the gradients of the step at hand are multiplied by, and whether clipping has a say.
   FactorSource source;
   bool clips = false;
+  // Python's, see Plan::step; null: no other process has a part of the gradients.
+  PyObject* add_up = nullptr;
+  c10::impl::LocalDispatchKeySet called_with{c10::impl::PODLocalDispatchKeySet{}};
 
   // The sums of the squares of all gradients. Where all are on one accelerator it works out the
   // factor, too, and nobody waits for it; else the host has the sum of all devices afterwards.
@@ -39,20 +42,24 @@ class Runner {
       if (works.empty()) workspace_->note_norm(*one_accelerator, 0);
       for (auto& work : works) {
         workspace_->note_norm(work.device);
-        launch(cuda::norm, work, step_on(work, true));
+        if (work.gradients.empty()) work.gradients.resize(1);
+        launch(cuda::norm, work, step_on(work, true, work.gradients[0]));
       }
       return;
     }
+    of_cuts_.clear();
     for (auto& work : works) {
-      if (work.gradients.empty()) continue;
-      if (work.device.type() == kAccelerator) {
-        launch(cuda::norm, work, step_on(work, true));
-        sum_of_squares_ += workspace_->sum_of_squares(work.device);
-      } else {
-        sums_.resize(work.chunks());
-        sum_of_squares_ += cpu::sum_of_squares(work.gradients.data(), work.gradients.size(),
-                                               sums_.data(), active_isa, run_in_parallel);
-      }
+      if (of_cuts_.size() < work.gradients.size()) of_cuts_.resize(work.gradients.size());
+      for (size_t cut = 0; cut < work.gradients.size(); ++cut)
+        of_cuts_[cut] += sum_of_squares(work, work.gradients[cut]);
+    }
+    if (add_up == nullptr) {
+      for (const double sum : of_cuts_) sum_of_squares_ += sum;
+    } else {
+      const py::gil_scoped_acquire acquire;
+      // What is seen from Python is everybody's business again, such as a collective.
+      const c10::impl::ForceDispatchKeyGuard as_called(called_with);
+      sum_of_squares_ = py::handle(add_up)(of_cuts_).cast<double>();
     }
   }
 
@@ -89,7 +96,19 @@ class Runner {
         work.notes[i].rule->scale_gradient(source.factor, work.notes[i].float64, work.rows[i]);
   }
 
-  DeviceStep step_on(const DeviceWork& work, bool control) const {
+  double sum_of_squares(const DeviceWork& work, const std::vector<GradSpan>& gradients) {
+    if (gradients.empty()) return 0;
+    if (work.device.type() == kAccelerator) {
+      launch(cuda::norm, work, step_on(work, true, gradients));
+      return workspace_->sum_of_squares(work.device);
+    }
+    sums_.resize(work.chunks(gradients));
+    return cpu::sum_of_squares(gradients.data(), gradients.size(), sums_.data(), active_isa,
+                               run_in_parallel);
+  }
+
+  DeviceStep step_on(const DeviceWork& work, bool control,
+                     const std::vector<GradSpan>& gradients) const {
     DeviceStep step;
     step.spans = work.spans.data();
     step.span_count = work.spans.size();
@@ -99,12 +118,12 @@ class Runner {
     step.source_count = work.sources.size();
     step.counts = work.counts.data();
     step.count_ranges = work.counts.size();
-    step.gradients = work.gradients.data();
-    step.gradient_count = work.gradients.size();
+    step.gradients = gradients.data();
+    step.gradient_count = gradients.size();
     step.factor = source;
     if (control || !work.sources.empty()) {
       const c10::DeviceGuard guard(work.device);
-      const auto memory = workspace_->get(work.device, work.sources.size(), work.chunks());
+      const auto memory = workspace_->get(work.device, work.sources.size(), work.chunks(gradients));
       if (control) step.control = memory.control;
       step.device_rows = memory.rows;
       step.sums = memory.sums;
@@ -114,7 +133,7 @@ class Runner {
 
   void update_on_accelerator(const DeviceWork& work, bool control) {
     if (work.spans.empty() && work.counts.empty() && !control) return;
-    launch(cuda::update, work, step_on(work, control));
+    launch(cuda::update, work, step_on(work, control, {}));
   }
 
   template <class Call>
@@ -127,8 +146,9 @@ class Runner {
 
   std::string optimizer_;
   std::shared_ptr<Workspace> workspace_;
-  double sum_of_squares_ = 0;  // of the step at hand
-  std::vector<double> sums_;   // of chunks
+  double sum_of_squares_ = 0;    // of the step at hand
+  std::vector<double> sums_;     // of chunks
+  std::vector<double> of_cuts_;  // of all gradients cut among the same processes
 };
 
 }  // namespace

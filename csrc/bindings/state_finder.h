@@ -57,9 +57,13 @@ class StateFinder {
   // Takes the tensors in the dictionary of a member; false where there are not those that there
   // have to be.
   bool take(Member& m, Entry& e) {
-    StateTensors tensors{};
-    if (!find_tensors(m.values, m.keys, tensors)) return false;
+    StateTensors found{}, tensors{};
+    if (!find_tensors(m.values, m.keys, found)) return false;
     const size_t size = m.keys.size();
+    for (size_t i = 0; i < size; ++i) {
+      tensors[i] = e.sharded ? dtensors.local(found[i]) : found[i];
+      if (tensors[i] == nullptr) return false;
+    }
     if (m.kinds.empty()) {
       for (size_t i = 0; i < size; ++i)
         if (!is_wanted(m, e, i, THPVariable_Unpack(tensors[i]))) return false;
@@ -68,10 +72,11 @@ class StateFinder {
       for (size_t i = 0; i < size; ++i)
         if (!m.kinds[i].is_that_of(tensors[i])) return false;
       // Nobody knows how many steps other counts on a device have seen.
-      if (tensors != m.tensors && e.device_counts) return false;
-      if (tensors == m.tensors && has_same_state(e)) return true;
+      const bool same = found == m.tensors && tensors == m.locals;
+      if (!same && e.device_counts) return false;
+      if (same && has_same_state(e)) return true;
     }
-    set_tensors(tensors, m, e);
+    set_tensors(found, tensors, m, e);
     set_padding(m, e);
     e.checked = false;
     if (e.count != nullptr && !e.device_counts && !(*e.count >= 0)) return false;

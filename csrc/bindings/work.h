@@ -28,8 +28,9 @@ struct DeviceWork {
   std::vector<RowSource> sources;  // in place of rows, where the device makes them
   std::vector<int> source_rules;   // of each source
   std::vector<CountRange> counts;
-  std::vector<GradSpan> gradients;  // for the norm
-  int64_t open_padding = 0;         // reals behind the last span that may be walked along
+  // For the norm, by the processes that parameters are cut among.
+  std::vector<std::vector<GradSpan>> gradients;
+  int64_t open_padding = 0;  // reals behind the last span that may be walked along
 
   void clear() {
     spans.clear();
@@ -38,13 +39,18 @@ struct DeviceWork {
     sources.clear();
     source_rules.clear();
     counts.clear();
-    gradients.clear();
+    for (auto& of_cut : gradients) of_cut.clear();
     open_padding = 0;
   }
 
-  int64_t chunks() const {
-    return gradients.empty() ? 0
-                             : gradients.back().first_chunk + norm_chunks(gradients.back().numel);
+  static int64_t chunks(const std::vector<GradSpan>& of_cut) {
+    return of_cut.empty() ? 0 : of_cut.back().first_chunk + norm_chunks(of_cut.back().numel);
+  }
+
+  void add_gradient(int cut, const void* grad, int64_t numel, DType dtype) {
+    if (size_t(cut) >= gradients.size()) gradients.resize(cut + 1);
+    auto& of_cut = gradients[cut];
+    of_cut.push_back({grad, numel, chunks(of_cut), dtype});
   }
 
   void advance(float* count) {

@@ -9,7 +9,6 @@
 #include <optional>
 #include <stdexcept>
 #include <unordered_map>
-#include <utility>
 #include <vector>
 
 #include "accelerator.h"
@@ -82,16 +81,14 @@ class Workspace {
   // A parameter whose state was made for a step that is still to come, and one tensor of it:
   // another one in its place, or one that somebody has written, is no state that was just made.
   void begin(const py::object& param, const py::object& made) {
-    begun_[param.ptr()] = {address_of(made.ptr()), version_of(made.ptr())};
+    begun_[param.ptr()] = Content::of(made.ptr());
   }
   void has_stepped(PyObject* param) { begun_.erase(param); }
   void forget_begun(const py::object& param) { begun_.erase(param.ptr()); }
   bool may_be_begun(PyObject* param) const { return begun_.count(param) > 0; }
   bool is_begun(py::handle param, py::handle made) const {
     const auto found = begun_.find(param.ptr());
-    return found != begun_.end() &&
-           found->second ==
-               std::pair<const void*, uint32_t>(address_of(made.ptr()), version_of(made.ptr()));
+    return found != begun_.end() && found->second == Content::of(made.ptr());
   }
 
   // Held while a step is on its way: one at a time, should several threads want one.
@@ -138,7 +135,7 @@ class Workspace {
 
   std::vector<Room> rooms_;
   std::vector<at::Tensor> outgrown_;
-  std::unordered_map<PyObject*, std::pair<const void*, uint32_t>> begun_;
+  std::unordered_map<PyObject*, Content> begun_;
   std::unordered_map<PyObject*, Weights> weights_;  // whose members stay where they are
   std::optional<c10::Device> norm_device_;
   std::optional<double> norm_;

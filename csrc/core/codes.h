@@ -12,13 +12,15 @@
 // A rule sees none of it: blocks of elements are decoded to float32, updated, and encoded again.
 namespace fusedopt {
 
-// How the elements of a span are stored. It begins where a parameter begins: blocks, and elements
-// in random numbers, are counted from there.
+// How the elements of a span are stored. Blocks, and elements in random numbers, are counted from
+// where the whole parameter begins, of which this may be a shard.
 struct Coding {
   float* scales[kMaxStates];  // of the blocks, for states in codes
   void* master;               // the part of the master that is not in the parameter
   const float* count;         // of the steps with this one, on the device; null: it is `step`
   int64_t row;                // elements, see Blocks
+  int64_t first_block;        // the blocks before the span
+  int32_t first_place;        // the elements of its first block before it; not 0: it has no other
   uint64_t key;               // see random_key
   uint32_t step;
   uint8_t param;  // the place of its format in ParamFormats

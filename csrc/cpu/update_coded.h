@@ -119,7 +119,13 @@ FUSEDOPT_INLINE void encode_param(const Block& block, const Coding& coding, cons
     if constexpr (std::is_same<Format, Float32>::value) {
       return;
     } else if constexpr (Format::stochastic) {
-      encode_at_random(from, RandomBlock(coding.key, coding.step, block.number), param);
+      const RandomBlock random(coding.key, coding.step, coding.first_block + block.number);
+      if (coding.first_place == 0) {
+        encode_at_random(from, random, param);
+      } else {
+        for (int i = 0; i < kBlock - coding.first_place; ++i)
+          Bfloat16Stochastic::encode(from[i], random.of_place(coding.first_place + i), param[i]);
+      }
     } else if constexpr (std::is_same<typename Format::Master, NoMaster>::value) {
       encode(from, param);
     } else {
@@ -229,7 +235,13 @@ FUSEDOPT_SHARED void encode_codes(const float* from, int32_t largest, uint32_t d
 
 template <bool never_negative>
 FUSEDOPT_SHARED void encode_dithered(const float* FUSEDOPT_RESTRICT from, uint32_t dither,
-                                     bfloat16* FUSEDOPT_RESTRICT to) {
+                                     int first_place, bfloat16* FUSEDOPT_RESTRICT to) {
+  if (first_place > 0) {
+    for (int i = 0; i < kBlock - first_place; ++i)
+      Bfloat16State::encode<never_negative>(from[i], dither ^ kDither.values[first_place + i],
+                                            to[i]);
+    return;
+  }
   for (int i = 0; i < kBlock; ++i)
     Bfloat16State::encode<never_negative>(from[i], dither ^ kDither.values[i], to[i]);
 }
@@ -257,12 +269,12 @@ FUSEDOPT_INLINE void encode_state(const Block& block, int k, const Coding& codin
   with_format_here(StateFormats{}, coding.state, [&](auto of_place) FUSEDOPT_INLINED {
     using Format = decltype(of_place);
     if constexpr (std::is_same<Format, Float32State>::value) return;
-    const uint32_t dither = dither_of_block(block.number, coding.step);
+    const uint32_t dither = dither_of_block(coding.first_block + block.number, coding.step);
     if constexpr (Format::in_codes) {
       encode_codes<never_negative>(from, largest, dither, count,
                                    static_cast<uint8_t*>(block.states[k]), block.scales[k]);
     } else if constexpr (!std::is_same<Format, Float32State>::value) {
-      encode_dithered<never_negative>(from, dither,
+      encode_dithered<never_negative>(from, dither, coding.first_place,
                                       static_cast<typename Format::Element*>(block.states[k]));
     }
   });

@@ -146,8 +146,8 @@ FUSEDOPT_HD void decode_params(int format, const LanePairs& param, const LanePai
   });
 }
 
-FUSEDOPT_HD void encode_params(int format, const float* from, const RandomBlock& random, int lane,
-                               LanePairs& param, LanePairs& master) {
+FUSEDOPT_HD void encode_params(int format, const float* from, const RandomBlock& random, int first,
+                               int lane, LanePairs& param, LanePairs& master) {
   with_format(ParamFormats{}, format, [&](auto of_place) {
     using Format = decltype(of_place);
     FUSEDOPT_UNROLL
@@ -155,7 +155,7 @@ FUSEDOPT_HD void encode_params(int format, const float* from, const RandomBlock&
       typename Format::Param stored;
       typename Format::Master rest;
       if constexpr (Format::stochastic) {
-        Format::encode(from[i], random.of_place(place_of(lane, i)), stored);
+        Format::encode(from[i], random.of_place(first + place_of(lane, i)), stored);
       } else {
         Format::encode(from[i], stored, rest);
       }

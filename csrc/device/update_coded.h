@@ -66,7 +66,8 @@ struct Tile<Variant, Coded> {
   };
 
   struct Place : BlockPlace {
-    uint32_t step;
+    int first;  // the place in the whole block of the one that begins here
+    uint32_t dither;
     RandomBlock random;
   };
 
@@ -126,7 +127,7 @@ struct Tile<Variant, Coded> {
           to.state[k][i] = place_of(lane, i) < place.count ? to.state[k][i] : 0;
       }
     }
-    encode_params(coding.param, params, place.random, lane, param, master);
+    encode_params(coding.param, params, place.random, place.first, lane, param, master);
     param.store(at(s.param, bytes.param, place), bytes.param, lane, place.count);
     master.store(at(coding.master, bytes.master, place), bytes.master, lane, place.count);
   }
@@ -169,11 +170,10 @@ struct Tile<Variant, Coded> {
   template <bool never_negative>
   FUSEDOPT_HD static void encode_codes(const TileSpan& s, const Place& place, int k, int lane,
                                        const Lane& from, const Scale& scale, bool careful) {
-    const uint32_t dither = dither_of_block(place.number, place.step);
     uint64_t words = 0;
     FUSEDOPT_UNROLL
     for (int i = 0; i < kLaneElements; ++i) {
-      const uint32_t threshold = fusedopt::dither(dither, uint32_t(place_of(lane, i)));
+      const uint32_t threshold = dither(place.dither, uint32_t(place_of(lane, i)));
       const uint32_t code =
           Code<never_negative>::encode(from.state[k][i], scale.inverse, threshold, careful);
       words |= uint64_t(code) << shift_of(i);
@@ -185,7 +185,6 @@ struct Tile<Variant, Coded> {
   template <bool never_negative>
   FUSEDOPT_HD static void store_state(const TileSpan& s, const Place& place, int k, int lane,
                                       const Lane& from) {
-    const uint32_t dither = dither_of_block(place.number, place.step);
     const int64_t size = StreamBytes(s.coding).state;
     LanePairs to;
     with_format(StateFormats{}, s.coding.state, [&](auto of_place) {
@@ -193,7 +192,8 @@ struct Tile<Variant, Coded> {
       if constexpr (!Format::in_codes) {
         FUSEDOPT_UNROLL
         for (int i = 0; i < kLaneElements; ++i) {
-          const uint32_t threshold = fusedopt::dither(dither, uint32_t(place_of(lane, i)));
+          const uint32_t threshold =
+              dither(place.dither, uint32_t(place.first + place_of(lane, i)));
           typename Format::Element stored;
           Format::template encode<never_negative>(from.state[k][i], threshold, stored);
           set_element(to, i, stored);
@@ -207,7 +207,9 @@ struct Tile<Variant, Coded> {
                                     uint32_t thread) {
     const Coding& coding = s.coding;
     const uint32_t step = coding.count == nullptr ? coding.step : uint32_t(*coding.count);
-    const Place place{block, step, RandomBlock(coding.key, step, block.number)};
+    const int64_t number = coding.first_block + block.number;
+    const Place place{block, coding.first_place, dither_of_block(number, step),
+                      RandomBlock(coding.key, step, number)};
     Warp<Lane> warp(thread);
     warp.each([&](Lane& lane, int number) { update(s, row, place, number, lane); });
     for_each_state<Variant>([&](auto k, auto of_squares) {

@@ -1,6 +1,6 @@
 """RMSprop."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -8,6 +8,9 @@ from torch.optim.optimizer import ParamsT
 
 from fusedopt._formats import storage_options
 from fusedopt._optimizer import FusedOptimizer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class RMSprop(FusedOptimizer, torch.optim.RMSprop):
@@ -47,7 +50,10 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         max_grad_norm: clip the gradients to this norm of all of them together, as
             torch.nn.utils.clip_grad_norm_ does, but only within the step: gradients are read, not
             written. The norm is :attr:`grad_norm`. None: no clipping. With a norm that is not
-            finite, gradients become zero or NaN, as with error_if_nonfinite=False.
+            finite, gradients become zero or NaN, as with error_if_nonfinite=False. Gradients of
+            DTensors are those of all processes that these are cut among.
+        norm_group: the process group among which parameters that are plain tensors are cut, as with
+            FSDP1, ZeroRedundancyOptimizer and DeepSpeed's ZeRO; None: they are whole.
         flat: move the parameters and their gradients into flat buffers first, see
             :class:`fusedopt.FlatParameters`.
 
@@ -92,6 +98,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         rounding: str = "nearest",
         seed: int = 0,
         max_grad_norm: float | None = None,
+        norm_group: "ProcessGroup | None" = None,
         flat: bool = False,
     ) -> None:
         args: dict[str, Any] = {
@@ -109,4 +116,4 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
         if eps_inside_sqrt:
             options["eps_inside_sqrt"] = True
-        self._init(options, flat, max_grad_norm, args, differentiable)
+        self._init(options, flat, max_grad_norm, args, differentiable, norm_group)

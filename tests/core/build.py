@@ -6,6 +6,7 @@ so it is made again only when something has changed.
 
 import ast
 import contextlib
+import fcntl
 import hashlib
 import os
 import re
@@ -18,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from threading import Lock
 from typing import ParamSpec
 
 HERE = Path(__file__).parent
@@ -33,11 +33,13 @@ P = ParamSpec("P")
 
 def one_at_a_time(make: Callable[P, Path]) -> Callable[P, Path]:
     """Of each name, the first argument: who asks for what is being built waits for it."""
-    locks: dict[object, Lock] = {}
 
     @wraps(make)
     def wrapped(*args: P.args, **options: P.kwargs) -> Path:
-        with locks.setdefault(args[:1], Lock()):
+        CACHE.mkdir(parents=True, exist_ok=True)
+        # Another thread may be building it, or another process.
+        with Path(CACHE, f"{args[0]}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             return make(*args, **options)
 
     return wrapped
@@ -146,7 +148,6 @@ def build(
     if faults:
         name_without = f"faultless-{Path(target).stem}"
         faultless = build(name_without, target, extra_flags, small=small).parent
-    CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="making-", dir=CACHE) as scratch:
         csrc, work = Path(scratch, "csrc").resolve(), Path(scratch, "out")
         work.mkdir()

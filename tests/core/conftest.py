@@ -31,7 +31,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Starts on the builds, in the order of the tests, and so that these get their turn first."""
     items = [item for item in session.items if is_of_the_core(item)]
-    if not items or session.config.option.collectonly:
+    # Of several processes one is enough.
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
+    if not items or session.config.option.collectonly or worker != "gw0":
         return
     pool = ThreadPoolExecutor(max(1, JOBS - 1), initializer=os.nice, initargs=(5,))
     session.config.stash[POOL] = pool

@@ -13,6 +13,8 @@ from .library import DTYPES, THREADED, Core, Kernel
 from .memory import Streams, extreme
 from .options import RULES
 
+pytestmark = pytest.mark.slow  # the core takes minutes to compile
+
 
 def test_every_rule_and_variant_has_a_reference(core: Core) -> None:
     assert set(core.rules) == set(RULES)
@@ -42,7 +44,6 @@ def test_codes(core: Core, check: Callable[[Core], None]) -> None:
     check(core)
 
 
-@pytest.mark.slow
 def test_every_float32_is_split_and_joined(core: Core) -> None:
     piece = 1 << 18  # which stays in the cache
     for begin in range(0, 1 << 32, piece):

@@ -15,10 +15,13 @@ import pytest
 
 from .build import Fault, build, run
 
-pytestmark = pytest.mark.skipif(
-    platform.machine() != "x86_64" or shutil.which("objdump") is None,
-    reason="needs an x86-64 machine with nm and objdump",
-)
+pytestmark = [
+    pytest.mark.slow,  # the core takes minutes to compile
+    pytest.mark.skipif(
+        platform.machine() != "x86_64" or shutil.which("objdump") is None,
+        reason="needs an x86-64 machine with nm and objdump",
+    ),
+]
 
 
 def shared_symbols(path: Path) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.forks import in_a_fork, output_of_program
+from support.forks import in_a_fork, once, output_of_program
 from torch import Tensor, nn
 
 import fusedopt
@@ -152,8 +152,8 @@ def run_trials() -> None:
 @functools.cache
 def outcomes() -> dict[str, str]:
     program = "import test_interleavings; test_interleavings.run_trials()"
-    said = output_of_program(program, Path(__file__).parent, {"PYTHONMALLOC": "debug"})
-    return dict(json.loads(said))
+    folder, env = Path(__file__).parent, {"PYTHONMALLOC": "debug"}
+    return once("interleavings", lambda: json.loads(output_of_program(program, folder, env)))
 
 
 @pytest.mark.parametrize("change", CHANGES)

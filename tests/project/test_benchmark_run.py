@@ -47,6 +47,7 @@ def measured(tmp_path: Path, *arguments: str, status: int = 0) -> dict[str, Any]
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_everybody_does_the_same_work(tmp_path: Path) -> None:
     results = measured(tmp_path, "--optimizer", *ALL)
@@ -115,6 +116,7 @@ def test_memory_of_a_cpu_decides_on_the_size(monkeypatch: pytest.MonkeyPatch) ->
         fit_to_memory(SCENARIOS["GPT-2-medium"], setup, 4, cpu)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_curves_and_comparison(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow  # each one starts a build
 
 
 def build(tmp_path: Path, **environment: str) -> str:

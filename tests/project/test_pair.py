@@ -11,6 +11,7 @@ from benchmarks import pair
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_a_checkout_against_itself(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -23,6 +24,7 @@ def test_a_checkout_against_itself(
         assert found and 0 < float(found[2]) <= float(found[1]) <= float(found[3])
 
 
+@pytest.mark.slow
 def test_a_checkout_that_is_not_built(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "fusedopt", tmp_path / "fusedopt", ignore=shutil.ignore_patterns("*.so"))
     with pytest.raises(SystemExit, match="has no fusedopt that is built"):

@@ -1,6 +1,8 @@
 """Programs that import torch once and fork for each trial: a crash is that of one trial."""
 
 import faulthandler
+import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -48,3 +50,19 @@ def output_of_program(program: str, folder: Path, env: Mapping[str, str] | None 
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def once(key: str, make: Callable[[], dict[str, str]]) -> dict[str, str]:
+    """What this makes, which the processes that share out the tests make once for all of them."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None:
+        return make()
+    path = Path(tempfile.gettempdir(), f"fusedopt-tests-{run}-{key}.json")
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        text = file.read()
+        if not text:
+            text = json.dumps(make())
+            file.write(text)
+    return dict(json.loads(text))

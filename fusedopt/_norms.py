@@ -1,0 +1,123 @@
+"""The norm of gradients that are cut among processes."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fusedopt._sharded import groups_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Cut = tuple["ProcessGroup", ...]
+"""The process groups that a parameter is cut among."""
+
+
+class NormGroup:
+    """A process group that an optimizer has for its norm: copies have the same one."""
+
+    def __init__(self, group: "ProcessGroup") -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "NormGroup":
+        return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError(
+            "an optimizer with norm_group= cannot be pickled, as a process group belongs to its "
+            "process; save the state_dict"
+        )
+
+
+def check_norm_group(optimizer: str, params: Iterable[Tensor]) -> None:
+    """Raise ValueError for a parameter of FSDP1, a part of the model that does not say of what."""
+    if any(getattr(param, "_fsdp_flattened", False) for param in params):
+        raise ValueError(
+            f"{optimizer}: max_grad_norm with parameters that FullyShardedDataParallel has "
+            "flattened: each process would clip by the norm of its own part; give norm_group= the "
+            "process group that shards them"
+        )
+
+
+class CutNorm:
+    """Adds up sums of squares over the processes that have parts of the gradients.
+
+    Each group gathers once a step, in the order in which parameters name them, which is that of all
+    processes; what it gathers is added in the order of its ranks. So all processes have the same
+    bits. A process takes part whether or not it has a gradient, and also where it cannot step: then
+    all of them learn of it.
+
+    Attributes:
+        cuts: the different cuts of the parameters, the first one that of those which are not cut.
+    """
+
+    def __init__(self, optimizer: str, params: Iterable[Tensor], group: "ProcessGroup | None"):
+        """Group: among which parameters are cut that do not say so themselves."""
+        self.optimizer = optimizer
+        self.cuts: list[Cut] = [()]
+        self._numbers: list[int] = []
+        given = (group,) if group is not None and group.size() > 1 else ()
+        numbers: dict[Cut, int] = {(): 0}
+        for param in params:
+            cut = groups_of(param) or given
+            if cut not in numbers:
+                numbers[cut] = len(self.cuts)
+                self.cuts.append(cut)
+            self._numbers.append(numbers[cut])
+        self.groups = [*dict.fromkeys(each for cut in self.cuts for each in cut)]
+        self.gathered = False
+
+    def number_of(self, position: int) -> int:
+        """The number of a parameter's cut."""
+        return self._numbers[position]
+
+    def add_up(self, sums: Sequence[float]) -> float:
+        """The sum over all processes of what each one has for each cut.
+
+        Raises:
+            RuntimeError: on all processes, where one of them cannot step.
+        """
+        return self._gather([*sums, *([0.0] * (len(self.cuts) - len(sums)))], failed=False)
+
+    def fail(self) -> None:
+        """Take part without a sum, so that no process waits for this one."""
+        self._gather([0.0] * len(self.cuts), failed=True)
+
+    def _gather(self, sums: list[float], failed: bool) -> float:
+        self.gathered = True
+        failures: list[str] = []
+        for group in self.groups:
+            mine = [number for number, cut in enumerate(self.cuts) if group in cut]
+            values = [*(sums[number] for number in mine), float(failed or bool(failures))]
+            rows = _all_gather(values, group)
+            for rank, row in enumerate(rows):
+                if row[-1] and not failed:
+                    failures.append(f"rank {rank} of the process group '{group.group_name}'")
+            for place, number in enumerate(mine):
+                sums[number] = 0.0
+                for row in rows:
+                    sums[number] += row[place]
+        if failures:
+            raise RuntimeError(
+                f"{self.optimizer}: nothing was stepped, as {failures[0]} cannot step; see what it "
+                "raises"
+            )
+        total = 0.0
+        for each in sums:
+            total += each
+        return total
+
+
+def _all_gather(values: Sequence[float], group: "ProcessGroup") -> list[list[float]]:
+    """What each process of a group has, in the order of its ranks."""
+    from torch import distributed
+
+    on_cpu = any(name in distributed.get_backend(group) for name in ("gloo", "mpi"))
+    device = torch.device("cpu" if on_cpu else "cuda")
+    sent = torch.tensor(values, dtype=torch.float64, device=device)
+    received = torch.empty(group.size(), len(values), dtype=torch.float64, device=device)
+    distributed.all_gather([*received.unbind()], sent, group=group)
+    rows: list[list[float]] = received.tolist()
+    return rows

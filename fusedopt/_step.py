@@ -1,0 +1,225 @@
+"""The step: by a plan, which is made anew where something has changed, and with other processes."""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from fusedopt._counts import FirstCounts
+from fusedopt._extension import _C
+from fusedopt._flat import FlatGradients, find_buffer
+from fusedopt._members import Group, Member, list_members
+from fusedopt._norms import CutNorm, NormGroup
+from fusedopt._plans import make_plan
+from fusedopt._sharded import placed_grad
+from fusedopt._states import replace_values
+
+# Plans that are made for one step before it gives up: more than one round is needed only where
+# another thread changes what was looked up.
+MOST_PLANS: Final = 20
+
+
+class SteppingOptimizer(Optimizer):
+    """An optimizer that steps by plans. What its groups mean a subclass says."""
+
+    # Class-level, as unpickling calls no constructor.
+    _plan: _C.Plan | None = None
+    _flat_gradients: FlatGradients | None = None  # None: not known yet
+    _warned_detached = False
+    _max_grad_norm: float | None = None
+    _norm_group: NormGroup | None = None
+    _cut_norm: CutNorm | None = None  # None: all gradients are whole
+    _workspace: _C.Workspace
+    # Of parameters whose state names no count, the steps taken on the device since it was made.
+    _first_counts: FirstCounts
+
+    def _groups(self, param_groups: Iterable[dict[str, Any]] | None = None) -> list[Group]:
+        raise NotImplementedError
+
+    def _params(self) -> Iterator[Tensor]:
+        for group in self.param_groups:
+            yield from group["params"]
+
+    def _state_keys(self) -> set[str]:
+        raise NotImplementedError
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # With it GradScaler leaves unscaling and skipping to step(), in which nobody can clip.
+        return bool(self.defaults.get("fused"))
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """torch's constructors set it where fused=True; a copy has to know it, too."""
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a class's step, which torch's constructor does once for each class.
+
+        torch's own wrapper names the step to profilers and calls hooks. It takes several times as
+        long as a small step, so it is left out where nobody listens.
+        """
+        recorded = Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if (
+                _C.is_recorded()
+                or self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or _global_optimizer_pre_hooks
+                or _global_optimizer_post_hooks
+            ):
+                return recorded(self, *args, **kwargs)
+            return func(self, *args, **kwargs)
+
+        return wrapper
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient, in one pass.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            RuntimeError: for a sparse gradient.
+            TypeError, ValueError: for a gradient, parameter, state or option that cannot be taken;
+                the message names it. Nothing has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        state = self.state  # which another thread may replace meanwhile
+        if self._cut_norm is not None:
+            self._cut_norm.gathered = False
+        try:
+            missing = self._take_step(self._plan or self._make_plan(state), state)
+            if missing is not None:
+                self._step_anew(missing, state)
+        except Exception:
+            self._tell_others()
+            raise
+        return loss
+
+    def _take_step(self, plan: _C.Plan, state: Mapping[Tensor, Any]) -> list[int] | None:
+        """Step by a plan; see _C.Plan.step.
+
+        Returns:
+            None where it is done, else the positions of the parameters that lack state.
+        """
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        clip, norm = self._max_grad_norm, self._cut_norm
+        add_up = None if clip is None or norm is None else norm.add_up
+        grads: list[tuple[Tensor, Tensor]] = []
+        while True:
+            lacks = plan.step(
+                self.param_groups, state, grad_scale, found_inf, clip, None, grads, add_up
+            )
+            if lacks is None:
+                return None
+            if not lacks.gradients:
+                return lacks.states
+            grads += self._placed_grads(lacks.gradients)
+
+    def _placed_grads(self, positions: Iterable[int]) -> list[tuple[Tensor, Tensor]]:
+        """The gradients of sharded parameters as plain tensors, placed as the parameters are."""
+        members = list_members(self._groups())
+        those = (members[position] for position in positions)
+        what = type(self).__name__
+        return [(m.param, placed_grad(m.param, f"{what}: {m.name}")) for m in those]
+
+    def _tell_others(self) -> None:
+        """Let other processes, that wait for this one's gradients, know that it cannot step."""
+        if self._max_grad_norm is None:
+            return
+        norm = self._cut_norm or self._make_norm()
+        if norm.groups and not norm.gathered:
+            norm.fail()
+
+    def _step_anew(self, missing: list[int], state: MutableMapping[Tensor, Any]) -> None:
+        """Step by a new plan, in which the parameters at these positions get their state.
+
+        The first one only tells which parameters lack state, where something else has changed.
+        """
+        new: dict[int, Tensor] = {}
+        before: list[tuple[Tensor, Any]] = []
+        try:
+            for _ in range(MOST_PLANS):
+                params = [*self._params()]
+                for param in (params[i] for i in missing if i < len(params)):
+                    if id(param) not in new:
+                        self._check_capture(param)
+                        new[id(param)] = param
+                        values = state.get(param)
+                        before.append((param, dict(values) if values is not None else None))
+                found = self._take_step(self._make_plan(state, new.values()), state)
+                if found is None:
+                    return
+                missing = found
+            raise RuntimeError(
+                f"{type(self).__name__}: another thread changes parameters or their state faster "
+                "than they can be looked up; nothing was stepped"
+            )
+        except BaseException:
+            for param, values in before:
+                replace_values(state, param, values)
+                if not values:
+                    self._workspace.forget_begun(param)
+            raise
+
+    def _check_capture(self, param: Tensor) -> None:
+        if _C.is_capturing(param.device):
+            raise RuntimeError(
+                f"{type(self).__name__}: the first step, which makes the state, cannot be "
+                "captured into a CUDA graph; take a step before capture begins"
+            )
+
+    def _make_plan(self, state: MutableMapping[Tensor, Any], new: Iterable[Tensor] = ()) -> _C.Plan:
+        """Look up everything that steps walk over; make state for the parameters in new."""
+        norm = self._make_norm()
+        self._plan = make_plan(
+            type(self).__name__,
+            self._groups(),
+            state,
+            new={id(param) for param in new},
+            keys=self._state_keys(),
+            first_counts=self._first_counts,
+            workspace=self._workspace,
+            norm=norm,
+            flat_grad=self._flat_grad,
+        )
+        self._cut_norm = norm if norm.groups else None
+        self._flat_gradients = None
+        return self._plan
+
+    def _make_norm(self) -> CutNorm:
+        group = None if self._norm_group is None else self._norm_group.group
+        return CutNorm(type(self).__name__, self._params(), group)
+
+    def _flat_grad(self, member: Member) -> int:
+        """The address of a member's flat gradient; 0 for none. Warns of a lost parameter."""
+        buffer = find_buffer(member.param)
+        if buffer is None:
+            return 0
+        if buffer.holds(member.param):
+            return buffer.slots[id(member.param)].grad_address
+        if not self._warned_detached:
+            self._warned_detached = True
+            warnings.warn(
+                f"{type(self).__name__}: {member.name} was moved into a flat buffer and is no "
+                "longer there (module.to(), param.data = ...); it is stepped where it is now, on "
+                "its own. Make FlatParameters anew to have it flat again.",
+                stacklevel=2,
+            )
+        return 0

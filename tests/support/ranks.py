@@ -1,0 +1,107 @@
+"""Trials on several ranks over gloo, one after the other in the same processes."""
+
+import datetime
+import faulthandler
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from .forks import output_of_program
+
+Trial = Callable[[], None]
+# A trial takes far less; a rank that waits for ever says where.
+SECONDS = 120
+
+
+def _be_rank(rank: int, world: int, port: int, folder: Path, trials: Mapping[str, Trial]) -> None:
+    """Never returns. What goes wrong lands in a file of the rank's, the trial's name in another."""
+    status = 1
+    with (folder / f"{rank}.txt").open("w") as log:
+        os.dup2(log.fileno(), 2)
+        faulthandler.enable()
+        try:
+            torch.set_num_threads(1)
+            dist.init_process_group(
+                "gloo",
+                store=dist.TCPStore("127.0.0.1", port, world, is_master=False),
+                rank=rank,
+                world_size=world,
+                timeout=datetime.timedelta(seconds=SECONDS),
+            )
+            for name, trial in trials.items():
+                faulthandler.dump_traceback_later(SECONDS, exit=True)
+                (folder / f"{rank}.trial").write_text(name)
+                log.seek(0)
+                log.truncate()
+                trial()
+                dist.barrier()
+            status = 0
+        except BaseException:
+            log.flush()
+            sys.excepthook(*sys.exc_info())
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+
+
+def _on_ranks(world: int, trials: Mapping[str, Trial]) -> tuple[str, str] | None:
+    """The first trial that goes wrong, and what does, in words; None: none."""
+    # On a port that is free.
+    store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        ranks: dict[int, int] = {}
+        for rank in range(world):
+            child = os.fork()
+            if child == 0:
+                _be_rank(rank, world, store.port, folder, trials)
+            ranks[child] = rank
+        said: list[str] = []
+        trial = ""
+        while ranks:
+            child, status = os.wait()
+            rank = ranks.pop(child)
+            if status == 0:
+                continue
+            text = (folder / f"{rank}.txt").read_text(errors="replace")
+            begun = folder / f"{rank}.trial"
+            trial = trial or (begun.read_text() if begun.exists() else next(iter(trials)))
+            said.append(f"rank {rank} of {world}: status {status}\n{text[-3000:]}")
+            # Others may wait for it.
+            time.sleep(1)
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+        return (trial, "\n".join(said)) if said else None
+
+
+def run_trials(world: int, trials: Mapping[str, Trial]) -> None:
+    """Print the trials that went wrong, and what did, as JSON."""
+    # What is imported with the first optimizer of a process.
+    torch.optim.SGD([torch.zeros(3, requires_grad=True)]).step()
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    wrong: dict[str, str] = {}
+    left = dict(trials)
+    while left and (found := _on_ranks(world, left)) is not None:
+        name, wrong[name] = found
+        names = [*left]
+        left = {name: left[name] for name in names[names.index(name) + 1 :]}
+    print(json.dumps(wrong))
+
+
+def check(file: str, world: int, env: Mapping[str, str] | None = None) -> None:
+    """Run all of a test module's trials(world) on so many ranks."""
+    path = Path(file)
+    program = (
+        f"import {path.stem} as module; from support.ranks import run_trials; "
+        f"run_trials({world}, module.trials({world}))"
+    )
+    wrong = json.loads(output_of_program(program, path.parent, env))
+    assert not wrong, "\n".join(f"{name}: {what}" for name, what in wrong.items())
