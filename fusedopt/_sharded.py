@@ -47,6 +47,11 @@ def local_of(tensor: Any) -> Any:
     return tensor._local_tensor if is_sharded(tensor) else tensor
 
 
+def whole_of(value: Any) -> Any:
+    """A number that may be a DTensor, as all processes have it; None: there is none."""
+    return value.full_tensor() if value is not None and is_sharded(value) else value
+
+
 def mesh_of(tensor: Tensor) -> Any:
     return tensor.device_mesh  # type: ignore[attr-defined]
 

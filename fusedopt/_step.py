@@ -16,7 +16,7 @@ from fusedopt._flat import FlatGradients, find_buffer
 from fusedopt._members import Group, Member, list_members
 from fusedopt._norms import CutNorm, NormGroup
 from fusedopt._plans import make_plan
-from fusedopt._sharded import placed_grad
+from fusedopt._sharded import placed_grad, whole_of
 from fusedopt._states import replace_values
 
 # Plans that are made for one step before it gives up: more than one round is needed only where
@@ -117,8 +117,8 @@ class SteppingOptimizer(Optimizer):
         Returns:
             None where it is done, else the positions of the parameters that lack state.
         """
-        grad_scale = getattr(self, "grad_scale", None)
-        found_inf = getattr(self, "found_inf", None)
+        grad_scale = whole_of(getattr(self, "grad_scale", None))
+        found_inf = whole_of(getattr(self, "found_inf", None))
         clip, norm = self._max_grad_norm, self._cut_norm
         add_up = None if clip is None or norm is None else norm.add_up
         grads: list[tuple[Tensor, Tensor]] = []

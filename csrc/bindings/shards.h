@@ -89,8 +89,16 @@ class ShardedGradients {
   }
 
  private:
-  static bool are_equal(const py::object& a, const py::object& b) {
-    return a.attr("mesh").equal(b.attr("mesh")) && a.attr("placements").equal(b.attr("placements"));
+  bool are_equal(const py::object& a, const py::object& b) const {
+    return are_equal(a, b, mesh_) && are_equal(a, b, placements_);
+  }
+  static bool are_equal(const py::object& a, const py::object& b, const py::str& name) {
+    const auto value = [&](const py::object& of) {
+      PyObject* const value = PyObject_GetAttr(of.ptr(), name.ptr());
+      if (value == nullptr) throw py::error_already_set();
+      return py::reinterpret_steal<py::object>(value);
+    };
+    return value(a).equal(value(b));
   }
 
   struct Unknown {
@@ -100,6 +108,7 @@ class ShardedGradients {
   };
 
   std::string optimizer_;
+  py::str mesh_{"mesh"}, placements_{"placements"};
   std::unordered_map<PyObject*, PyObject*> given_;  // by parameter
   std::vector<Unknown> unknown_;
 };

@@ -142,6 +142,16 @@ def test_keys_that_a_checkpoint_lacks(case: Case, given: Options, tmp_path: Path
     assert_goes_on_with(other, run, given)
 
 
+def test_a_part_that_a_checkpoint_fills_in_place(tmp_path: Path) -> None:
+    """allow_partial_load leaves what it lacks: zeros beside a count of steps, as it were."""
+    (case,) = (case for case in RICHEST_IN_CODES if case.row.name == "adamw")
+    run, other = (of_kind(case, "int8", kind)() for kind in ("default", "int8"))
+    run.train(range(3))
+    save_folder(run, tmp_path)
+    with pytest.raises(ValueError, match="the checkpoint has filled a part only"):
+        load_folder(other, tmp_path, planner=DefaultLoadPlanner(allow_partial_load=True))
+
+
 def assert_goes_on_with(resumed: Run, control: Run, given: Options) -> None:
     assert all(given.keys() <= group.keys() for group in resumed.optimizer.param_groups)
     assert_goes_on(resumed, control, range(3, 5), exact=False)

@@ -186,7 +186,7 @@ def wrong_shapes() -> None:
 
 
 def trials(world: int) -> dict[str, Trial]:
-    each: dict[str, Trial] = {"wrong-shapes": wrong_shapes}
+    each: dict[str, Trial] = {"wrong-shapes-24-int8": wrong_shapes}
     folder = Path(os.environ["FUSEDOPT_TESTS_FOLDER"])
     for choice, (case, *_) in choices().items():
         if world == 2:
@@ -209,6 +209,13 @@ def trials(world: int) -> dict[str, Trial]:
 NAMES = {"adamw-amsgrad", "sgd-nesterov-decay", "rmsprop-all"}
 
 
-def test_from_two_ranks_to_any_number(tmp_path: Path) -> None:
-    for world in (2, 1, 3, 4):
-        check(__file__, world, {"FUSEDOPT_TESTS_FOLDER": str(tmp_path)})
+@pytest.mark.parametrize(
+    ("to", "among"),
+    [
+        pytest.param((3,), "24-int8", id="to-3-24-int8"),
+        pytest.param((1, 3, 4), "", id="to-any-number", marks=pytest.mark.slow),
+    ],
+)
+def test_from_two_ranks(tmp_path: Path, to: tuple[int, ...], among: str) -> None:
+    for world in (2, *to):
+        check(__file__, world, among, {"FUSEDOPT_TESTS_FOLDER": str(tmp_path)})

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.ranks import Trial, check
+from support.ranks import Trial, check, worlds
 from support.sharding import mesh_of, whole
 from support.training import RICHEST_IN_TORCH, Case
 from torch import Tensor, nn
@@ -234,8 +234,8 @@ def where_strided_shards_lie() -> None:
 
 def trials(world: int) -> dict[str, Trial]:
     each: dict[str, Trial] = {}
-    for way, (worlds, _) in WAYS.items():
-        for case in RICHEST_IN_TORCH if world in worlds else ():
+    for way, (sizes, _) in WAYS.items():
+        for case in RICHEST_IN_TORCH if world in sizes else ():
             for clip in (None, 0.05):
                 name = f"{way}-{case}-{'clipped' if clip else 'as-it-is'}"
                 each[name] = functools.partial(as_torch, case, way, clip)
@@ -246,6 +246,6 @@ def trials(world: int) -> dict[str, Trial]:
     return each
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_layouts(world: int) -> None:
-    check(__file__, world)
+@worlds({2: "ed", 4: "adamw"}, every=(1, 2, 3, 4))
+def test_layouts(world: int, among: str) -> None:
+    check(__file__, world, among)

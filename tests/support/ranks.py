@@ -8,9 +8,10 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -96,12 +97,20 @@ def run_trials(world: int, trials: Mapping[str, Trial]) -> None:
     print(json.dumps(wrong))
 
 
-def check(file: str, world: int, env: Mapping[str, str] | None = None) -> None:
-    """Run all of a test module's trials(world) on so many ranks."""
+def check(file: str, world: int, among: str = "", env: Mapping[str, str] | None = None) -> None:
+    """Run a test module's trials(world) on so many ranks, those with this in their names."""
     path = Path(file)
     program = (
         f"import {path.stem} as module; from support.ranks import run_trials; "
-        f"run_trials({world}, module.trials({world}))"
+        f"trials = module.trials({world}); "
+        f"run_trials({world}, {{k: trials[k] for k in trials if {among!r} in k}})"
     )
     wrong = json.loads(output_of_program(program, path.parent, env))
     assert not wrong, "\n".join(f"{name}: {what}" for name, what in wrong.items())
+
+
+def worlds(few: Mapping[int, str], every: Iterable[int]) -> pytest.MarkDecorator:
+    """Trials of few worlds with a part of their names, and all of every world where it is slow."""
+    given = [pytest.param(world, among, id=f"{world}-{among}") for world, among in few.items()]
+    given += [pytest.param(world, "", id=str(world), marks=pytest.mark.slow) for world in every]
+    return pytest.mark.parametrize(("world", "among"), given)

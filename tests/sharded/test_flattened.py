@@ -1,0 +1,149 @@
+"""Shards that are plain tensors: FSDP1's flat parameters and ZeroRedundancyOptimizer's parts."""
+
+import copy
+import functools
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.ranks import Trial, check
+from support.training import assert_same_bits
+from torch import nn
+from torch.distributed.fsdp import FullStateDictConfig, StateDictType
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp.api import FullOptimStateDictConfig
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+import fusedopt
+
+
+def model_of(seed: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(9, 20), nn.Tanh(), nn.Linear(20, 3))
+    for p in model.parameters():
+        p.data.copy_(torch.randn(p.shape, generator=generator))
+    return model
+
+
+def backward(model: nn.Module, step: int, scale: float = 1.0) -> None:
+    x = torch.randn(4, 9, generator=torch.Generator().manual_seed(step))
+    (model(x).square().mean() * scale).backward()
+
+
+def fsdp1(use_orig_params: bool) -> nn.Module:
+    return FSDP(model_of(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+
+
+def refused_without_a_group() -> None:
+    model = fsdp1(False)
+    with pytest.raises(ValueError, match=r"AdamW: max_grad_norm with parameters that Fully"):
+        fusedopt.AdamW(model.parameters(), max_grad_norm=1.0)
+    optimizer = fusedopt.AdamW(model.parameters())
+    with pytest.raises(ValueError, match="norm_group"):
+        optimizer.max_grad_norm = 1.0
+
+
+def clipped_as_a_whole() -> None:
+    """By the norm of all ranks' gradients."""
+    model, plain = fsdp1(False), model_of()
+    ours = fusedopt.AdamW(
+        model.parameters(), lr=0.01, max_grad_norm=0.1, norm_group=dist.group.WORLD
+    )
+    theirs = torch.optim.AdamW(plain.parameters(), lr=0.01)
+    for step in range(3):
+        ours.zero_grad()
+        theirs.zero_grad()
+        backward(model, step)
+        backward(plain, step)
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(ours.grad_norm, norm, rtol=1e-5, atol=0)
+    with FSDP.summon_full_params(model):
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.detach().view(-1)[: q.numel()].view(q.shape), q.detach())
+            break
+    other = copy.deepcopy(ours)
+    assert other._norm_group is ours._norm_group
+    with pytest.raises(TypeError, match="norm_group= cannot be pickled"):
+        __import__("pickle").dumps(ours)
+
+
+def restored(cls: Any, orig: bool) -> list[dict[str, torch.Tensor]]:
+    """The states of each parameter, and what optim_state_dict and its loading make of them."""
+    model = fsdp1(orig)
+    optimizer = cls(model.parameters(), lr=0.01)
+    for step in range(2):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        FSDP.set_state_dict_type(
+            model,
+            StateDictType.FULL_STATE_DICT,
+            FullStateDictConfig(rank0_only=False),
+            FullOptimStateDictConfig(rank0_only=False),
+        )
+        gathered = copy.deepcopy(FSDP.optim_state_dict(model, optimizer))
+        resumed = cls(model.parameters(), lr=0.01)
+        resumed.load_state_dict(FSDP.optim_state_dict_to_load(model, resumed, gathered))
+    both = []
+    for p in model.parameters():
+        both += [dict(sorted(each.state[p].items())) for each in (optimizer, resumed)]
+    return both
+
+
+def fsdp1_state(orig: bool) -> None:
+    """With use_orig_params torch's own moments come back changed: ours do likewise."""
+    ours = restored(fusedopt.AdamW, orig)
+    if not orig:
+        assert_same_bits(ours[0], ours[1])
+    for mine, theirs in zip(ours, restored(torch.optim.AdamW, orig), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+
+
+def zero_redundancy(options: dict[str, Any]) -> None:
+    """Each rank steps a part of the parameters and sends them to the others."""
+    model, plain = model_of(), model_of()
+    ours = ZeroRedundancyOptimizer(
+        model.parameters(), optimizer_class=fusedopt.AdamW, lr=0.01, **options
+    )
+    alone = fusedopt.AdamW(plain.parameters(), lr=0.01, **options)
+    for step in range(3):
+        for each, optimizer in ((model, ours), (plain, alone)):
+            optimizer.zero_grad()
+            backward(each, step)
+            optimizer.step()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p, q)
+    ours.consolidate_state_dict(to=0)
+    if dist.get_rank() == 0:
+        states = ours.state_dict()["state"]
+        for number, q in enumerate(plain.parameters()):
+            assert_same_bits(dict(states[number]), dict(alone.state[q]))
+
+
+STORED: dict[str, dict[str, Any]] = {
+    "default": {},
+    "bfloat16": {"state_dtype": torch.bfloat16},
+    "int8": {"state_dtype": "int8", "min_8bit_size": 0},
+}
+
+
+def trials(world: int) -> dict[str, Trial]:
+    each: dict[str, Trial] = {
+        "refused": refused_without_a_group,
+        "clipped": clipped_as_a_whole,
+    }
+    for orig in (False, True):
+        each[f"fsdp1-orig={orig}"] = functools.partial(fsdp1_state, orig)
+    for name, options in STORED.items():
+        each[f"zero-{name}"] = functools.partial(zero_redundancy, options)
+    return each
+
+
+def test_flattened() -> None:
+    check(__file__, 2)
