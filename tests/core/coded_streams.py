@@ -83,6 +83,11 @@ class CodedStreams:
         self.codings = np.zeros(len(spans), kernel.layout.coding)
         self.codings["key"] = random.integers(0, 2**64, len(spans), np.uint64)
         self.codings["row"] = rows_of
+        # Shards of a whole, which may begin within a block where these do not end with rows.
+        self.codings["first_block"] = random.integers(0, 2**40, len(spans)) * (numel % 3 != 0)
+        in_block = [code.state != "int8" and 0 < size <= BLOCK for code, size, *_ in spans]
+        first = random.integers(0, np.maximum(BLOCK - numel, 0) + 1)
+        self.codings["first_place"] = np.where(in_block, first, 0)
         self.codings["step"] = random.integers(1, 2**24, len(spans))
         self.codings["param"] = [list(PARAM_CODES).index(code.param) for code in self.codes]
         self.codings["grad"] = [DTYPES.index(code.grad) for code in self.codes]
@@ -233,8 +238,11 @@ class CodedStreams:
             blocks, own = range(int(self._blocks[i])), self.codings[i]
             key, step = int(own["key"]), int(own["step"])
             random, dither = np.zeros((2, len(blocks), BLOCK), np.uint32)
+            first = int(own["first_place"])
             for b in blocks:
-                random[b], dither[b] = coding.random_bits(key, step, b), coding.dither(b, step)
+                number = int(own["first_block"]) + b
+                random[b, : BLOCK - first] = coding.random_bits(key, step, number)[first:]
+                dither[b, : BLOCK - first] = coding.dither(number, step)[first:]
             new = [array[starts[i] : starts[i + 1]].reshape(-1, BLOCK) for array in streams]
             param, master = coding.encode_param(code.param, new[0], random)
             self._put(memory, i, "param", param)

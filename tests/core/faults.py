@@ -201,13 +201,33 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "largest of positive ones": (LOOP, "magnitude_bits(value)", "float_to_bits(value)"),
         "dither of the first block": (
             CODED_LOOP,
-            "dither_of_block(block.number, coding.step)",
+            "dither_of_block(coding.first_block + block.number, coding.step)",
             "dither_of_block(0, coding.step)",
+        ),
+        "dither of another shard": (
+            CODED_LOOP,
+            "dither_of_block(coding.first_block + block.number, coding.step)",
+            "dither_of_block(block.number, coding.step)",
+        ),
+        "dither from the first place": (
+            CODED_LOOP,
+            "kDither.values[first_place + i]",
+            "kDither.values[i]",
         ),
         "random bits of the first block": (
             CODED_LOOP,
-            "coding.step, block.number)",
+            "coding.step, coding.first_block + block.number)",
             "coding.step, 0)",
+        ),
+        "random bits of another shard": (
+            CODED_LOOP,
+            "coding.step, coding.first_block + block.number)",
+            "coding.step, block.number)",
+        ),
+        "random bits from the first place": (
+            CODED_LOOP,
+            "random.of_place(coding.first_place + i)",
+            "random.of_place(i)",
         ),
         "the same bits for both halves": (
             CODED_LOOP,
@@ -244,6 +264,21 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
             CODED_TILE,
             "coding.count == nullptr ? coding.step",
             "true ? coding.step",
+        ),
+        "blocks of another shard": (
+            CODED_TILE,
+            "coding.first_block + block.number;",
+            "block.number;",
+        ),
+        "dither of a tile from the first place": (
+            CODED_TILE,
+            "uint32_t(place.first + place_of(lane, i))",
+            "uint32_t(place_of(lane, i))",
+        ),
+        "random bits of a tile from the first place": (
+            LANES,
+            "random.of_place(first + place_of(lane, i))",
+            "random.of_place(place_of(lane, i))",
         ),
         "skip of codes": (CODED_TILE, "&& args.control->skip != 0", "&& false"),
     },

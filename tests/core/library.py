@@ -32,7 +32,7 @@ class Layout:
         span = [("param", "u8"), ("grad", "u8"), ("states", "u8", states), ("numel", "i8")]
         span += [("offset", "i8"), ("kernel", "i4"), ("row", "i4"), ("coding", "u8")]
         coding = [("scales", "u8", states), ("master", "u8"), ("count", "u8")]
-        coding += [("row", "i8"), ("key", "u8")]
+        coding += [("row", "i8"), ("first_block", "i8"), ("first_place", "i4"), ("key", "u8")]
         coding += [("step", "u4"), ("param", "u1"), ("grad", "u1"), ("state", "u1")]
         source = [("options", "u8", options), ("count", "u8"), ("taken", "f4"), ("kinds", "u4")]
         source += [("row", "u4"), ("first", "?"), ("float64", "?")]
