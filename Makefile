@@ -54,6 +54,7 @@ build: env  ## build the compiled module in place (quick when nothing changed)
 
 bench: build  ## run all benchmarks (about 20 minutes)
 	$(PY) -m benchmarks.run --scaling --training $(ARGS)
+	$(PY) -m benchmarks.sharded
 
 bench-quick: build  ## run the most telling benchmarks (under 2 minutes)
 	$(PY) -m benchmarks.run --quick $(ARGS)
@@ -76,6 +77,7 @@ check-tables: env  ## check that the tables in the documentation are those of th
 	$(PY) -m benchmarks.report $(RESULTS) --check --readme-file docs/performance.md
 	$(PY) -m benchmarks.report --gpu $(GPU_RESULTS) --check
 	$(PY) -m benchmarks.studies.precision --check
+	$(PY) -m benchmarks.sharded --check
 
 tables: env  ## write the tables of the results into the documentation
 	$(PY) -m benchmarks.report $(RESULTS) --readme
@@ -83,6 +85,7 @@ tables: env  ## write the tables of the results into the documentation
 	$(PY) -m benchmarks.report --gpu $(GPU_RESULTS) --readme
 	$(PY) -m benchmarks.report $(RESULTS) --plots docs/images
 	$(PY) -m benchmarks.studies.precision --tables
+	$(PY) -m benchmarks.sharded --tables
 
 check-binary: build  ## check in the disassembly that the loops are packed
 	$(PY) tests/binary/check_binary.py

@@ -52,8 +52,8 @@ class DTensors {
     PyObject* const local = local_.of(tensor);
     return local != nullptr && THPVariable_Check(local) ? local : nullptr;
   }
-  // Mesh, placements and whole shape.
-  PyObject* spec(PyObject* dtensor) const { return spec_.of(dtensor); }
+  // Mesh, placements and whole shape; null: it is none.
+  PyObject* spec(PyObject* tensor) const { return are(tensor) ? spec_.of(tensor) : nullptr; }
 
  private:
   PyObject* type_ = nullptr;

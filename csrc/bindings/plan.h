@@ -229,7 +229,9 @@ class Plan {
   bool are_placed(const py::list& groups) {
     for (int64_t i = 0; i < walked(); ++i) {
       const size_t at = position(i);
-      if (found_[at] == unknown()) shards_.add_unknown(at, entries_[at], members_[at]);
+      if (found_[at] != unknown()) continue;
+      if (dtensors.spec(entries_[at].param) != members_[at].spec.ptr()) return false;
+      shards_.add_unknown(at, entries_[at], members_[at]);
     }
     if (!shards_.has_unknown()) return true;
     shards_.find_misplaced(members_, misplaced_);

@@ -166,6 +166,12 @@ def test_no_file_is_too_long() -> None:
     assert {file: length for file, length in lengths.items() if length > 450} == {}
 
 
+def test_no_two_tests_have_the_same_name() -> None:
+    """pytest takes them for the same module."""
+    tests = [file.name for file in FILES if file.name.startswith("test_") and file.suffix == ".py"]
+    assert sorted(set(tests)) == sorted(tests)
+
+
 def first_line(file: PurePath) -> str:
     """The first line but those that all files have: of the licence, and against inclusion twice."""
     lines = [line.strip() for line in (ROOT / file).read_text().splitlines()]

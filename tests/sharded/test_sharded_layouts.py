@@ -162,7 +162,7 @@ def partial_gradients() -> None:
 
 
 def resharded() -> None:
-    """Parameters given other local tensors, placements and devices are noticed."""
+    """Parameters given other local tensors, placements and states are noticed."""
     mesh = mesh_of((dist.get_world_size(),))
     begin = torch.randn(9, 70, generator=torch.Generator().manual_seed(3))
     pair = []
