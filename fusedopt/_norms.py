@@ -41,6 +41,10 @@ def check_norm_group(optimizer: str, params: Iterable[Tensor]) -> None:
         )
 
 
+class SkippedElsewhere(Exception):
+    """Another process has found an Inf, and takes no step."""
+
+
 class CutNorm:
     """Adds up sums of squares over the processes that have parts of the gradients.
 
@@ -78,22 +82,30 @@ class CutNorm:
 
         Raises:
             RuntimeError: on all processes, where one of them cannot step.
+            SkippedElsewhere: where one of them has found an Inf and takes no step.
         """
-        return self._gather([*sums, *([0.0] * (len(self.cuts) - len(sums)))], failed=False)
+        return self._gather([*sums, *([0.0] * (len(self.cuts) - len(sums)))])
 
     def fail(self) -> None:
         """Take part without a sum, so that no process waits for this one."""
         self._gather([0.0] * len(self.cuts), failed=True)
 
-    def _gather(self, sums: list[float], failed: bool) -> float:
+    def skip(self) -> None:
+        """Likewise where this one takes no step: then none of them does."""
+        self._gather([0.0] * len(self.cuts), skipped=True)
+
+    def _gather(self, sums: list[float], failed: bool = False, skipped: bool = False) -> float:
         self.gathered = True
         failures: list[str] = []
+        skips = skipped
         for group in self.groups:
             mine = [number for number, cut in enumerate(self.cuts) if group in cut]
-            values = [*(sums[number] for number in mine), float(failed or bool(failures))]
+            flags = float(failed or bool(failures)), float(skips)
+            values = [*(sums[number] for number in mine), *flags]
             rows = _all_gather(values, group)
             for rank, row in enumerate(rows):
-                if row[-1] and not failed:
+                skips = skips or bool(row[-1])
+                if row[-2] and not failed:
                     failures.append(f"rank {rank} of the process group '{group.group_name}'")
             for place, number in enumerate(mine):
                 sums[number] = 0.0
@@ -104,6 +116,8 @@ class CutNorm:
                 f"{self.optimizer}: nothing was stepped, as {failures[0]} cannot step; see what it "
                 "raises"
             )
+        if skips and not (failed or skipped):
+            raise SkippedElsewhere
         total = 0.0
         for each in sums:
             total += each
@@ -114,8 +128,10 @@ def _all_gather(values: Sequence[float], group: "ProcessGroup") -> list[list[flo
     """What each process of a group has, in the order of its ranks."""
     from torch import distributed
 
-    on_cpu = any(name in distributed.get_backend(group) for name in ("gloo", "mpi"))
-    device = torch.device("cpu" if on_cpu else "cuda")
+    types = {device.type for device in group._device_types}
+    device = torch.device("cpu")
+    if "cpu" not in types:
+        device = group.bound_device_id or torch.device("cuda", torch.cuda.current_device())
     sent = torch.tensor(values, dtype=torch.float64, device=device)
     received = torch.empty(group.size(), len(values), dtype=torch.float64, device=device)
     distributed.all_gather([*received.unbind()], sent, group=group)

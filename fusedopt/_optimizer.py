@@ -138,11 +138,12 @@ class FusedOptimizer(SteppingOptimizer):
             if self._flat and added.params and not are_flat(added.params, type(self).__name__):
                 self._flats += (FlatParameters(added.params, gradients=True),)
             self._plan = None
-            made_early = [p for p in added.params if is_sharded(p) and is_ready(p)]
+            made_early = [*self._params()] if any(is_sharded(p) for p in self._params()) else []
+            made_early = [p for p in made_early if is_ready(p)]
             if self._flat:
                 # Flat gradients always exist: torch's checkpoint code, which makes state by a step
                 # where there is no gradient yet, leaves it to us. Shards have to have state on all
-                # processes, also where one of these has no gradient.
+                # processes, also where one of these has no gradient; then all parameters have it.
                 made_early = [p for p in added.params if p.requires_grad]
             if made_early:
                 self._make_plan(self.state, made_early)
@@ -178,7 +179,8 @@ class FusedOptimizer(SteppingOptimizer):
         """The norm of all gradients in the last step with max_grad_norm, before it was clipped.
 
         A float32 tensor of no dimension, on the parameters' device (on the CPU where they are on
-        several); None before the first such step. Reading it does not wait for the device.
+        several, or cut among processes); None before the first such step. Reading it does not
+        wait for the device.
         """
         return self._workspace.grad_norm
 

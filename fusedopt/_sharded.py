@@ -4,6 +4,7 @@ A step works on the plain tensor of this process. State is sharded as the parame
 and placements, so that torch's checkpoints know where each part of it belongs.
 """
 
+import copy
 import functools
 import math
 import sys
@@ -161,16 +162,15 @@ def wrap(local: Tensor, like: Tensor, shape: Sequence[int] | None = None) -> Ten
         shape: of the whole; None: that of the other one, and its strides.
     """
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import TensorMeta
 
     stride = like.stride() if shape is None else torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        local,
-        mesh_of(like),
-        placements_of(like),
-        run_check=False,
-        shape=torch.Size(like.shape if shape is None else shape),
-        stride=stride,
-    )
+    size = torch.Size(like.shape if shape is None else shape)
+    # from_local would move it to the mesh's device, where offloaded shards are not.
+    spec = copy.copy(like._spec)  # type: ignore[attr-defined]
+    spec.tensor_meta = TensorMeta(size, stride, local.dtype)
+    made: Tensor = DTensor(local.detach(), spec, requires_grad=False)
+    return made
 
 
 def placed_grad(param: Tensor, what: str) -> Tensor:

@@ -38,8 +38,6 @@ from fusedopt._rules import is_never_negative, rule_info
 from fusedopt._sharded import is_sharded, local_of, mesh_of, placements_of, wrap
 from fusedopt._watched_state import ParameterState, values_of
 
-# What every process has as a whole.
-WHOLE = ("step", ORDER)
 # Bytes of a state tensor that has a buffer of its own.
 LARGE = 2**18
 
@@ -90,7 +88,7 @@ def complete_states(
             made = convert_states(initial_state(member, values), member)
             wanted[param].update({k: made.get(k) for k in keys if k not in present})
             has_codes = any(part_of(key) == CODE for key in keys)
-            if has_codes and (order := order_of(member.param)) is not None:
+            if has_codes and (order := order_of(member.local)) is not None:
                 wanted[param][ORDER] = order
     for param, values in allocate(members, wanted).items():
         if values:
@@ -184,7 +182,8 @@ def allocate(
             continue
         for key in wanted.get(member.param, {}):
             if key == ORDER:
-                made[member.param][key] = wanted[member.param][key].clone()
+                order = wanted[member.param][key].clone()
+                made[member.param][key] = as_stored(member, key, order)
                 continue
             # One buffer per dtype of the parameters, so that it has the layout of theirs. A large
             # tensor has one of its own: nothing is gained, and all of a buffer stays as long as
@@ -209,8 +208,10 @@ def allocate(
 
 def as_stored(member: Member, key: str, value: Any) -> Any:
     """A value of a member's state as it stands in the dictionary: sharded, as the parameter is."""
-    if not member.is_sharded or key in WHOLE or not isinstance(value, Tensor):
+    if not member.is_sharded or key == "step" or not isinstance(value, Tensor):
         return value
+    if key == ORDER:
+        return order_of(member.param)
     return wrap(value, member.param, shape_of(key, member.param) if part_of(key) == SCALE else None)
 
 
@@ -225,9 +226,16 @@ def local_values(member: Member, values: Mapping[str, Any], keys: Container[str]
     """
     result = dict(values)
     for key, value in values.items():
-        if key in keys and key not in WHOLE and isinstance(value, Tensor):
-            _check_placed(member, key, value)
-            result[key] = local_of(value)
+        if key not in keys or key == "step" or not isinstance(value, Tensor):
+            continue
+        if key == ORDER:
+            # Strides of the whole; those of the shard may be others.
+            if member.is_sharded and are_strides_of(value, member.param):
+                in_order = is_in_order(value, member.param)
+                result[key] = order_of(member.local) if in_order else value
+            continue
+        _check_placed(member, key, value)
+        result[key] = local_of(value)
     return result
 
 
@@ -381,7 +389,7 @@ def convert_states(values: Mapping[str, Any], member: Member) -> dict[str, Any]:
         code, scale = values[name + CODE], values.get(name + SCALE)
         if scale is None or name in result and not codes:
             continue
-        if codes and is_in_order(old_order, member.param):
+        if codes and is_in_order(old_order, local):
             code, scale = in_blocks_of(local, code, scale, squares(name))
             result |= {name + CODE: code, name + SCALE: scale}
             result.pop(name, None)
@@ -392,8 +400,8 @@ def convert_states(values: Mapping[str, Any], member: Member) -> dict[str, Any]:
             code, scale = encode(result.pop(name), local, squares(name))
             result |= {name + CODE: code, name + SCALE: scale}
     if any(part_of(k) == CODE for k in result):
-        there = old_order is not None and is_in_order(old_order, member.param)
-        order = old_order if there else order_of(member.param)
+        there = old_order is not None and is_in_order(old_order, local)
+        order = old_order if there else order_of(local)
         if order is not None:
             result[ORDER] = order
     return result

@@ -14,7 +14,7 @@ from fusedopt._counts import FirstCounts
 from fusedopt._extension import _C
 from fusedopt._flat import FlatGradients, find_buffer
 from fusedopt._members import Group, Member, list_members
-from fusedopt._norms import CutNorm, NormGroup
+from fusedopt._norms import CutNorm, NormGroup, SkippedElsewhere
 from fusedopt._plans import make_plan
 from fusedopt._sharded import placed_grad, whole_of
 from fusedopt._states import replace_values
@@ -101,18 +101,27 @@ class SteppingOptimizer(Optimizer):
 
         state = self.state  # which another thread may replace meanwhile
         if self._cut_norm is not None:
+            self._check_no_capture()
             self._cut_norm.gathered = False
+        grads: list[tuple[Tensor, Tensor]] = []
         try:
-            missing = self._take_step(self._plan or self._make_plan(state), state)
+            missing = self._take_step(self._plan or self._make_plan(state), state, grads)
             if missing is not None:
-                self._step_anew(missing, state)
-        except Exception:
-            self._tell_others()
+                self._step_anew(missing, state, grads)
+        except SkippedElsewhere:
+            pass
+        except Exception as error:
+            self._tell_others(error)
             raise
         return loss
 
-    def _take_step(self, plan: _C.Plan, state: Mapping[Tensor, Any]) -> list[int] | None:
+    def _take_step(
+        self, plan: _C.Plan, state: Mapping[Tensor, Any], grads: list[tuple[Tensor, Tensor]]
+    ) -> list[int] | None:
         """Step by a plan; see _C.Plan.step.
+
+        Args:
+            grads: what was redistributed for this step, to which more is added.
 
         Returns:
             None where it is done, else the positions of the parameters that lack state.
@@ -121,12 +130,13 @@ class SteppingOptimizer(Optimizer):
         found_inf = whole_of(getattr(self, "found_inf", None))
         clip, norm = self._max_grad_norm, self._cut_norm
         add_up = None if clip is None or norm is None else norm.add_up
-        grads: list[tuple[Tensor, Tensor]] = []
         while True:
             lacks = plan.step(
                 self.param_groups, state, grad_scale, found_inf, clip, None, grads, add_up
             )
             if lacks is None:
+                if add_up is not None and norm is not None and not norm.gathered:
+                    norm.skip()  # for an Inf that this process has found
                 return None
             if not lacks.gradients:
                 return lacks.states
@@ -139,15 +149,34 @@ class SteppingOptimizer(Optimizer):
         what = type(self).__name__
         return [(m.param, placed_grad(m.param, f"{what}: {m.name}")) for m in those]
 
-    def _tell_others(self) -> None:
+    def _tell_others(self, error: Exception) -> None:
         """Let other processes, that wait for this one's gradients, know that it cannot step."""
         if self._max_grad_norm is None:
             return
-        norm = self._cut_norm or self._make_norm()
-        if norm.groups and not norm.gathered:
-            norm.fail()
+        try:
+            norm = self._cut_norm or self._make_norm()
+            if norm.groups and not norm.gathered:
+                norm.fail()
+        except Exception as other:
+            error.add_note(f"The other processes could not be told: {other}")
 
-    def _step_anew(self, missing: list[int], state: MutableMapping[Tensor, Any]) -> None:
+    def _check_no_capture(self) -> None:
+        if self._max_grad_norm is not None and any(map(_C.is_capturing, self._devices())):
+            raise RuntimeError(
+                f"{type(self).__name__}: a step with max_grad_norm whose gradients are cut among "
+                "processes cannot be captured into a CUDA graph, as the host adds up their norm"
+            )
+
+    def _devices(self) -> set[torch.device]:
+        first = next(self._params(), None)
+        return set() if first is None else {first.device}
+
+    def _step_anew(
+        self,
+        missing: list[int],
+        state: MutableMapping[Tensor, Any],
+        grads: list[tuple[Tensor, Tensor]],
+    ) -> None:
         """Step by a new plan, in which the parameters at these positions get their state.
 
         The first one only tells which parameters lack state, where something else has changed.
@@ -163,7 +192,7 @@ class SteppingOptimizer(Optimizer):
                         new[id(param)] = param
                         values = state.get(param)
                         before.append((param, dict(values) if values is not None else None))
-                found = self._take_step(self._make_plan(state, new.values()), state)
+                found = self._take_step(self._make_plan(state, new.values()), state, grads)
                 if found is None:
                     return
                 missing = found

@@ -177,14 +177,8 @@ class Plan {
     outdated_.clear();
     spans_.clear();
     if (!read_options(groups)) return false;
-    if (!states_.are_found(state)) {
-      if (!list_.all(groups, table_)) return false;
-      for (size_t at = 0; at < entries_.size(); ++at)
-        if (list_.params[at] != entries_[at].param) return false;
-      if (!states_.find(state, members_, entries_)) return false;
-    }
-    if (!look_at_all(groups)) return false;
-    if (sharded_ && !are_placed(groups)) return false;
+    if (!look_at_all(groups, state)) return false;
+    if (sharded_ && !are_placed(groups, state)) return false;
     bool moved = false;
     for (int64_t i = 0; i < walked(); ++i) {
       const size_t at = position(i);
@@ -216,7 +210,13 @@ class Plan {
     return missing_.empty() && !(moved && may_overlap(active_, entries_));
   }
 
-  bool look_at_all(const py::list& groups) {
+  bool look_at_all(const py::list& groups, const py::object& state) {
+    if (!states_.are_found(state)) {
+      if (!list_.all(groups, table_)) return false;
+      for (size_t at = 0; at < entries_.size(); ++at)
+        if (list_.params[at] != entries_[at].param) return false;
+      if (!states_.find(state, members_, entries_)) return false;
+    }
     if (!(partial_ ? list_.some(groups, table_, entries_, *partial_) : list_.all(groups, table_)))
       return false;
     if (!states_.look_into_others(members_, entries_)) return false;
@@ -226,7 +226,7 @@ class Plan {
 
   // Whether all gradients of sharded parameters are placed as these are. Another look is taken
   // where Python had to be asked.
-  bool are_placed(const py::list& groups) {
+  bool are_placed(const py::list& groups, const py::object& state) {
     for (int64_t i = 0; i < walked(); ++i) {
       const size_t at = position(i);
       if (found_[at] != unknown()) continue;
@@ -235,7 +235,7 @@ class Plan {
     }
     if (!shards_.has_unknown()) return true;
     shards_.find_misplaced(members_, misplaced_);
-    if (!misplaced_.empty() || !look_at_all(groups)) return false;
+    if (!misplaced_.empty() || !look_at_all(groups, state)) return false;
     for (int64_t i = 0; i < walked(); ++i)
       if (found_[position(i)] == unknown()) return false;
     return true;

@@ -101,6 +101,10 @@ class StateFinder {
     m.values = value_of(state, m.param);
     if (m.values == nullptr) return false;
     if (!watched) held_.push_back(py::reinterpret_borrow<py::object>(m.values));
+    if (e.sharded) {  // which may have another local tensor by now
+      e.local = dtensors.local(m.param);
+      if (e.local == nullptr || dtensors.spec(m.param) != m.spec.ptr()) return false;
+    }
     if (watched && reinterpret_cast<PyObject*>(Py_TYPE(m.values)) == watched_values_)
       return take(m, e);
     looked_into_.push_back(at);

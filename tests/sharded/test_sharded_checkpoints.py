@@ -159,6 +159,49 @@ def torchs(case: Case, there: bool, sharded_first: bool) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+class Mixed(nn.Module):
+    """Shards of columns, in codes, and a plain tensor beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        mesh = mesh_of((dist.get_world_size(),))
+        width = 256 * dist.get_world_size()
+        columns, plain = drawn([(16, width), (5, 70)], torch.float32, 3)
+        self.columns = nn.Parameter(sharded(columns, mesh, (Shard(1),)))
+        self.plain = nn.Parameter(plain)
+
+
+def mixed(folder: Path) -> None:
+    case, _, options, codes = choices()["float32-int8-adamw-amsgrad"]
+    runs = []
+    for _ in range(3):
+        model = Mixed()
+        runs.append((model, case.ours(model.parameters(), **options, **codes)))
+    (model, optimizer), (loaded_model, loaded), (_, by_state_dict) = runs
+    train(model, optimizer, range(3))
+    assert "exp_avg_code" in optimizer.state[model.columns]
+    dcp.save(checkpoint_of(model, optimizer), checkpoint_id=folder / "mixed")
+    checkpoint = checkpoint_of(loaded_model, loaded)
+    dcp.load(checkpoint, checkpoint_id=folder / "mixed")
+    loaded_model.load_state_dict(checkpoint["model"])
+    set_optimizer_state_dict(loaded_model, loaded, checkpoint["optim"])
+    by_state_dict.load_state_dict(optimizer.state_dict())
+    runs[2][0].load_state_dict(model.state_dict())
+    for each, its_optimizer in runs:
+        # A group more, so that the plan is made anew.
+        extra = nn.Parameter(torch.ones(3))
+        its_optimizer.add_param_group({"params": [extra]})
+        train(each, its_optimizer, range(3, 5))
+    for other, its_optimizer in runs[1:]:
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            local, its_local = (t.to_local() if isinstance(t, DTensor) else t for t in (p, q))
+            assert_same_bits(local.detach(), its_local.detach())
+            for key, value in optimizer.state[p].items():
+                theirs = its_optimizer.state[q][key]
+                both = [t.to_local() if isinstance(t, DTensor) else t for t in (value, theirs)]
+                assert_same_bits(*both)
+
+
 def wrong_shapes() -> None:
     """All ranks say which parameter it is."""
     mesh = mesh_of((dist.get_world_size(),))
@@ -195,6 +238,7 @@ def trials(world: int) -> dict[str, Trial]:
         if world == 2 and case.row.name == "adamw":
             for name, options in {"here": {}, "from-rank-0": {"cpu_offload": True}}.items():
                 each[f"whole-{name}-{choice}"] = functools.partial(whole, choice, options)
+    each["mixed-24-int8"] = functools.partial(mixed, folder)
     if world == 2:
         for case in {case.name: case for case, *_ in choices().values()}.values():
             if case.row.theirs is None or case.name not in NAMES:

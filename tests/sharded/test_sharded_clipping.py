@@ -147,6 +147,20 @@ def an_error_on_one_rank() -> None:
     assert not torch.equal(params[0].to_local(), before[0]) or before[0].numel() == 0
 
 
+def an_inf_on_one_rank() -> None:
+    """found_inf that ranks do not agree on: none of them steps, and none waits."""
+    mesh = mesh_of((dist.get_world_size(),))
+    param = nn.Parameter(sharded(torch.ones(8, 64), mesh, (Shard(0),)))
+    optimizer = fusedopt.AdamW([param], max_grad_norm=1.0)
+    for step, found in enumerate((0.0, 1.0, 0.0)):
+        param.grad = sharded(torch.ones(8, 64), mesh, (Shard(0),))
+        optimizer.found_inf = torch.tensor(found if dist.get_rank() == 0 else 0.0)
+        before = param.to_local().clone()
+        optimizer.step()
+        assert torch.equal(param.to_local(), before) == bool(found), step
+    assert float(optimizer.state[param]["step"]) == 2
+
+
 def trials(world: int) -> dict[str, Trial]:
     each = {
         f"{name}-{layout}": functools.partial(trial, LAYOUTS[world][layout])
@@ -159,6 +173,7 @@ def trials(world: int) -> dict[str, Trial]:
     }
     if world > 1:
         each |= {"no-gradient-here": no_gradient_here, "an-error": an_error_on_one_rank}
+        each |= {"an-inf": an_inf_on_one_rank}
     if world % 2 == 0:
         each |= {"several-meshes": several_meshes}
     return each
