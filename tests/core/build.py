@@ -38,7 +38,8 @@ def one_at_a_time(make: Callable[P, Path]) -> Callable[P, Path]:
     def wrapped(*args: P.args, **options: P.kwargs) -> Path:
         CACHE.mkdir(parents=True, exist_ok=True)
         # Another thread may be building it, or another process.
-        with Path(CACHE, f"{args[0]}.lock").open("w") as lock:
+        name = args[0] if args else make.__name__
+        with Path(CACHE, f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             return make(*args, **options)
 
