@@ -266,7 +266,7 @@ def draw(results: Json, path: Path) -> None:
             axes.annotate(
                 name,
                 (measured[-1]["tensors"], values[-1]),
-                xytext=(8, -3),
+                xytext=(8, -14 if "plain" in name else -3),
                 textcoords="offset points",
                 fontsize=8,
             )
