@@ -43,7 +43,7 @@ from benchmarks.models.text import load_text, text_batches
 from benchmarks.report.case import Json, duration, times, where
 from benchmarks.report.colours import OUR_COLOUR, TORCH_COLOUR
 from benchmarks.report.files import write_json
-from benchmarks.report.pages import block, with_block
+from benchmarks.report.pages import show
 from benchmarks.report.tables import table
 
 ROOT = Path(__file__).parents[1]
@@ -281,11 +281,6 @@ def draw(results: Json, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def page(results: Json, text: str) -> str:
-    """The page of the documentation, with the tables in their place."""
-    return with_block(text, MARKER, block(MARKER, tables(results)))
-
-
 def study(counts: tuple[int, ...], rounds: int, iterations: int) -> Json:
     """Measure everything."""
     torch.manual_seed(0)
@@ -321,10 +316,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.output != RESULTS:
         print(tables(results))
         return 0
-    text = PAGE.read_text()
+    shown = show(PAGE, MARKER, tables(results), check=options.check)
     if options.check:
-        return int(page(results, text) != text)
-    PAGE.write_text(page(results, text))
+        return int(not shown)
     draw(results, PLOT)
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from statistics import median
 
 from benchmarks.report.case import (
@@ -47,6 +48,15 @@ def with_block(text: str, marker: str, new: str) -> str:
     if not (found_begin and found_end):
         raise ValueError(f"no {begin} ... {end} in it")
     return before + new + after
+
+
+def show(page: Path, marker: str, text: str, *, check: bool) -> bool:
+    """Write a text between a page's markers, or only look; whether it was there before."""
+    old = page.read_text()
+    new = with_block(old, marker, block(marker, text))
+    if not check:
+        page.write_text(new)
+    return old == new
 
 
 def measured_cases(results: Json) -> tuple[list[Json], list[str]]:

@@ -31,7 +31,7 @@ from benchmarks.models.parameters import parameter_groups
 from benchmarks.report.case import Json
 from benchmarks.report.colours import OUR_COLOUR, TORCH_COLOUR
 from benchmarks.report.files import write_json
-from benchmarks.report.pages import block, with_block
+from benchmarks.report.pages import show
 from benchmarks.studies.trainings import (
     BETAS,
     DECAYS,
@@ -207,11 +207,6 @@ def draw(results: Json, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def page(results: Json, text: str) -> str:
-    """The page of the documentation, with this table in its place."""
-    return with_block(text, "precision", block("precision", table(results)))
-
-
 def study(options: argparse.Namespace) -> Json:
     """Measure everything."""
     steps = {task: min(most, options.steps) for task, most in STEPS.items()}
@@ -255,10 +250,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.output != RESULTS:
         print(table(results))
         return 0
-    text = PAGE.read_text()
+    shown = show(PAGE, "precision", table(results), check=options.check)
     if options.check:
-        return int(page(results, text) != text)
-    PAGE.write_text(page(results, text))
+        return int(not shown)
     draw(results, PLOT)
     return 0
 

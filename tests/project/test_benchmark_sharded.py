@@ -19,12 +19,6 @@ def test_tables_and_plot(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
-def test_a_page_without_the_place_is_refused() -> None:
-    results = json.loads(sharded.RESULTS.read_text())
-    with pytest.raises(ValueError, match="sharded:begin"):
-        sharded.page(results, "nothing here")
-
-
 @pytest.mark.slow
 def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "sharded.json"
