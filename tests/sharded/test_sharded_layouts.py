@@ -105,6 +105,7 @@ WAYS: dict[str, tuple[tuple[int, ...], Callable[[nn.Module], nn.Module]]] = {
     "fsdp-offloaded": ((2,), fsdp_offloaded),
     "hsdp": ((4,), hsdp),
     "tensor-parallel": ((2,), tensor_parallel),
+    "sequence-parallel": ((2,), sequence_parallel),
     "fsdp-tensor-parallel": ((4,), fsdp_and_tensor_parallel),
 }
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -146,7 +145,3 @@ def choices() -> dict[str, tuple[Case, torch.dtype, Options, Options]]:
                 codes,
             )
     return found
-
-
-def rank() -> int:
-    return dist.get_rank()
