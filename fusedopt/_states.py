@@ -282,7 +282,7 @@ def _like(member: Member, key: str) -> Tensor:
     """A tensor with the device, shape and strides that one of a member's state has."""
     local = member.local.detach()
     shape = member.spec(key).shape
-    return local if shape is None else local.new_empty(()).expand(shape)
+    return local if shape is None else local.new_empty((1,) * len(shape)).expand(shape)
 
 
 def fits(member: Member, key: str, value: Any) -> bool:

@@ -290,3 +290,15 @@ def test_a_remainder_of_numbers_is_refused() -> None:
     values["master_remainder"] = values["master_remainder"].float()
     with pytest.raises(ValueError, match=r"master_remainder.*float32.*expected torch\.bfloat16"):
         fusedopt.AdamW(clone_params(params), master_bits=32).load_state_dict(state_dict)
+
+
+@pytest.mark.parametrize("shape", [(70,), (1, 70), (300,), (2, 70), (1, 300), (4, 300)])
+def test_scales_have_ordinary_strides(shape: tuple[int, ...]) -> None:
+    """Those of one element, too: torch views no other as bytes."""
+    param = nn.Parameter(torch.ones(shape))
+    param.grad = torch.ones(shape)
+    optimizer = fusedopt.AdamW([param], state_dtype="int8", min_8bit_size=0)
+    optimizer.step()
+    scales = optimizer.state[param]["exp_avg_scale"]
+    assert scales.stride() == torch.empty(scales.shape).stride()
+    assert scales.view(torch.uint8).numel() == 4 * scales.numel()
