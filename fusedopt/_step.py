@@ -3,6 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 import torch
@@ -16,12 +17,15 @@ from fusedopt._flat import FlatGradients, find_buffer
 from fusedopt._members import Group, Member, list_members
 from fusedopt._norms import CutNorm, NormGroup, SkippedElsewhere
 from fusedopt._plans import make_plan
-from fusedopt._sharded import placed_grad, whole_of
+from fusedopt._sharded import is_sharded, placed_grad, whole_of
 from fusedopt._states import replace_values
+from fusedopt._watched_state import held_still
 
 # Plans that are made for one step before it gives up: more than one round is needed only where
 # another thread changes what was looked up.
 MOST_PLANS: Final = 20
+# Those of them for which other threads may change state, too.
+FREE_PLANS: Final = 3
 
 
 class SteppingOptimizer(Optimizer):
@@ -184,7 +188,7 @@ class SteppingOptimizer(Optimizer):
         new: dict[int, Tensor] = {}
         before: list[tuple[Tensor, Any]] = []
         try:
-            for _ in range(MOST_PLANS):
+            for number in range(MOST_PLANS):
                 params = [*self._params()]
                 for param in (params[i] for i in missing if i < len(params)):
                     if id(param) not in new:
@@ -192,7 +196,8 @@ class SteppingOptimizer(Optimizer):
                         new[id(param)] = param
                         values = state.get(param)
                         before.append((param, dict(values) if values is not None else None))
-                found = self._take_step(self._make_plan(state, new.values()), state, grads)
+                with self._states_held(number):
+                    found = self._take_step(self._make_plan(state, new.values()), state, grads)
                 if found is None:
                     return
                 missing = found
@@ -206,6 +211,14 @@ class SteppingOptimizer(Optimizer):
                 if not values:
                     self._workspace.forget_begun(param)
             raise
+
+    def _states_held(self, number: int) -> AbstractContextManager[object]:
+        """For the plan of this number: lets no other thread change state, where that may help.
+
+        Steps that wait for other processes never hold it: these may be threads that change state.
+        """
+        waits = self._norm_group is not None or any(map(is_sharded, self._params()))
+        return nullcontext() if number < FREE_PLANS or waits else held_still()
 
     def _check_capture(self, param: Tensor) -> None:
         if _C.is_capturing(param.device):

@@ -5,6 +5,7 @@ a thousand of them to find that one was exchanged, they tell of their changes. C
 content need no telling: the memory is the tensor's own.
 """
 
+import contextlib
 import copy
 import os
 import threading
@@ -30,6 +31,11 @@ def _renew_lock() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
+
+
+def held_still() -> contextlib.AbstractContextManager[object]:
+    """Within it no other thread changes such a dictionary; it waits."""
+    return _changing
 
 
 class _WatchedDict(dict):  # type: ignore[type-arg]

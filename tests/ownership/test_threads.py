@@ -22,7 +22,7 @@ import fusedopt
 
 PACKAGES: dict[str, Any] = {"fusedopt": fusedopt, "torch": torch.optim}
 # Gradients are one of these throughout: from their sum follows how often each of them was used.
-SMALL_GRADIENT, LARGE_GRADIENT = 1.0, 4096.0
+SMALL_GRADIENT, LARGE_GRADIENT = 1.0, 65536.0
 
 
 class Size:

@@ -145,7 +145,7 @@ def test_states_that_must_not_be_codes(tree: Path) -> None:
     code = """if True:
         import torch, fusedopt
         try:
-            fusedopt.Quartet([torch.zeros(5000)], state_dtype="int8")
+            fusedopt.Quartet([torch.ones(5000, requires_grad=True)], state_dtype="int8")
         except ValueError as error:
             print(error)
     """
