@@ -15,7 +15,7 @@ WORKERS = $$($(PY) -c 'import os, xdist; \
   print("-n", min(4, len(os.sched_getaffinity(0))), "--dist worksteal")' 2>/dev/null)
 SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help env build demo test test-all bench bench-quick lint format check-binary check-tables tables gpu-check dist clean
+.PHONY: help env integrations build demo test test-all bench bench-quick lint format check-binary check-tables tables gpu-check dist clean
 
 help:  ## list the targets
 	@echo 'Each sets up what it needs. PYTHON=python3.12 chooses what .venv is made from;'
@@ -40,13 +40,25 @@ $(VENV)/installed.txt: pyproject.toml
 	@cmp -s $(VENV)/wanted.txt $@ || $(PY) -m pip install --requirement $(VENV)/wanted.txt
 	@mv $(VENV)/wanted.txt $@
 
+# What the slow tests train with, where it is not there yet.
+ifeq ($(strip $(VENV)),)
+integrations:
+else
+integrations: env
+	@$(PY) -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*project["optional-dependencies"]["integrations"], sep="\n")' > $(VENV)/wanted.txt
+	@cmp -s $(VENV)/wanted.txt $(VENV)/integrations.txt || \
+	  $(PY) -m pip install --no-build-isolation --requirement $(VENV)/wanted.txt
+	@mv $(VENV)/wanted.txt $(VENV)/integrations.txt
+endif
+
 demo: build  ## train two real models with torch.optim and with fusedopt, side by side
 	$(PY) -m benchmarks.demo $(ARGS)
 
 test: build  ## run the tests, but those that are slow
 	$(PY) -m pytest -m "not slow" $(WORKERS) $(ARGS)
 
-test-all: build  ## run all tests; ARGS="-m slow": those that make test leaves out
+test-all: build integrations  ## run all tests; ARGS="-m slow": those that make test leaves out
 	$(PY) -m pytest $(ARGS)
 
 build: env  ## build the compiled module in place (quick when nothing changed)

@@ -41,6 +41,33 @@ def with_own_options(group: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[
     return theirs | {key: ours[key] for key in OWN_OPTIONS if key in ours}
 
 
+def check_saved_by(caller: str, members: Iterable[Member], state: Mapping[Tensor, Any]) -> None:
+    """Raise TypeError for states that FSDP1's functions cannot put together, before they try.
+
+    These take all that has dimensions for as long as the flat parameter, all of one dtype where
+    views of it are stepped, and load no integers. What a rank saves of its own is its own affair.
+
+    Args:
+        caller: the module that asks for the state_dict.
+    """
+    if not caller.startswith("torch.distributed."):
+        return
+    for member in members:
+        if not getattr(member.param, "_fsdp_flattened", False):
+            continue
+        whole = getattr(member.param, "_is_flat_param", False)
+        for key, value in values_of(state, member.param).items():
+            part = part_of(key)
+            if part is None or (part in MASTERS and whole and value.is_floating_point()):
+                continue
+            raise TypeError(
+                f"{member.group.optimizer}: {key!r} of {member.name} cannot be saved by functions "
+                "for FullyShardedDataParallel, which take every state for one of the parameter's "
+                "shape and of one dtype; save each rank's optimizer.state_dict() and load it at "
+                "the same number of ranks, or use fully_shard, with which all of it can be saved"
+            )
+
+
 def options_when_loaded(
     loaded: Sequence[Mapping[str, Any]],
     groups: Sequence[Mapping[str, Any]],

@@ -31,14 +31,25 @@ class NormGroup:
         )
 
 
-def check_norm_group(optimizer: str, params: Iterable[Tensor]) -> None:
-    """Raise ValueError for a parameter of FSDP1, a part of the model that does not say of what."""
-    if any(getattr(param, "_fsdp_flattened", False) for param in params):
-        raise ValueError(
-            f"{optimizer}: max_grad_norm with parameters that FullyShardedDataParallel has "
-            "flattened: each process would clip by the norm of its own part; give norm_group= the "
-            "process group that shards them"
-        )
+def check_norm_group(optimizer: str, params: Iterable[Tensor], given: bool) -> None:
+    """Raise ValueError for parameters that others have cut, and that do not say how.
+
+    Args:
+        given: whether the group is known that cuts them.
+    """
+    for param in params:
+        if hasattr(param, "ds_id"):
+            raise ValueError(
+                f"{optimizer}: max_grad_norm with parameters of DeepSpeed's ZeRO stage 3, which "
+                "are not stepped all at once; give gradient_clipping in DeepSpeed's configuration "
+                "instead"
+            )
+        if not given and getattr(param, "_fsdp_flattened", False):
+            raise ValueError(
+                f"{optimizer}: max_grad_norm with parameters that FullyShardedDataParallel has "
+                "flattened: each process would clip by the norm of its own part; give norm_group= "
+                "the process group that shards them"
+            )
 
 
 class SkippedElsewhere(Exception):

@@ -1,5 +1,6 @@
 """FusedOptimizer, which all optimizers are: the constructor, parameter groups and the step."""
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from fusedopt._checkpoint import (
     LOADED,
     Copied,
     Given,
+    check_saved_by,
     options_when_loaded,
     own_states,
     states_by_param,
@@ -32,7 +34,7 @@ from fusedopt._masters import (
     with_known_weights,
 )
 from fusedopt._members import Group, check_members, is_ready, list_members
-from fusedopt._norms import NormGroup, check_norm_group
+from fusedopt._norms import NormGroup
 from fusedopt._rules import state_keys
 from fusedopt._sharded import is_sharded
 from fusedopt._states import is_begun, note_begun
@@ -126,8 +128,8 @@ class FusedOptimizer(SteppingOptimizer):
         added = self._group(index, self.param_groups[index])
         try:
             added.check_options()
-            if self._max_grad_norm is not None and self._norm_group is None:
-                check_norm_group(type(self).__name__, added.params)
+            if self._max_grad_norm is not None:
+                self._check_norm_group(added.params)
             # Others are looked at when they first have a gradient, as in torch.
             check_members(m for m in list_members([added]) if is_ready(m.param))
             if self._flat and any(is_sharded(p) for p in added.params):
@@ -169,9 +171,8 @@ class FusedOptimizer(SteppingOptimizer):
                 raise ValueError(
                     f"{type(self).__name__}: max_grad_norm is {value}; expected at least 0, or None"
                 )
-            if self._norm_group is None:
-                groups = getattr(self, "param_groups", ())
-                check_norm_group(type(self).__name__, (p for g in groups for p in g["params"]))
+            groups = getattr(self, "param_groups", ())
+            self._check_norm_group(p for g in groups for p in g["params"])
         self._max_grad_norm = value
 
     @property
@@ -187,12 +188,18 @@ class FusedOptimizer(SteppingOptimizer):
     # -- checkpoints --------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's: plain dictionaries, the tensors themselves (not copies of them)."""
+        """As torch's: plain dictionaries, the tensors themselves (not copies of them).
+
+        Raises:
+            TypeError: where FSDP1's functions ask for states that they cannot take.
+        """
 
         def to_plain_state(_: Optimizer, state_dict: dict[str, Any]) -> None:
             packed = plain(state_dict["state"])
             state_dict["state"] = without_skipped_first(packed, self._first_counts, self._groups())
 
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        check_saved_by(caller, list_members(self._groups()), self.state)
         self._forget_outdated_masters()
         handle = self.register_state_dict_post_hook(to_plain_state, prepend=True)
         try:

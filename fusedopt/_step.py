@@ -15,7 +15,7 @@ from fusedopt._counts import FirstCounts
 from fusedopt._extension import _C
 from fusedopt._flat import FlatGradients, find_buffer
 from fusedopt._members import Group, Member, list_members
-from fusedopt._norms import CutNorm, NormGroup, SkippedElsewhere
+from fusedopt._norms import CutNorm, NormGroup, SkippedElsewhere, check_norm_group
 from fusedopt._plans import make_plan
 from fusedopt._sharded import is_sharded, placed_grad, whole_of
 from fusedopt._states import replace_values
@@ -229,6 +229,8 @@ class SteppingOptimizer(Optimizer):
 
     def _make_plan(self, state: MutableMapping[Tensor, Any], new: Iterable[Tensor] = ()) -> _C.Plan:
         """Look up everything that steps walk over; make state for the parameters in new."""
+        if self._max_grad_norm is not None:
+            self._check_norm_group(self._params())
         norm = self._make_norm()
         self._plan = make_plan(
             type(self).__name__,
@@ -248,6 +250,9 @@ class SteppingOptimizer(Optimizer):
     def _make_norm(self) -> CutNorm:
         group = None if self._norm_group is None else self._norm_group.group
         return CutNorm(type(self).__name__, self._params(), group)
+
+    def _check_norm_group(self, params: Iterable[Tensor]) -> None:
+        check_norm_group(type(self).__name__, params, given=self._norm_group is not None)
 
     def _flat_grad(self, member: Member) -> int:
         """The address of a member's flat gradient; 0 for none. Warns of a lost parameter."""

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from support.ranks import Trial, check
 from support.training import assert_same_bits
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FullStateDictConfig, StateDictType
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp.api import FullOptimStateDictConfig
@@ -28,13 +29,15 @@ def model_of(seed: int = 0) -> nn.Module:
     return model
 
 
-def backward(model: nn.Module, step: int, scale: float = 1.0) -> None:
+def backward(model: nn.Module, step: int) -> None:
     x = torch.randn(4, 9, generator=torch.Generator().manual_seed(step))
-    (model(x).square().mean() * scale).backward()
+    dtype = next(model.parameters()).dtype
+    model(x.to(dtype)).float().square().mean().backward()
 
 
-def fsdp1(use_orig_params: bool) -> nn.Module:
-    return FSDP(model_of(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+def fsdp1(use_orig_params: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
+    model = model_of().to(dtype)
+    return FSDP(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
 
 
 def refused_without_a_group() -> None:
@@ -75,14 +78,20 @@ def clipped_as_a_whole() -> None:
         pickle.dumps(ours)
 
 
-def restored(cls: Any, orig: bool) -> list[dict[str, torch.Tensor]]:
-    """The states of each parameter, and what optim_state_dict and its loading make of them."""
-    model = fsdp1(orig)
-    optimizer = cls(model.parameters(), lr=0.01)
+def trained(cls: Any, orig: bool, **options: Any) -> tuple[nn.Module, Any]:
+    dtype = torch.bfloat16 if "master_bits" in options else torch.float32
+    model = fsdp1(orig, dtype)
+    optimizer = cls(model.parameters(), lr=0.01, **options)
     for step in range(2):
         optimizer.zero_grad()
         backward(model, step)
         optimizer.step()
+    return model, optimizer
+
+
+def restored(cls: Any, orig: bool, **options: Any) -> list[dict[str, torch.Tensor]]:
+    """The states of each parameter, and what optim_state_dict and its loading make of them."""
+    model, optimizer = trained(cls, orig, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         FSDP.set_state_dict_type(
@@ -92,7 +101,7 @@ def restored(cls: Any, orig: bool) -> list[dict[str, torch.Tensor]]:
             FullOptimStateDictConfig(rank0_only=False),
         )
         gathered = copy.deepcopy(FSDP.optim_state_dict(model, optimizer))
-        resumed = cls(model.parameters(), lr=0.01)
+        resumed = cls(model.parameters(), lr=0.01, **options)
         resumed.load_state_dict(FSDP.optim_state_dict_to_load(model, resumed, gathered))
     both = []
     for p in model.parameters():
@@ -109,9 +118,35 @@ def fsdp1_state(orig: bool) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
 
 
+def fsdp1_stored(orig: bool, options: dict[str, Any]) -> None:
+    """Whole flat parameters come back bit for bit; of views, torch changes moments."""
+    before, after, *_ = restored(fusedopt.AdamW, orig, **options)
+    assert before.keys() == after.keys()
+    if not orig:
+        assert_same_bits(before, after)
+
+
+def fsdp1_refused(orig: bool, key: str, options: dict[str, Any]) -> None:
+    """By each of torch's ways, before it does anything; but each rank may save its own."""
+    model, optimizer = trained(fusedopt.AdamW, orig, **options)
+    message = rf"AdamW: '{key}' of .* fully_shard"
+    for kind in (StateDictType.FULL_STATE_DICT, StateDictType.SHARDED_STATE_DICT):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with FSDP.state_dict_type(model, kind), pytest.raises(TypeError, match=message):
+                FSDP.optim_state_dict(model, optimizer)
+            with FSDP.state_dict_type(model, kind), pytest.raises(TypeError, match=message):
+                get_optimizer_state_dict(model, optimizer)
+    resumed = fusedopt.AdamW(model.parameters(), lr=0.01, **options)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for p in model.parameters():
+        assert_same_bits(dict(optimizer.state[p]), dict(resumed.state[p]))
+
+
 def zero_redundancy(options: dict[str, Any]) -> None:
     """Each rank steps a part of the parameters and sends them to the others."""
-    model, plain = model_of(), model_of()
+    dtype = torch.bfloat16 if "master_bits" in options else torch.float32
+    model, plain = model_of().to(dtype), model_of().to(dtype)
     ours = ZeroRedundancyOptimizer(
         model.parameters(), optimizer_class=fusedopt.AdamW, lr=0.01, **options
     )
@@ -134,6 +169,16 @@ STORED: dict[str, dict[str, Any]] = {
     "default": {},
     "bfloat16": {"state_dtype": torch.bfloat16},
     "int8": {"state_dtype": "int8", "min_8bit_size": 0},
+    "masters32": {"master_bits": 32},
+    "masters24": {"master_bits": 24},
+}
+# What FSDP1's functions cannot take, with use_orig_params or without.
+REFUSED = {
+    (False, "int8"): "exp_avg_code",
+    (False, "masters24"): "master_remainder",
+    (True, "int8"): "exp_avg_code",
+    (True, "masters24"): "master_remainder",
+    (True, "masters32"): "master_remainder",
 }
 
 
@@ -144,6 +189,13 @@ def trials(world: int) -> dict[str, Trial]:
     }
     for orig in (False, True):
         each[f"fsdp1-orig={orig}"] = functools.partial(fsdp1_state, orig)
+        for name, options in STORED.items():
+            key = REFUSED.get((orig, name))
+            each[f"fsdp1-orig={orig}-{name}"] = (
+                functools.partial(fsdp1_stored, orig, options)
+                if key is None
+                else functools.partial(fsdp1_refused, orig, key, options)
+            )
     for name, options in STORED.items():
         each[f"zero-{name}"] = functools.partial(zero_redundancy, options)
     return each

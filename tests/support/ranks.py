@@ -26,6 +26,7 @@ def _be_rank(rank: int, world: int, port: int, folder: Path, trials: Mapping[str
     """Never returns. What goes wrong lands in a file of the rank's, the trial's name in another."""
     status = 1
     with (folder / f"{rank}.txt").open("w") as log:
+        os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         faulthandler.enable()
         try:
@@ -105,7 +106,8 @@ def check(file: str, world: int, among: str = "", env: Mapping[str, str] | None 
         f"trials = module.trials({world}); "
         f"run_trials({world}, {{k: trials[k] for k in trials if {among!r} in k}})"
     )
-    wrong = json.loads(output_of_program(program, path.parent, env))
+    # Libraries print when they are imported.
+    wrong = json.loads(output_of_program(program, path.parent, env).splitlines()[-1])
     assert not wrong, "\n".join(f"{name}: {what}" for name, what in wrong.items())
 
 
