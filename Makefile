@@ -10,9 +10,9 @@ ARGS ?=
 PY := $(if $(strip $(VENV)),$(VENV)/bin/python,$(PYTHON))
 # The tools that come with the interpreter: $(call tool,ruff)
 tool = "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/$(1)"
-# The tests are shared out among processes where pytest-xdist is installed.
-WORKERS = $$($(PY) -c 'import os, xdist; \
-  print("-n", min(4, len(os.sched_getaffinity(0))), "--dist worksteal")' 2>/dev/null)
+# The tests are shared out among processes where pytest-xdist is installed: $(call workers,how)
+workers = $$($(PY) -c 'import os, xdist; \
+  print("-n", min(4, len(os.sched_getaffinity(0))), "--dist $(1)")' 2>/dev/null)
 SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help env integrations build demo test test-all bench bench-quick lint format check-binary check-tables tables gpu-check dist clean
@@ -56,10 +56,10 @@ demo: build  ## train two real models with torch.optim and with fusedopt, side b
 	$(PY) -m benchmarks.demo $(ARGS)
 
 test: build  ## run the tests, but those that are slow
-	$(PY) -m pytest -m "not slow" $(WORKERS) $(ARGS)
+	$(PY) -m pytest -m "not slow" $(call workers,worksteal) $(ARGS)
 
 test-all: build integrations  ## run all tests; ARGS="-m slow": those that make test leaves out
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(call workers,loadfile) $(ARGS)
 
 build: env  ## build the compiled module in place (quick when nothing changed)
 	@$(PY) setup.py --quiet build_ext --inplace

@@ -52,7 +52,7 @@ PAGE = ROOT / "docs" / "performance.md"
 PLOT = ROOT / "docs" / "images" / "sharded.png"
 MARKER = "sharded"
 
-COUNTS = (100, 1000)
+COUNTS = (100, 1000, 10_000)
 SHAPE = (32, 32)
 ROUNDS = 15
 SECONDS = 12.0  # of rounds, at most, for a number of tensors

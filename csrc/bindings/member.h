@@ -57,6 +57,7 @@ struct Member {
   StateTensors locals{};   // the plain ones of these
   py::object spec;         // of a sharded one, which is not looked into while it is the same object
   py::object grad_spec;    // another one that is equal
+  const void* last_grad_spec = nullptr;  // which may be gone
   Runs runs;
   std::vector<Coding> pieces;  // where it cannot be walked as one span in codes
   std::vector<int64_t> ends;   // the elements up to the end of each piece

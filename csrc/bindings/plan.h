@@ -414,7 +414,7 @@ class Plan {
     ~Forget() {
       plan.states_.release();
       plan.spans_.release();
-      plan.shards_.release();
+      plan.shards_.release(plan.members_);
     }
   };
 

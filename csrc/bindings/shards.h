@@ -75,6 +75,7 @@ class ShardedGradients {
     for (Unknown& each : unknown_) {
       if (!each.arrives && are_equal(each.spec, each.grad_spec)) {
         members[each.at].grad_spec = std::move(each.grad_spec);
+        just_known_.push_back(each.at);
       } else {
         misplaced.push_back(int(each.at));
       }
@@ -82,10 +83,17 @@ class ShardedGradients {
     unknown_.clear();
   }
 
-  // Between steps nothing is held.
-  void release() {
+  // Between steps nothing is held but placements that came twice: to free those of gradients that
+  // are made anew for each step takes longer than to compare them.
+  void release(std::vector<Member>& members) {
     given_.clear();
     unknown_.clear();
+    for (const size_t at : just_known_) {
+      Member& m = members[at];
+      const void* const before = std::exchange(m.last_grad_spec, m.grad_spec.ptr());
+      if (before != m.last_grad_spec) m.grad_spec = py::object();
+    }
+    just_known_.clear();
   }
 
  private:
@@ -98,7 +106,8 @@ class ShardedGradients {
       if (value == nullptr) throw py::error_already_set();
       return py::reinterpret_steal<py::object>(value);
     };
-    return value(a).equal(value(b));
+    const py::object first = value(a), second = value(b);
+    return first.is(second) || first.equal(second);
   }
 
   struct Unknown {
@@ -111,6 +120,7 @@ class ShardedGradients {
   py::str mesh_{"mesh"}, placements_{"placements"};
   std::unordered_map<PyObject*, PyObject*> given_;  // by parameter
   std::vector<Unknown> unknown_;
+  std::vector<size_t> just_known_;
 };
 
 }  // namespace
