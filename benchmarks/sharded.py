@@ -53,6 +53,7 @@ PLOT = ROOT / "docs" / "images" / "sharded.png"
 MARKER = "sharded"
 
 COUNTS = (100, 1000, 10_000)
+MOST = COUNTS[-1]
 SHAPE = (32, 32)
 ROUNDS = 15
 SECONDS = 12.0  # of rounds, at most, for a number of tensors
@@ -69,25 +70,25 @@ class Subject:
     sharded: bool = True
     same_spec: bool = True
     clips_before: bool = False  # by torch's function
-    most: int = 10_000  # tensors; more would take minutes
+    most: int = 1000  # tensors: to make torch's state of more takes minutes
 
 
 ADAMW = torch.optim.AdamW
 SUBJECTS: dict[str, Subject] = {
-    f"{OURS}, plain tensors": Subject(fusedopt.AdamW, sharded=False),
-    f"{OURS}": Subject(fusedopt.AdamW),
-    f"{OURS}, from_local": Subject(fusedopt.AdamW, same_spec=False),
+    f"{OURS}, plain tensors": Subject(fusedopt.AdamW, sharded=False, most=MOST),
+    f"{OURS}": Subject(fusedopt.AdamW, most=MOST),
+    f"{OURS}, from_local": Subject(fusedopt.AdamW, same_spec=False, most=MOST),
     "torch-fused": Subject(functools.partial(ADAMW, fused=True)),
-    "torch-foreach": Subject(functools.partial(ADAMW, foreach=True), most=1000),
-    "torch-forloop": Subject(functools.partial(ADAMW, foreach=False), most=1000),
+    "torch-foreach": Subject(functools.partial(ADAMW, foreach=True)),
+    "torch-forloop": Subject(functools.partial(ADAMW, foreach=False)),
 }
 CLIPPED = functools.partial(fusedopt.AdamW, max_grad_norm=1.0)
 CLIPPING: dict[str, Subject] = {
-    f"{OURS}, plain tensors": Subject(CLIPPED, sharded=False),
-    f"{OURS}": Subject(CLIPPED),
-    f"{OURS}, from_local": Subject(CLIPPED, same_spec=False),
+    f"{OURS}, plain tensors": Subject(CLIPPED, sharded=False, most=MOST),
+    f"{OURS}": Subject(CLIPPED, most=MOST),
+    f"{OURS}, from_local": Subject(CLIPPED, same_spec=False, most=MOST),
     "torch-fused": Subject(functools.partial(ADAMW, fused=True), clips_before=True),
-    "torch-foreach": Subject(functools.partial(ADAMW, foreach=True), clips_before=True, most=1000),
+    "torch-foreach": Subject(functools.partial(ADAMW, foreach=True), clips_before=True),
 }
 KINDS = {"step": SUBJECTS, "clip and step": CLIPPING}
 
