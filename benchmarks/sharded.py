@@ -15,7 +15,6 @@ import argparse
 import functools
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -35,7 +34,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 import fusedopt
-from benchmarks.measure.memory import MemoryEvents
+from benchmarks.measure.memory import MemoryEvents, peak_of_process
 from benchmarks.measure.provenance import provenance
 from benchmarks.models.batch import cross_entropy
 from benchmarks.models.networks import GPT
@@ -191,7 +190,7 @@ def train(rank: int, name: str, folder: str, iterations: int) -> None:
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
         losses.append(loss.item())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_of_process()
     if rank == 0:
         result = {"iteration": seconds[3:], "step": steps[3:], "peak": peak, "loss": losses[-1]}
         Path(folder, "result.json").write_text(json.dumps(result))
@@ -273,6 +272,7 @@ def draw(results: Json, path: Path) -> None:
             )
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.margins(y=0.1)
         axes.set_xlim(right=40 * counts[-1])
         axes.set_title(f"AdamW: {kind}")
         axes.set_xlabel("DTensors of 32 x 32")

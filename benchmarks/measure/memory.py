@@ -74,3 +74,10 @@ def allocated_on_cuda(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     return int(torch.cuda.memory_stats(device)["allocated_bytes.all.allocated"])
+
+
+def peak_of_process() -> int:
+    """The most bytes that this process has had resident. (ru_maxrss is its parent's at first.)"""
+    status = Path("/proc/self/status").read_text()
+    (peak,) = re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.M)
+    return 1024 * int(peak)
