@@ -2,8 +2,9 @@
 
 import functools
 
+import pytest
 import torch
-from support.ranks import Trial, check, worlds
+from support.ranks import Trial, check, check_on_a_gpu, worlds
 from support.sharding import LAYOUTS, Layout, Pair, choices, drawn, in_two_groups, mesh_of
 from support.training import assert_same_bits
 from torch import nn
@@ -92,3 +93,8 @@ def trials(world: int) -> dict[str, Trial]:
 @worlds({4: "adamw"}, every=LAYOUTS)
 def test_same_bits(world: int, among: str) -> None:
     check(__file__, world, among)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_same_bits_on_a_gpu() -> None:
+    check_on_a_gpu(__file__)

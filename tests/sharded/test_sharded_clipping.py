@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from support.ranks import Trial, check, worlds
+from support.ranks import Trial, check, check_on_a_gpu, worlds
 from support.sharding import LAYOUTS, Layout, Pair, drawn, mesh_of, sharded
 from support.training import params_of
 from torch import nn
@@ -17,7 +17,7 @@ import fusedopt
 
 
 def norms_of_all_ranks(norm: torch.Tensor) -> list[float]:
-    everybodys = [torch.zeros(()) for _ in range(dist.get_world_size())]
+    everybodys = [torch.zeros_like(norm) for _ in range(dist.get_world_size())]
     dist.all_gather(everybodys, norm)
     return [float(each) for each in everybodys]
 
@@ -181,3 +181,8 @@ def trials(world: int) -> dict[str, Trial]:
 @worlds({1: "", 2: "", 4: ""}, every=(3,))
 def test_clipping(world: int, among: str) -> None:
     check(__file__, world, among)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_clipping_on_a_gpu() -> None:
+    check_on_a_gpu(__file__)

@@ -1,4 +1,4 @@
-"""Trials on several ranks over gloo, one after the other in the same processes."""
+"""Trials on several ranks over gloo, or one over NCCL, all in turn in the same processes."""
 
 import datetime
 import faulthandler
@@ -18,6 +18,8 @@ import torch.distributed as dist
 from .forks import output_of_program
 
 Trial = Callable[[], None]
+DEVICE = os.environ.get("RANKS_ON", "cpu")
+"""What trials are on."""
 # A trial takes far less; a rank that waits for ever says where.
 SECONDS = 120
 
@@ -32,7 +34,7 @@ def _be_rank(rank: int, world: int, port: int, folder: Path, trials: Mapping[str
         try:
             torch.set_num_threads(1)
             dist.init_process_group(
-                "gloo",
+                "gloo" if DEVICE == "cpu" else "nccl",
                 store=dist.TCPStore("127.0.0.1", port, world, is_master=False),
                 rank=rank,
                 world_size=world,
@@ -109,6 +111,11 @@ def check(file: str, world: int, among: str = "", env: Mapping[str, str] | None 
     # Libraries print when they are imported.
     wrong = json.loads(output_of_program(program, path.parent, env).splitlines()[-1])
     assert not wrong, "\n".join(f"{name}: {what}" for name, what in wrong.items())
+
+
+def check_on_a_gpu(file: str) -> None:
+    """Run those of one rank, of which a GPU is, on it."""
+    check(file, 1, env={"RANKS_ON": "cuda"})
 
 
 def worlds(few: Mapping[int, str], every: Iterable[int]) -> pytest.MarkDecorator:

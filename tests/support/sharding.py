@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.optim import Optimizer
 
 from .optimizers import Options
+from .ranks import DEVICE
 from .storing import CHOICES, Choice, richest_with
 from .training import RICHEST, Case, assert_same_bits, params_of
 
@@ -35,7 +36,7 @@ LAYOUTS: dict[int, dict[str, Layout]] = {
 
 @functools.cache
 def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
-    return init_device_mesh("cpu", shape)
+    return init_device_mesh(DEVICE, shape)
 
 
 def sharded(tensor: Tensor, mesh: DeviceMesh, placements: Placements) -> DTensor:
@@ -54,7 +55,7 @@ def drawn(
     shapes: Iterable[tuple[int, ...]], dtype: torch.dtype, seed: int, scale: float = 1.0
 ) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [(torch.randn(shape, generator=generator) * scale).to(dtype) for shape in shapes]
+    return [(torch.randn(shape, generator=generator) * scale).to(DEVICE, dtype) for shape in shapes]
 
 
 class Pair:
