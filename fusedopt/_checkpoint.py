@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from types import FrameType
 from typing import Any, Final, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fusedopt._formats import CODE, MASTERS, ORDER, OWN_OPTIONS, SCALE, part_of
-from fusedopt._members import Member
+from fusedopt._members import Group, Member
 from fusedopt._rules import state_keys
 from fusedopt._sharded import local_of
 from fusedopt._states import allocate, check_state, convert, local_values
@@ -19,6 +21,11 @@ LOADED: Final = object()
 
 # Under this key a copied or pickled optimizer has what is known of its state besides.
 COPIED: Final = "_copied"
+
+# Who puts states of FSDP1's parameters together, and how far up the stack, behind what others wrap
+# around an optimizer.
+SAVERS_OF_FSDP1: Final = ("torch.distributed.fsdp.", "torch.distributed.checkpoint.state_dict")
+MOST_FRAMES: Final = 6
 
 
 class Copied(NamedTuple):
@@ -41,31 +48,42 @@ def with_own_options(group: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[
     return theirs | {key: ours[key] for key in OWN_OPTIONS if key in ours}
 
 
-def check_saved_by(caller: str, members: Iterable[Member], state: Mapping[Tensor, Any]) -> None:
-    """Raise TypeError for states that FSDP1's functions cannot put together, before they try.
+def check_saved_by(frame: FrameType | None, groups: Iterable[Group]) -> None:
+    """Raise TypeError for ways of storing that FSDP1's functions cannot save, before they try.
 
     These take all that has dimensions for as long as the flat parameter, all of one dtype where
     views of it are stepped, and load no integers. What a rank saves of its own is its own affair.
+    Options decide, which are the same on all ranks; which states there are depends on the rank.
 
     Args:
-        caller: the module that asks for the state_dict.
+        frame: who asks for the state_dict.
     """
-    if not caller.startswith("torch.distributed."):
+    for _ in range(MOST_FRAMES):
+        if frame is None:
+            return
+        if str(frame.f_globals.get("__name__", "")).startswith(SAVERS_OF_FSDP1):
+            break
+        frame = frame.f_back
+    else:
         return
-    for member in members:
-        if not getattr(member.param, "_fsdp_flattened", False):
+    for group in groups:
+        flattened = [p for p in group.params if getattr(p, "_fsdp_flattened", False)]
+        bits = group.options.get("master_bits")
+        of_masters = [p for p in flattened if p.dtype == torch.bfloat16 and bits is not None]
+        whole = all(getattr(p, "_is_flat_param", False) for p in of_masters)
+        if flattened and group.options.get("state_dtype") == "int8":
+            refused = 'state_dtype="int8"'
+        elif of_masters and not (whole and bits == 32):
+            refused = f"master_bits={bits}"
+        else:
             continue
-        whole = getattr(member.param, "_is_flat_param", False)
-        for key, value in values_of(state, member.param).items():
-            part = part_of(key)
-            if part is None or (part in MASTERS and whole and value.is_floating_point()):
-                continue
-            raise TypeError(
-                f"{member.group.optimizer}: {key!r} of {member.name} cannot be saved by functions "
-                "for FullyShardedDataParallel, which take every state for one of the parameter's "
-                "shape and of one dtype; save each rank's optimizer.state_dict() and load it at "
-                "the same number of ranks, or use fully_shard, with which all of it can be saved"
-            )
+        raise TypeError(
+            f"{group.optimizer}: parameter group {group.index}: states with {refused} cannot be "
+            "saved by functions for FullyShardedDataParallel, which take every state for one of "
+            "the parameter's shape and of one dtype; save each rank's optimizer.state_dict() and "
+            "load it at the same number of ranks, or use fully_shard, with which all of it can be "
+            "saved"
+        )
 
 
 def options_when_loaded(

@@ -191,15 +191,14 @@ class FusedOptimizer(SteppingOptimizer):
         """As torch's: plain dictionaries, the tensors themselves (not copies of them).
 
         Raises:
-            TypeError: where FSDP1's functions ask for states that they cannot take.
+            TypeError: where functions for FSDP1 ask for states that they cannot take.
         """
 
         def to_plain_state(_: Optimizer, state_dict: dict[str, Any]) -> None:
             packed = plain(state_dict["state"])
             state_dict["state"] = without_skipped_first(packed, self._first_counts, self._groups())
 
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        check_saved_by(caller, list_members(self._groups()), self.state)
+        check_saved_by(sys._getframe(1), self._groups())
         self._forget_outdated_masters()
         handle = self.register_state_dict_post_hook(to_plain_state, prepend=True)
         try:

@@ -217,8 +217,10 @@ class SteppingOptimizer(Optimizer):
 
         Steps that wait for other processes never hold it: these may be threads that change state.
         """
+        if number < FREE_PLANS:
+            return nullcontext()
         waits = self._norm_group is not None or any(map(is_sharded, self._params()))
-        return nullcontext() if number < FREE_PLANS or waits else held_still()
+        return nullcontext() if waits else held_still()
 
     def _check_capture(self, param: Tensor) -> None:
         if _C.is_capturing(param.device):

@@ -34,7 +34,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def held_still() -> contextlib.AbstractContextManager[object]:
-    """Within it no other thread changes such a dictionary; it waits."""
+    """Within it no other thread changes such a dictionary; it waits.
+
+    Nothing of the user's that may wait for another thread should run in it.
+    """
     return _changing
 
 

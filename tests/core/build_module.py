@@ -18,6 +18,7 @@ def build_module(name: str, cuda: Path, extra_flags: Sequence[str]) -> Path:
     """The module with the loops that ship.
 
     Args:
+        name: one that no build of the core has, which would remove this one as stale.
         cuda: what has the functions of csrc/cuda/cuda.h.
         extra_flags: of the bindings and of that.
     """

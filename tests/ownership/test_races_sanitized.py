@@ -1,4 +1,6 @@
-"""The races of two threads, with a module that tells of each access to memory that was freed."""
+"""The races of two threads, with bindings that tell of each access to memory that was freed.
+
+The loops over elements are those that ship; tests/core has sanitizers for these."""
 
 import json
 from pathlib import Path
@@ -37,7 +39,7 @@ def sanitized() -> dict[str, str]:
     libraries = [run([*CXX, f"-print-file-name={name}"]).strip() for name in names]
     if not all(Path(library).is_absolute() for library in libraries):
         pytest.skip("the compiler has no AddressSanitizer")
-    module = build_module("sanitized", ROOT / "csrc/cuda/none.cpp", FLAGS)
+    module = build_module("bindings-sanitized", ROOT / "csrc/cuda/none.cpp", FLAGS)
     # Python frees nothing when it ends, and torch has some symbols twice.
     options = "detect_leaks=0:detect_odr_violation=0"
     return {

@@ -31,7 +31,8 @@ ALL = ["AdamW", "SGD", "RMSprop", "AdamW-bf16", "AdamW-clip", "AdamW-pipeline"]
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A scenario of which a run takes next to no time, without compiling, which takes longer."""
-    monkeypatch.delitem(IMPLEMENTATIONS, "torch-compiled")
+    for compiled in ("torch-compiled", "deepspeed-cpu"):
+        monkeypatch.delitem(IMPLEMENTATIONS, compiled)
     monkeypatch.setitem(SCENARIOS, "tiny", TINY)
     monkeypatch.setattr(timing, "MIN_SAMPLE_SECONDS", {"cpu": 1e-6, "cuda": 1e-6})
     monkeypatch.setattr(timing, "SETTLE_SECONDS", {"cpu": 0, "cuda": 0})

@@ -120,16 +120,22 @@ def fsdp1_state(orig: bool) -> None:
 
 def fsdp1_stored(orig: bool, options: dict[str, Any]) -> None:
     """Whole flat parameters come back bit for bit; of views, torch changes moments."""
-    before, after, *_ = restored(fusedopt.AdamW, orig, **options)
-    assert before.keys() == after.keys()
-    if not orig:
-        assert_same_bits(before, after)
+    states = restored(fusedopt.AdamW, orig, **options)
+    for before, after in zip(states[::2], states[1::2], strict=True):
+        assert {k: v.dtype for k, v in before.items()} == {k: v.dtype for k, v in after.items()}
+        if not orig:
+            assert_same_bits(before, after)
+            continue
+        theirs = restored(torch.optim.AdamW, orig)
+        for mine, reference in zip(states, theirs, strict=True):
+            for key, value in reference.items():
+                close = {"rtol": 0.05, "atol": 1e-4}  # of bfloat16 states, after two steps
+                torch.testing.assert_close(mine[key].to(value.dtype), value, **close)
 
 
-def fsdp1_refused(orig: bool, key: str, options: dict[str, Any]) -> None:
-    """By each of torch's ways, before it does anything; but each rank may save its own."""
-    model, optimizer = trained(fusedopt.AdamW, orig, **options)
-    message = rf"AdamW: '{key}' of .* fully_shard"
+def assert_refused(model: nn.Module, optimizer: Any, option: str) -> None:
+    """By each of torch's ways, and on each rank before it does anything."""
+    message = rf"AdamW: parameter group 0: states with {option} cannot .* fully_shard"
     for kind in (StateDictType.FULL_STATE_DICT, StateDictType.SHARDED_STATE_DICT):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -137,10 +143,29 @@ def fsdp1_refused(orig: bool, key: str, options: dict[str, Any]) -> None:
                 FSDP.optim_state_dict(model, optimizer)
             with FSDP.state_dict_type(model, kind), pytest.raises(TypeError, match=message):
                 get_optimizer_state_dict(model, optimizer)
+
+
+def fsdp1_refused(orig: bool, option: str, options: dict[str, Any]) -> None:
+    """But each rank may save its own."""
+    model, optimizer = trained(fusedopt.AdamW, orig, **options)
+    assert_refused(model, optimizer, option)
     resumed = fusedopt.AdamW(model.parameters(), lr=0.01, **options)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for p in model.parameters():
         assert_same_bits(dict(optimizer.state[p]), dict(resumed.state[p]))
+
+
+def refused_where_only_one_rank_has_codes() -> None:
+    """The others' parts of the parameters are too small for them."""
+    layers = [nn.Linear(100, 100), *(nn.Linear(5, 5) for _ in range(400))]
+    model = FSDP(nn.ModuleList(layers), use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = fusedopt.AdamW(model.parameters(), state_dtype="int8")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    have = any("exp_avg_code" in values for values in optimizer.state.values())
+    assert have == (dist.get_rank() == 0)
+    assert_refused(model, optimizer, 'state_dtype="int8"')
 
 
 def zero_redundancy(options: dict[str, Any]) -> None:
@@ -174,11 +199,11 @@ STORED: dict[str, dict[str, Any]] = {
 }
 # What FSDP1's functions cannot take, with use_orig_params or without.
 REFUSED = {
-    (False, "int8"): "exp_avg_code",
-    (False, "masters24"): "master_remainder",
-    (True, "int8"): "exp_avg_code",
-    (True, "masters24"): "master_remainder",
-    (True, "masters32"): "master_remainder",
+    (False, "int8"): 'state_dtype="int8"',
+    (False, "masters24"): "master_bits=24",
+    (True, "int8"): 'state_dtype="int8"',
+    (True, "masters24"): "master_bits=24",
+    (True, "masters32"): "master_bits=32",
 }
 
 
@@ -186,15 +211,16 @@ def trials(world: int) -> dict[str, Trial]:
     each: dict[str, Trial] = {
         "refused": refused_without_a_group,
         "clipped": clipped_as_a_whole,
+        "codes-on-one-rank": refused_where_only_one_rank_has_codes,
     }
     for orig in (False, True):
         each[f"fsdp1-orig={orig}"] = functools.partial(fsdp1_state, orig)
         for name, options in STORED.items():
-            key = REFUSED.get((orig, name))
+            option = REFUSED.get((orig, name))
             each[f"fsdp1-orig={orig}-{name}"] = (
                 functools.partial(fsdp1_stored, orig, options)
-                if key is None
-                else functools.partial(fsdp1_refused, orig, key, options)
+                if option is None
+                else functools.partial(fsdp1_refused, orig, option, options)
             )
     for name, options in STORED.items():
         each[f"zero-{name}"] = functools.partial(zero_redundancy, options)
