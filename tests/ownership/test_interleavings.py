@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import fusedopt
 from fusedopt import _watched_state
+from fusedopt._step import FREE_PLANS
 
 
 class Interleaved:
@@ -159,3 +160,49 @@ def outcomes() -> dict[str, str]:
 @pytest.mark.parametrize("change", CHANGES)
 def test_another_thread_at_any_line(change: str) -> None:
     assert not outcomes()[change], outcomes()[change]
+
+
+def overtaken(optimizer: Any) -> list[threading.Thread]:
+    """After each plan that it makes, another thread empties a state; those that did, or will."""
+    threads: list[threading.Thread] = []
+    make_plan = optimizer._make_plan
+    (param,) = optimizer.param_groups[0]["params"]
+
+    def make_and_change(*args: Any) -> Any:
+        plan = make_plan(*args)
+        empty = functools.partial(optimizer.state.__setitem__, param, {})
+        threads.append(threading.Thread(target=empty))
+        threads[-1].start()
+        threads[-1].join(0.1)  # where it has to wait, the step is taken first
+        return plan
+
+    optimizer._make_plan = make_and_change
+    return threads
+
+
+def test_a_step_that_is_overtaken_again_and_again() -> None:
+    """It is taken once: in the end the others wait."""
+    param = nn.Parameter(torch.zeros(50))
+    param.grad = torch.ones(50)
+    optimizer = fusedopt.SGD([param], lr=1.0, momentum=0.9)
+    threads = overtaken(optimizer)
+    optimizer.step()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(param, torch.full((50,), -1.0))
+    assert len(threads) == 1 + FREE_PLANS + 1
+    assert optimizer.state[param] == {}
+
+
+def test_a_step_that_may_wait_for_others_gives_up() -> None:
+    """To hold what threads change that it waits for would have all wait for ever."""
+    param = nn.Parameter(torch.zeros(50))
+    param.grad = torch.ones(50)
+    optimizer = fusedopt.SGD([param], lr=1.0, momentum=0.9)
+    optimizer._norm_group = SimpleNamespace(group=None)
+    threads = overtaken(optimizer)
+    with pytest.raises(RuntimeError, match="SGD: another thread changes .* nothing was stepped"):
+        optimizer.step()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(param, torch.zeros(50))

@@ -35,9 +35,9 @@ OF_BFLOAT16: dict[str, dict[str, Any]] = {
 }
 
 
-def model_of(dtype: torch.dtype = torch.float32) -> nn.Module:
+def model_of(dtype: torch.dtype = torch.float32, width: int = 64) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16))
+    model = nn.Sequential(nn.Linear(16, width), nn.Tanh(), nn.Linear(width, 16))
     for p in model.parameters():
         p.data.copy_(torch.randn(p.shape, generator=generator) / 4)
     return model.to(dtype)
@@ -147,21 +147,40 @@ def same_bits(stage: int, offload: bool, options: Mapping[str, Any]) -> None:
         assert torch.equal(p, q)
 
 
-def same_bits_of_bfloat16(stage: int, options: Mapping[str, Any]) -> None:
-    """Its weights and states are bfloat16 throughout, and those that count are the masters here."""
-    bfloat16 = {
+# DeepSpeed's own float32 weights and states are left out.
+ALL_BFLOAT16 = {
+    "bf16": {
         "enabled": True,
         "bf16_master_weights_and_grads": True,
         "bf16_optimizer_states": True,
     }
+}
+
+
+def same_bits_of_bfloat16(stage: int, options: Mapping[str, Any]) -> None:
+    """The weights that count are the masters here."""
     model = model_of(torch.bfloat16)
     optimizer = fusedopt.AdamW(model.parameters(), lr=0.01, **options)
-    engine = engine_of(model, optimizer, config_of(stage, False, bf16=bfloat16))
+    engine = engine_of(model, optimizer, config_of(stage, False, **ALL_BFLOAT16))
     train(engine, range(5), torch.bfloat16)
     parts = Parts(stage, torch.bfloat16, options)
     parts.train(range(5), torch.bfloat16)
     for p, q in zip(whole(engine), parts.params, strict=True):
         assert torch.equal(p, q)
+
+
+def in_two_groups(stage: int, offload: bool) -> None:
+    """As torch's, each with options of its own; parts do not end where parameters do."""
+    weights = []
+    for package in (fusedopt, torch.optim):
+        model = model_of(width=61)
+        first, second = [*model[0].parameters()], [*model[2].parameters()]
+        groups = [{"params": first, "weight_decay": 0.1}, {"params": second, "lr": 0.001}]
+        engine = engine_of(model, package.AdamW(groups, lr=0.01), config_of(stage, offload))
+        train(engine, range(5))
+        weights.append(whole(engine))
+    for p, q in zip(*weights, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 def mixed_precision(stage: int, offload: bool) -> None:
@@ -191,22 +210,25 @@ def as_documented() -> None:
     assert not any(map(torch.equal, before, whole(names["engine"])))
 
 
-def resumed(stage: int, offload: bool, options: Mapping[str, Any]) -> None:
-    """As one that went on."""
+def resumed(stage: int, offload: bool, options: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """As one that went on; parts do not end where parameters do."""
+    more = {} if dtype == torch.float32 else ALL_BFLOAT16
 
     def make() -> Any:
-        model = model_of()
+        model = model_of(dtype, width=61)
         optimizer = fusedopt.AdamW(model.parameters(), lr=0.01, **options)
-        return engine_of(model, optimizer, config_of(stage, offload))
+        return engine_of(model, optimizer, config_of(stage, offload, **more))
 
-    folders = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(folders)
-    first, second = make(), make()
-    train(first, range(2))
-    first.save_checkpoint(folders[0], tag="two")
-    train(first, range(2, 5))
-    second.load_checkpoint(folders[0], tag="two")
-    train(second, range(2, 5))
+    with tempfile.TemporaryDirectory() as mine:
+        folders = [mine]
+        dist.broadcast_object_list(folders)
+        first, second = make(), make()
+        train(first, range(2), dtype)
+        first.save_checkpoint(folders[0], tag="two")
+        train(first, range(2, 5), dtype)
+        second.load_checkpoint(folders[0], tag="two")
+        dist.barrier()
+    train(second, range(2, 5), dtype)
     for p, q in zip(whole(first), whole(second), strict=True):
         assert torch.equal(p, q)
 
@@ -274,19 +296,22 @@ def trials(world: int) -> dict[str, Trial]:
     for (stage, offload), (choice, options) in itertools.product(stages, CHOICES.items()):
         name = f"{stage}-{'offloaded' if offload else 'there'}-{choice}"
         found[f"bits-{name}"] = functools.partial(same_bits, stage, offload, options)
-        found[f"resumed-{name}"] = functools.partial(resumed, stage, offload, options)
-    for stage, (choice, options) in itertools.product((1, 2, 3), OF_BFLOAT16.items()):
-        found[f"bits-{stage}-bfloat16-{choice}"] = functools.partial(
-            same_bits_of_bfloat16, stage, options
+        found[f"resumed-{name}"] = functools.partial(
+            resumed, stage, offload, options, torch.float32
         )
+    for stage, (choice, options) in itertools.product((1, 2, 3), OF_BFLOAT16.items()):
+        name = f"{stage}-bfloat16-{choice}"
+        found[f"bits-{name}"] = functools.partial(same_bits_of_bfloat16, stage, options)
+        found[f"resumed-{name}"] = functools.partial(resumed, stage, False, options, torch.bfloat16)
     for stage, offload in stages:
         name = f"clipped-{stage}-{'offloaded' if offload else 'there'}"
         found[name] = functools.partial(clipped_by_deepspeed, stage, offload)
     for stage in (1, 2):
         found[f"clipped-{stage}-norm_group"] = functools.partial(clipped_by_norm_group, stage)
     for stage, offload in stages[1:]:
-        name = f"mixed-{stage}-{'offloaded' if offload else 'there'}"
-        found[name] = functools.partial(mixed_precision, stage, offload)
+        name = f"{stage}-{'offloaded' if offload else 'there'}"
+        found[f"mixed-{name}"] = functools.partial(mixed_precision, stage, offload)
+        found[f"groups-{name}"] = functools.partial(in_two_groups, stage, offload)
     found["other-refused"] = clipping_of_stage_3_is_refused
     found["other-as_documented"] = as_documented
     return found
@@ -296,6 +321,6 @@ def trials(world: int) -> dict[str, Trial]:
 @pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
 )
-@pytest.mark.parametrize("among", ["bits", "resumed", "mixed", "clipped", "other"])
+@pytest.mark.parametrize("among", ["bits", "resumed", "mixed", "groups", "clipped", "other"])
 def test_zero(among: str) -> None:
     check(__file__, 2, among)
