@@ -24,7 +24,7 @@ DEVICE = os.environ.get("RANKS_ON", "cpu")
 SECONDS = 120
 
 
-def _be_rank(rank: int, world: int, port: int, folder: Path, trials: Mapping[str, Trial]) -> None:
+def _be_rank(rank: int, world: int, ports: int, folder: Path, trials: Mapping[str, Trial]) -> None:
     """Never returns. What goes wrong lands in a file of the rank's, the trial's name in another."""
     status = 1
     with (folder / f"{rank}.txt").open("w") as log:
@@ -33,6 +33,8 @@ def _be_rank(rank: int, world: int, port: int, folder: Path, trials: Mapping[str
         faulthandler.enable()
         try:
             torch.set_num_threads(1)
+            faulthandler.dump_traceback_later(SECONDS, exit=True)
+            port = int.from_bytes(os.read(ports, 2), "little")
             dist.init_process_group(
                 "gloo" if DEVICE == "cpu" else "nccl",
                 store=dist.TCPStore("127.0.0.1", port, world, is_master=False),
@@ -58,16 +60,18 @@ def _be_rank(rank: int, world: int, port: int, folder: Path, trials: Mapping[str
 
 def _on_ranks(world: int, trials: Mapping[str, Trial]) -> tuple[str, str] | None:
     """The first trial that goes wrong, and what does, in words; None: none."""
-    # On a port that is free.
-    store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)
+    ports, to_ranks = os.pipe()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         ranks: dict[int, int] = {}
         for rank in range(world):
             child = os.fork()
             if child == 0:
-                _be_rank(rank, world, store.port, folder, trials)
+                _be_rank(rank, world, ports, folder, trials)
             ranks[child] = rank
+        # On a free port. Its thread may hold locks, which a fork would then hold for ever.
+        store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)
+        os.write(to_ranks, store.port.to_bytes(2, "little") * world)
         said: list[str] = []
         trial = ""
         while ranks:
@@ -83,6 +87,8 @@ def _on_ranks(world: int, trials: Mapping[str, Trial]) -> tuple[str, str] | None
             time.sleep(1)
             for other in ranks:
                 os.kill(other, signal.SIGKILL)
+        os.close(ports)
+        os.close(to_ranks)
         return (trial, "\n".join(said)) if said else None
 
 
