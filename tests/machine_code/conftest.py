@@ -1,0 +1,46 @@
+"""The machine code of the built module, and the core that says what it has to do."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+from core.build import build
+from core.library import Core
+
+from fusedopt._extension import _C
+
+from .emulator import ARGUMENT, Machine
+from .machine_api import MachineApi, build_machine_api
+from .sass import find_disassembler, read_kernels
+
+
+@pytest.fixture(scope="session")
+def core() -> Core:
+    return Core(build("plain"))
+
+
+@pytest.fixture(scope="session")
+def api() -> MachineApi:
+    return MachineApi(build_machine_api())
+
+
+@pytest.fixture(scope="session")
+def machine_of(api: MachineApi) -> Callable[[str], Machine]:
+    """The machine that runs the code for an architecture."""
+    if not _C.has_cuda:
+        pytest.skip("fusedopt was built without CUDA")
+    disassembler = find_disassembler()
+    if disassembler is None:
+        pytest.skip("there is no cuobjdump; pip install nvidia-cuda-cuobjdump")
+
+    @cache
+    def make(arch: str) -> Machine:
+        return Machine(read_kernels(disassembler, Path(_C.__file__), arch), arch, api)
+
+    return make
+
+
+@pytest.fixture(params=ARGUMENT)
+def machine(request: pytest.FixtureRequest, machine_of: Callable[[str], Machine]) -> Machine:
+    return machine_of(request.param)

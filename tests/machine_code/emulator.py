@@ -1,0 +1,874 @@
+"""The instructions that the step's kernels are made of, executed on the host.
+
+All threads of a block take each instruction together, as one wide warp would: between them the
+kernels only shuffle within 32 lanes. Two instructions are not known to the bit: the quick
+reciprocals and roots (MUFU) are those rounded correctly, or moved by as many units in the last
+place as is asked for, and the check before a quick division (FCHK) sends more to the slow way than
+the hardware may. Indices of constant memory are taken to wrap at 16 bits.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from .machine_api import MachineApi
+from .sass import Instruction
+
+LANES = 256
+WARP = 32
+U32, U64, I32, F32, F64 = np.uint32, np.uint64, np.int32, np.float32, np.float64
+LOW = U64(0xFFFFFFFF)
+FLOAT_NAN, DOUBLE_NAN = U32(0x7FFFFFFF), U64(0x7FFFFFFFFFFFFFFF)
+ROUNDINGS = {"RM": 1, "RP": 2, "RZ": 3}
+# Where the argument and the number of blocks lie in constant memory.
+ARGUMENT = {"sm_90": 0x210, "sm_100": 0x380}
+GRID_SIZE = {"sm_90": 0xC, "sm_100": 0x370}
+MOST_INSTRUCTIONS = 400_000
+
+Lanes = np.ndarray  # a value, or whether, for each lane
+Read = Callable[[], np.ndarray]
+Run = Callable[[Lanes], None]
+
+COMPARISONS: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "EQ": np.equal,
+    "NE": np.not_equal,
+    "LT": np.less,
+    "LE": np.less_equal,
+    "GT": np.greater,
+    "GE": np.greater_equal,
+}
+
+
+class Memory:
+    """What kernels may touch: arrays, at the addresses that they have."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        self._arrays = [array.view(np.uint8).reshape(-1) for array in arrays]
+
+    def places(self, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """The array that all of these lie in, and the places of their bytes."""
+        assert not (addresses % U64(size)).any(), "an address is misaligned"
+        for array in self._arrays:
+            begin = U64(array.ctypes.data)
+            if len(array) and begin <= addresses[0] < begin + U64(len(array)):
+                places = (addresses - begin).astype(np.int64)
+                assert places.min() >= 0 and places.max() + size <= len(array), "out of bounds"
+                return array, places[:, None] + np.arange(size)
+        raise AssertionError(f"nothing lies at {int(addresses[0]):#x}")
+
+
+def canonical(bits: np.ndarray) -> np.ndarray:
+    """Of a float32, as arithmetic writes it."""
+    return np.where((bits & U32(0x7FFFFFFF)) > U32(0x7F800000), FLOAT_NAN, bits)
+
+
+def flushed(bits: np.ndarray) -> np.ndarray:
+    return np.where(bits & U32(0x7F800000), bits, bits & U32(0x80000000))
+
+
+class Block:
+    """A block of a kernel's threads."""
+
+    def __init__(
+        self, code: Sequence[Instruction], arch: str, api: MachineApi, memory: Memory, ulps: int = 0
+    ) -> None:
+        self.code, self.arch, self.api, self.memory, self.ulps = code, arch, api, memory, ulps
+        self.place_of = {instruction.address: i for i, instruction in enumerate(code)}
+        self.constants = np.zeros(1 << 16, np.uint8)
+        self.registers = np.zeros((256, LANES), U32)  # the last one is RZ
+        self.uniform = np.zeros(256, U32)
+        self.predicates = np.zeros((8, LANES), bool)  # the last one is PT
+        self.uniform_predicates = np.zeros(8, bool)
+        self.next = np.zeros(LANES, np.int64)
+        self.done = np.zeros(LANES, bool)
+        self.waits_at = np.full(LANES, -1)
+        self.barriers = np.zeros((16, LANES), bool)
+        self.block = 0
+        self.executed: set[int] = set()
+        self._random = np.random.default_rng(0)
+        self._decoded: dict[int, tuple[Read | None, Run]] = {}
+
+    def run(self, argument: bytes, block: int, blocks: int) -> None:
+        """Run all threads of a block to their ends."""
+        begin, size = ARGUMENT[self.arch], GRID_SIZE[self.arch]
+        self.constants[begin : begin + len(argument)] = np.frombuffer(argument, np.uint8)
+        self.constants[size : size + 4] = np.frombuffer(U32(blocks).tobytes(), np.uint8)
+        self.block = block
+        self.registers[:] = 0
+        self.uniform[:] = 0
+        self.predicates[:7], self.predicates[7] = False, True
+        self.uniform_predicates[:7], self.uniform_predicates[7] = False, True
+        self.next[:], self.done[:], self.waits_at[:] = 0, False, -1
+        self.barriers[:] = False
+        with np.errstate(all="ignore"):
+            for _ in range(MOST_INSTRUCTIONS):
+                ready = ~self.done & (self.waits_at < 0)
+                if not ready.any():
+                    assert self.done.all(), "lanes wait for each other"
+                    return
+                # Those that are behind go first, so that lanes that have parted meet again.
+                place = int(self.next[ready].min())
+                active = ready & (self.next == place)
+                self.next[active] = place + 1
+                self._step(place, active)
+        raise AssertionError("a kernel does not end")
+
+    def _step(self, place: int, active: Lanes) -> None:
+        if place not in self._decoded:
+            instruction = self.code[place]
+            predicate = instruction.predicate
+            run: Run = getattr(self, f"_{instruction.opcode[0].lower()}")(instruction)
+            self._decoded[place] = (self._predicate(predicate) if predicate else None, run)
+        predicate_of, run = self._decoded[place]
+        if predicate_of is not None:
+            active = active & predicate_of()
+            if not active.any():
+                return
+        self.executed.add(place)
+        run(active)
+
+    # -- operands -----------------------------------------------------------------------------
+
+    def _constant(self, text: str, size: int = 4) -> Read:
+        match = re.fullmatch(r"c\[0x0\]\[(?:(U?R\w+)\+?)?(-?0x[0-9a-f]+)?\]", text)
+        assert match is not None, text
+        base, offset = match[1], int(match[2] or "0", 16)
+        dtype = {1: np.uint8, 2: np.uint16, 4: U32}[min(size, 4)]
+        word = np.dtype(dtype).itemsize
+
+        def read() -> np.ndarray:
+            begin = np.full(LANES, offset)
+            if base is not None:
+                begin = begin + self._raw(base)().astype(np.int64)
+            places = begin[:, None] + np.arange(max(size, word))
+            taken = np.ascontiguousarray(self.constants[places & 0xFFFF])
+            found: np.ndarray = taken.view(dtype).astype(U32)
+            return found.T if size > 4 else found[:, 0]
+
+        return read
+
+    def _raw(self, name: str) -> Read:
+        """A register, whatever its bits mean."""
+        if name in ("RZ", "URZ", "SRZ"):
+            return lambda: np.zeros(LANES, U32)
+        number = int(name.lstrip("UR"))
+        if name[0] == "U":
+            return lambda: np.full(LANES, self.uniform[number])
+        return lambda: self.registers[number]
+
+    def _integer(self, text: str, carries: bool = False) -> Read:
+        """Its 32 bits, in 64; the negative of one that carries is 2^32 minus it, also of zero."""
+        if re.fullmatch(r"-?0x[0-9a-f]+", text):
+            value = U64(int(text, 16) & 0xFFFFFFFF)
+            return lambda: np.full(LANES, value)
+        sign, name = (text[0], text[1:]) if text[0] in "-~" else ("", text)
+        raw = self._constant(name) if name.startswith("c[") else self._raw(name)
+        if sign == "~":
+            return lambda: (~raw()).astype(U64)
+        if sign == "-":
+            if carries:
+                return lambda: (~raw()).astype(U64) + U64(1)
+            return lambda: (U32(0) - raw()).astype(U64)
+        return lambda: raw().astype(U64)
+
+    def _float(self, text: str) -> Read:
+        """The bits of a float32."""
+        sign, name = (text[0] == "-", text[1:]) if text[0] in "-+" else (False, text)
+        absolute, name = name.startswith("|"), name.strip("| ")
+        if name.startswith("c["):
+            raw = self._constant(name)
+        elif name[0] in "RU":
+            raw = self._raw(name)
+        else:
+            value = FLOAT_NAN if name == "QNAN" else F32(float(name)).view(U32)
+            raw = lambda: np.full(LANES, value)  # noqa: E731
+        if not (sign or absolute):
+            return raw
+        mask, flip = U32(0x7FFFFFFF if absolute else 0xFFFFFFFF), U32(0x80000000 if sign else 0)
+        return lambda: (raw() & mask) ^ flip
+
+    def _double(self, text: str) -> Read:
+        sign, name = (text[0] == "-", text[1:]) if text[0] in "-+" else (False, text)
+        absolute, name = name.startswith("|"), name.strip("| ")
+        factor = F64(-1 if sign else 1)
+        if name[0] not in "RU":
+            value = factor * F64(float(name))
+            return lambda: np.full(LANES, value)
+        raw = self._pair(name)
+
+        def read() -> np.ndarray:
+            value = raw().view(F64)
+            value = np.abs(value) if absolute else value
+            return np.negative(value) if sign else value
+
+        return read
+
+    def _pair(self, name: str) -> Read:
+        """64 bits of two registers."""
+        if name in ("RZ", "URZ"):
+            return lambda: np.zeros(LANES, U64)
+        if name[0] == "-":
+            positive = self._pair(name[1:])
+            return lambda: ~positive() + U64(1)
+        number = int(name.lstrip("UR").split(".")[0])
+        if name[0] == "U":
+            low, high = (self._raw(f"UR{number + i}") for i in (0, 1))
+        else:
+            low, high = (self._raw(f"R{number + i}") for i in (0, 1))
+        return lambda: low().astype(U64) | high().astype(U64) << U64(32)
+
+    def _predicate(self, text: str) -> Read:
+        negated, name = text.startswith("!"), text.lstrip("!")
+        number = 7 if name.endswith("T") else int(name.lstrip("UP"))
+        if name[0] == "U":
+            read: Read = lambda: np.full(LANES, self.uniform_predicates[number])  # noqa: E731
+        else:
+            read = lambda: self.predicates[number]  # noqa: E731
+        return (lambda: ~read()) if negated else read
+
+    def _write(self, name: str, values: np.ndarray, active: Lanes) -> None:
+        if name in ("RZ", "URZ"):
+            return
+        bits = values if values.dtype == U32 else (values.astype(U64) & LOW).astype(U32)
+        if name[0] == "U":
+            self.uniform[int(name[2:])] = self._common(bits, active)
+        else:
+            self.registers[int(name[1:])][active] = bits[active]
+
+    def _write_pair(self, name: str, values: np.ndarray, active: Lanes) -> None:
+        if name != "RZ":
+            number = int(name[1:])
+            self._write(f"R{number}", values & LOW, active)
+            self._write(f"R{number + 1}", values >> U64(32), active)
+
+    def _write_float(self, name: str, values: np.ndarray, active: Lanes, flush: bool) -> None:
+        bits = canonical(values.astype(F32, copy=False).view(U32))
+        self._write(name, flushed(bits) if flush else bits, active)
+
+    def _write_double(self, name: str, values: np.ndarray, active: Lanes) -> None:
+        bits = np.where(np.isnan(values), DOUBLE_NAN, values.view(U64))
+        self._write_pair(name, bits, active)
+
+    def _write_predicate(self, name: str, values: np.ndarray, active: Lanes) -> None:
+        if name in ("PT", "UPT"):
+            return
+        if name[0] == "U":
+            self.uniform_predicates[int(name[2:])] = self._common(values, active)
+        else:
+            self.predicates[int(name[1:])][active] = values[active]
+
+    @staticmethod
+    def _common(values: np.ndarray, active: Lanes) -> np.generic:
+        chosen = values[active]
+        assert (chosen == chosen[0]).all(), "lanes do not agree on a uniform value"
+        common: np.generic = chosen[0]
+        return common
+
+    def _split(self, operands: Sequence[str]) -> tuple[str, list[str], list[str]]:
+        """The register that is written, the predicates that are, and what is read."""
+        rest = [*operands[1:]]
+        predicates = []
+        while re.fullmatch(r"U?P(\d|T)", rest[0]):
+            predicates.append(rest.pop(0))
+        return operands[0], predicates, rest
+
+    # -- control ------------------------------------------------------------------------------
+
+    def _bra(self, i: Instruction) -> Run:
+        if "DIV" in i.opcode:  # taken where lanes of a warp have parted before a shuffle
+            return lambda active: None
+        target = self.place_of[int(i.operands[-1], 16)]
+        condition = self._predicate(i.operands[0]) if len(i.operands) == 2 else None
+
+        def run(active: Lanes) -> None:
+            self.next[active if condition is None else active & condition()] = target
+
+        return run
+
+    def _exit(self, i: Instruction) -> Run:
+        def run(active: Lanes) -> None:
+            self.done |= active
+            for barrier in np.unique(self.waits_at[self.waits_at >= 0]):
+                self._release(int(barrier))
+
+        return run
+
+    def _bssy(self, i: Instruction) -> Run:
+        barrier = int(i.operands[0][1:])
+
+        def run(active: Lanes) -> None:
+            self.barriers[barrier] |= active
+
+        return run
+
+    def _bsync(self, i: Instruction) -> Run:
+        barrier = int(i.operands[0][1:])
+
+        def run(active: Lanes) -> None:
+            self.waits_at[active] = barrier
+            self._release(barrier)
+
+        return run
+
+    def _release(self, barrier: int) -> None:
+        """Let lanes go on that wait, where all do that have to come."""
+        expected = self.barriers[barrier] & ~self.done
+        if (self.waits_at[expected] == barrier).all():
+            self.waits_at[expected] = -1
+            self.barriers[barrier] = False
+
+    def _call(self, i: Instruction) -> Run:
+        target = self.place_of[int(i.operands[0], 16)]
+
+        def run(active: Lanes) -> None:
+            self.next[active] = target
+
+        return run
+
+    def _ret(self, i: Instruction) -> Run:
+        back = self._raw(i.operands[0].split()[0])
+
+        def run(active: Lanes) -> None:
+            self.next[active] = [self.place_of[int(address)] for address in back()[active]]
+
+        return run
+
+    # -- moves --------------------------------------------------------------------------------
+
+    def _mov(self, i: Instruction) -> Run:
+        value = self._integer(i.operands[1])
+        return lambda active: self._write(i.operands[0], value(), active)
+
+    _umov = _mov
+
+    def _s2r(self, i: Instruction) -> Run:
+        values = {
+            "SR_TID.X": lambda: np.arange(LANES, dtype=U32),
+            "SR_LANEID": lambda: np.arange(LANES, dtype=U32) % U32(WARP),
+            "SR_CTAID.X": lambda: np.full(LANES, self.block, U32),
+        }
+        value = values[i.operands[1]]
+        return lambda active: self._write(i.operands[0], value(), active)
+
+    _s2ur = _s2r
+
+    def _cs2r(self, i: Instruction) -> Run:
+        assert i.operands[1] == "SRZ" and len(i.opcode) == 1, str(i)
+        return lambda active: self._write_pair(i.operands[0], np.zeros(LANES, U64), active)
+
+    def _ldc(self, i: Instruction) -> Run:
+        size = {"64": 8, "128": 16, "U8": 1, "U16": 2}.get(i.opcode[-1], 4)
+        value, to = self._constant(i.operands[1], size), i.operands[0]
+        prefix, number = to.rstrip("0123456789"), int(re.sub(r"\D", "", to))
+
+        def run(active: Lanes) -> None:
+            found = value()
+            for k, word in enumerate(found if size > 4 else [found]):
+                self._write(f"{prefix}{number + k}", word, active)
+
+        return run
+
+    _ldcu = _uldc = _ldc
+
+    def _addresses(self, text: str) -> Read:
+        match = re.fullmatch(r"desc\[UR\d+\]\[(R\d+)\.64\+?(-?0x[0-9a-f]+)?\]", text)
+        assert match is not None, text
+        base, offset = self._pair(match[1]), U64(int(match[2] or "0", 16) & (2**64 - 1))
+        return lambda: base() + offset
+
+    @staticmethod
+    def _size(i: Instruction) -> int:
+        return {"64": 8, "128": 16, "U8": 1, "U16": 2}.get(i.opcode[-1], 4)
+
+    def _ldg(self, i: Instruction) -> Run:
+        addresses, size, number = self._addresses(i.operands[1]), self._size(i), i.operands[0][1:]
+        dtype = {1: np.uint8, 2: np.uint16}.get(size, U32)
+
+        def run(active: Lanes) -> None:
+            array, places = self.memory.places(addresses()[active], size)
+            words = np.ascontiguousarray(array[places]).view(dtype).astype(U32)
+            for k in range(words.shape[1]):
+                self.registers[int(number) + k][active] = words[:, k]
+
+        return run
+
+    def _stg(self, i: Instruction) -> Run:
+        addresses, size, name = self._addresses(i.operands[0]), self._size(i), i.operands[1]
+        count = max(1, size // 4)
+        names = ["RZ"] * count if name == "RZ" else [f"R{int(name[1:]) + k}" for k in range(count)]
+        words = [self._raw(each) for each in names]
+
+        def run(active: Lanes) -> None:
+            array, places = self.memory.places(addresses()[active], size)
+            values = np.stack([word()[active] for word in words], 1)
+            array[places] = np.ascontiguousarray(values).view(np.uint8)[:, :size]
+
+        return run
+
+    # -- integers -----------------------------------------------------------------------------
+
+    def _iadd3(self, i: Instruction) -> Run:
+        to, carries, rest = self._split(i.operands)
+        extended = "X" in i.opcode
+        values = [self._integer(text, not extended) for text in rest[:3]]
+        carried = [self._predicate(text) for text in rest[3:]] if extended else []
+
+        def run(active: Lanes) -> None:
+            total = sum((value() for value in values), np.zeros(LANES, U64))
+            for carry in carried:
+                total = total + carry().astype(U64)
+            self._write(to, total, active)
+            for number, name in enumerate(carries):
+                self._write_predicate(name, total >> U64(32) > U64(number), active)
+
+        return run
+
+    _uiadd3 = _iadd3
+
+    def _viadd(self, i: Instruction) -> Run:
+        a, b = (self._integer(text) for text in i.operands[1:])
+        return lambda active: self._write(i.operands[0], a() + b(), active)
+
+    def _imad(self, i: Instruction) -> Run:
+        to, carries, rest = self._split(i.operands)
+        a, b = self._integer(rest[0]), self._integer(rest[1])
+        wide = "WIDE" in i.opcode
+        if wide or "HI" in i.opcode:
+            assert "U32" in i.opcode and not any(name != "PT" for name in carries), str(i)
+            c = self._pair(rest[2])
+
+            def run_wide(active: Lanes) -> None:
+                total = a() * b() + c()
+                if wide:
+                    self._write_pair(to, total, active)
+                else:
+                    self._write(to, total >> U64(32), active)
+
+            return run_wide
+        c = self._integer(rest[2])
+        carry = self._predicate(rest[3]) if "X" in i.opcode else None
+
+        def run(active: Lanes) -> None:
+            total = a() * b() + c()
+            if carry is not None:
+                total = total + carry().astype(U64)
+            self._write(to, total, active)
+            for name in carries:
+                self._write_predicate(name, total >> U64(32) > U64(0), active)
+
+        return run
+
+    def _lea(self, i: Instruction) -> Run:
+        to, carries, rest = self._split(i.operands)
+        low, added = self._integer(rest[0]), self._integer(rest[1], "HI" not in i.opcode)
+        carry: Read | None = None
+        if "HI" in i.opcode:
+            signed = "SX32" in i.opcode
+            shift = U64(32 - int(rest[2 if signed else 3], 16))
+            high = None if signed else self._integer(rest[2])
+            if "X" in i.opcode:
+                carry = self._predicate(rest[3 if signed else 4])
+
+            def shifted() -> np.ndarray:
+                bits = low()
+                above = high() if high is not None else np.where(bits >> U64(31), LOW, U64(0))
+                return ((above << U64(32) | bits) >> shift) & LOW
+        else:
+            left = U64(int(rest[2], 16))
+
+            def shifted() -> np.ndarray:
+                return (low() << left) & LOW
+
+        def run(active: Lanes) -> None:
+            total = shifted() + added()
+            if carry is not None:
+                total = total + carry().astype(U64)
+            self._write(to, total, active)
+            for name in carries:
+                self._write_predicate(name, total >> U64(32) > U64(0), active)
+
+        return run
+
+    def _shf(self, i: Instruction) -> Run:
+        to, low, by, high = i.operands[0], *(self._integer(text) for text in i.operands[1:])
+        _, direction, kind, *rest = i.opcode
+        takes_high = "HI" in rest
+
+        def run(active: Lanes) -> None:
+            shift, below, above = by(), low(), high()
+            wide = above << U64(32) | below
+            within = np.minimum(shift, U64(31))
+            if direction == "L" and not takes_high:
+                found = np.where(shift < U64(32), below << within, U64(0))
+            elif direction == "L" or kind == "U64":
+                assert (shift[active] < U64(32 if direction == "L" else 64)).all()
+                found = wide << within >> U64(32) if direction == "L" else wide >> shift
+            elif kind == "S32":
+                signed = above.astype(U32).view(I32) >> within.astype(I32)
+                found = signed.view(U32).astype(U64)
+            else:
+                found = np.where(shift < U64(32), above >> within, U64(0))
+            self._write(to, found, active)
+
+        return run
+
+    def _lop3(self, i: Instruction) -> Run:
+        operands = [*i.operands]
+        result = operands.pop(0) if operands[0].startswith("P") else None
+        to, table = operands[0], int(operands[4], 16)
+        inputs = [self._integer(text) for text in operands[1:4]]
+
+        def run(active: Lanes) -> None:
+            values = [value().astype(U32) for value in inputs]
+            found = np.zeros(LANES, U32)
+            for row in range(8):
+                if table >> row & 1:
+                    bits = [v if row >> 2 - k & 1 else ~v for k, v in enumerate(values)]
+                    found |= bits[0] & bits[1] & bits[2]
+            self._write(to, found, active)
+            if result is not None:
+                self._write_predicate(result, found != 0, active)
+
+        return run
+
+    def _plop3(self, i: Instruction) -> Run:
+        inputs = [self._predicate(text) for text in i.operands[2:5]]
+        outputs = list(zip(i.operands[:2], (int(t, 16) for t in i.operands[5:7]), strict=True))
+
+        def run(active: Lanes) -> None:
+            a, b, c = (value().astype(np.int64) for value in inputs)
+            row = 4 * a + 2 * b + c
+            for name, table in outputs:
+                self._write_predicate(name, (table >> row & 1).astype(bool), active)
+
+        return run
+
+    def _prmt(self, i: Instruction) -> Run:
+        assert len(i.opcode) == 1, str(i)
+        low, selector, high = (self._integer(text) for text in i.operands[1:])
+
+        def run(active: Lanes) -> None:
+            wide, chosen, found = high() << U64(32) | low(), selector(), np.zeros(LANES, U64)
+            for k in range(4):
+                which = chosen >> U64(4 * k) & U64(15)
+                byte = wide >> (which & U64(7)) * U64(8) & U64(255)
+                sign = np.where(byte >> U64(7), U64(255), U64(0))
+                found |= np.where(which & U64(8), sign, byte) << U64(8 * k)
+            self._write(i.operands[0], found, active)
+
+        return run
+
+    def _select(self, i: Instruction, read: Callable[[str], Read]) -> Run:
+        a, b, which = read(i.operands[1]), read(i.operands[2]), self._predicate(i.operands[3])
+        return lambda active: self._write(i.operands[0], np.where(which(), a(), b()), active)
+
+    def _sel(self, i: Instruction) -> Run:
+        return self._select(i, self._integer)
+
+    def _fsel(self, i: Instruction) -> Run:
+        return self._select(i, self._float)
+
+    def _set_predicate(self, i: Instruction, result: Read) -> Run:
+        combined = self._predicate(i.operands[4])
+        both = "AND" in i.opcode
+        assert i.operands[1] in ("PT", "UPT"), str(i)
+
+        def run(active: Lanes) -> None:
+            found = result() & combined() if both else result() | combined()
+            self._write_predicate(i.operands[0], found, active)
+
+        return run
+
+    def _isetp(self, i: Instruction) -> Run:
+        a, b = (self._integer(text) for text in i.operands[2:4])
+        name, signed = i.opcode[1], "U32" not in i.opcode
+        compare = COMPARISONS[name]
+        below = self._predicate(i.operands[5]) if "EX" in i.opcode else None
+
+        def result() -> np.ndarray:
+            x, y = a().astype(U32), b().astype(U32)
+            if signed:
+                x, y = x.view(I32), y.view(I32)
+            if below is None:
+                return compare(x, y)
+            # Of numbers of 64 bits, of which the lower halves have been compared.
+            if name in ("EQ", "NE"):
+                return (x == y) & below() if name == "EQ" else (x != y) | below()
+            strictly = COMPARISONS[name[0] + "T"](x, y)
+            return strictly | (x == y) & below()
+
+        return self._set_predicate(i, result)
+
+    _uisetp = _isetp
+
+    def _extreme(self, i: Instruction, added: int) -> Run:
+        """The smaller or larger of some numbers; of the first ones, the sum."""
+        to, _, rest = self._split(i.operands)
+        *texts, which = rest
+        values = [self._integer(text) for text in texts]
+        choose = np.maximum if which == "!PT" else np.minimum
+        signed = "U32" not in i.opcode
+
+        def run(active: Lanes) -> None:
+            found = [value() for value in values]
+            total = sum(found[:added], np.zeros(LANES, U64))
+            terms = [(each & LOW).astype(U32) for each in [total, *found[added:]]]
+            if signed:
+                terms = [each.view(I32) for each in terms]
+            best = terms[0]
+            for each in terms[1:]:
+                best = choose(best, each)
+            self._write(to, best.view(U32), active)
+
+        return run
+
+    def _vimnmx(self, i: Instruction) -> Run:
+        return self._extreme(i, 1)
+
+    _vimnmx3 = _vimnmx
+
+    def _viaddmnmx(self, i: Instruction) -> Run:
+        return self._extreme(i, 2)
+
+    def _brev(self, i: Instruction) -> Run:
+        value = self._integer(i.operands[1])
+
+        def run(active: Lanes) -> None:
+            bits = value().astype(U32)
+            found = np.zeros(LANES, U32)
+            for k in range(32):
+                found |= (bits >> U32(k) & U32(1)) << U32(31 - k)
+            self._write(i.operands[0], found, active)
+
+        return run
+
+    def _p2r(self, i: Instruction) -> Run:
+        mask = self._integer(i.operands[3])
+
+        def run(active: Lanes) -> None:
+            found = np.zeros(LANES, U64)
+            for k in range(7):
+                found |= self.predicates[k].astype(U64) << U64(k)
+            self._write(i.operands[0], found & mask(), active)
+
+        return run
+
+    def _shfl(self, i: Instruction) -> Run:
+        assert i.opcode[1] == "BFLY", str(i)
+        _, to, value, distance = (*i.operands[:2], *map(self._integer, i.operands[2:4]))
+
+        def run(active: Lanes) -> None:
+            of_warps = active.reshape(-1, WARP)
+            assert (of_warps.all(1) | ~of_warps.any(1)).all(), "lanes have parted at a shuffle"
+            other = np.arange(LANES) ^ int(distance()[0])
+            self._write(to, value()[other], active)
+            self._write_predicate(i.operands[0], np.ones(LANES, bool), active)
+
+        return run
+
+    # -- floating point -----------------------------------------------------------------------
+
+    def _floats(self, i: Instruction, texts: Sequence[str]) -> list[Read]:
+        reads = [self._float(text) for text in texts]
+        if "FTZ" in i.opcode:
+            return [lambda read=read: flushed(read()).view(F32) for read in reads]
+        return [lambda read=read: read().view(F32) for read in reads]
+
+    def _fadd(self, i: Instruction) -> Run:
+        a, b = self._floats(i, i.operands[1:])
+        flush = "FTZ" in i.opcode
+        return lambda active: self._write_float(i.operands[0], a() + b(), active, flush)
+
+    def _fmul(self, i: Instruction) -> Run:
+        a, b = self._floats(i, i.operands[1:])
+        flush = "FTZ" in i.opcode
+        return lambda active: self._write_float(i.operands[0], a() * b(), active, flush)
+
+    def _rounding(self, i: Instruction) -> int:
+        return next((ROUNDINGS[name] for name in i.opcode if name in ROUNDINGS), 0)
+
+    def _ffma(self, i: Instruction) -> Run:
+        inputs, mode = self._floats(i, i.operands[1:]), self._rounding(i)
+        flush = "FTZ" in i.opcode
+
+        def run(active: Lanes) -> None:
+            found = self.api.fma(*(value() for value in inputs), mode)
+            self._write_float(i.operands[0], found, active, flush)
+
+        return run
+
+    def _hfma2(self, i: Instruction) -> Run:
+        """A way to load two halves."""
+        assert i.operands[1:3] == ("-RZ", "RZ"), str(i)
+        high, low = (int(np.float16(float(text)).view(np.uint16)) for text in i.operands[3:5])
+        value = np.full(LANES, high << 16 | low, U32)
+        return lambda active: self._write(i.operands[0], value, active)
+
+    def _float_comparison(self, name: str, a: Read, b: Read) -> Read:
+        def result() -> np.ndarray:
+            x, y = a(), b()
+            unordered = np.isnan(x) | np.isnan(y)
+            if name in ("NAN", "NUM"):
+                return unordered if name == "NAN" else ~unordered
+            found: np.ndarray = COMPARISONS[name[:2]](x, y)
+            return found | unordered if name.endswith("U") else found & ~unordered
+
+        return result
+
+    def _fsetp(self, i: Instruction) -> Run:
+        a, b = self._floats(i, i.operands[2:4])
+        return self._set_predicate(i, self._float_comparison(i.opcode[1], a, b))
+
+    def _dsetp(self, i: Instruction) -> Run:
+        a, b = (self._double(text) for text in i.operands[2:4])
+        return self._set_predicate(i, self._float_comparison(i.opcode[1], a, b))
+
+    def _fmnmx(self, i: Instruction) -> Run:
+        a, b = self._floats(i, i.operands[1:3])
+        assert "NAN" in i.opcode, str(i)
+        choose = np.maximum if i.operands[3] == "!PT" else np.minimum
+        return lambda active: self._write_float(i.operands[0], choose(a(), b()), active, False)
+
+    def _moved(self, bits: np.ndarray, finite: np.ndarray) -> np.ndarray:
+        by = self._random.integers(-self.ulps, self.ulps + 1, LANES)
+        return np.where(finite, (bits.astype(np.int64) + by).astype(U32), bits)
+
+    def _mufu(self, i: Instruction) -> Run:
+        work = {"RCP": np.reciprocal, "RSQ": lambda x: 1 / np.sqrt(x)}[i.opcode[1][:3]]
+        if i.opcode[1].endswith("64H"):
+            high = self._raw(i.operands[1])
+
+            def run_double(active: Lanes) -> None:
+                found = work((high().astype(U64) << U64(32)).view(F64))
+                bits = (found.view(U64) >> U64(32)).astype(U32)
+                finite = np.isfinite(found) & (np.abs(found) > 1e-300) & (np.abs(found) < 1e300)
+                self._write(i.operands[0], self._moved(bits, finite), active)
+
+            return run_double
+        value = self._float(i.operands[1])
+
+        def run(active: Lanes) -> None:
+            found = work(flushed(value()).view(F32).astype(F64)).astype(F32)
+            finite = np.isfinite(found) & (np.abs(found) > F32(2e-38)) & (np.abs(found) < F32(3e38))
+            bits = self._moved(found.view(U32), finite)
+            self._write(i.operands[0], canonical(bits), active)
+
+        return run
+
+    def _fchk(self, i: Instruction) -> Run:
+        a, b = (self._float(text) for text in i.operands[1:])
+
+        def run(active: Lanes) -> None:
+            of_a, of_b = ((each() >> U32(23) & U32(255)).astype(np.int64) for each in (a, b))
+            apart = np.abs(of_a - of_b) >= 126
+            slow = (of_b == 0) | (of_b >= 253) | (of_a == 255) | (of_a <= 24) | apart
+            self._write_predicate(i.operands[0], slow, active)
+
+        return run
+
+    def _i2fp(self, i: Instruction) -> Run:
+        value, signed = self._integer(i.operands[1]), "S32" in i.opcode
+
+        def run(active: Lanes) -> None:
+            bits = value().astype(U32)
+            found = (bits.view(I32) if signed else bits).astype(F32)
+            self._write_float(i.operands[0], found, active, False)
+
+        return run
+
+    def _i2f(self, i: Instruction) -> Run:
+        value = self._integer(i.operands[1])
+        narrow, upwards = "U16" in i.opcode, "RP" in i.opcode
+        assert narrow or "U32" in i.opcode, str(i)
+
+        def run(active: Lanes) -> None:
+            exact = (value() & U64(0xFFFF) if narrow else value()).astype(F64)
+            found = exact.astype(F32)
+            if upwards:
+                found = np.where(found < exact, np.nextafter(found, F32(np.inf)), found)
+            self._write_float(i.operands[0], found, active, False)
+
+        return run
+
+    def _f2i(self, i: Instruction) -> Run:
+        (value,) = self._floats(i, i.operands[1:])
+        low, high = (0, 2**32 - 1) if "U32" in i.opcode else (-(2**31), 2**31 - 1)
+        assert "TRUNC" in i.opcode, str(i)
+
+        def run(active: Lanes) -> None:
+            exact = value().astype(F64)
+            whole = np.where(np.isnan(exact), 0, np.clip(np.trunc(exact), low, high))
+            self._write(i.operands[0], whole.astype(np.int64).view(U64), active)
+
+        return run
+
+    def _f2f(self, i: Instruction) -> Run:
+        assert i.opcode[1:] == ("F64", "F32"), str(i)
+        (value,) = self._floats(i, i.operands[1:])
+        return lambda active: self._write_double(i.operands[0], value().astype(F64), active)
+
+    def _dadd(self, i: Instruction) -> Run:
+        a, b = (self._double(text) for text in i.operands[1:])
+        return lambda active: self._write_double(i.operands[0], a() + b(), active)
+
+    def _dmul(self, i: Instruction) -> Run:
+        a, b = (self._double(text) for text in i.operands[1:])
+        mode, zero = self._rounding(i), np.full(LANES, -0.0)
+
+        def run(active: Lanes) -> None:
+            found = self.api.fma(a(), b(), zero, mode) if mode else a() * b()
+            self._write_double(i.operands[0], found, active)
+
+        return run
+
+    def _dfma(self, i: Instruction) -> Run:
+        inputs, mode = [self._double(text) for text in i.operands[1:]], self._rounding(i)
+
+        def run(active: Lanes) -> None:
+            found = self.api.fma(*(value() for value in inputs), mode)
+            self._write_double(i.operands[0], found, active)
+
+        return run
+
+
+class Machine:
+    """The kernels of one architecture."""
+
+    def __init__(
+        self, kernels: Mapping[str, Sequence[Instruction]], arch: str, api: MachineApi
+    ) -> None:
+        self.arch, self.api = arch, api
+        self.code: dict[int, Sequence[Instruction]] = {}
+        numbers = {name: number for number, name in enumerate(api.kernel_names())}
+        for symbol, code in kernels.items():
+            match = re.search(r"step_kernel<(.*?) *>\(fusedopt::LaunchArgs\)", api.demangle(symbol))
+            if match is not None:
+                self.code[numbers[match[1]]] = code
+        assert len(self.code) == len(numbers), "a kernel is missing"
+        self.executed: dict[int, set[int]] = {number: set() for number in self.code}
+
+    def step(
+        self,
+        spans: np.ndarray,
+        rows: np.ndarray,
+        memory: Memory,
+        *,
+        blocks: int | None = None,
+        rows_in_memory: bool = False,
+        control: np.ndarray | None = None,
+    ) -> None:
+        """A step over these spans, in place.
+
+        Args:
+            memory: all that it may touch.
+            blocks: of each launch; None: as many as there are chunks.
+            rows_in_memory: of the device, rather than in the argument.
+            control: in the memory of the device, too.
+        """
+        for launch in self.api.launches(spans, rows, rows_in_memory, control):
+            block = Block(self.code[launch.kernel], self.arch, self.api, memory, ulps=1)
+            count = launch.chunks if blocks is None else blocks
+            for number in range(count):
+                block.run(launch.argument, number, count)
+            self.executed[launch.kernel] |= block.executed

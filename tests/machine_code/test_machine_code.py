@@ -1,0 +1,117 @@
+"""The machine code of the step's kernels, emulated: the bits that the CPU gets.
+
+What is not covered: `prepare` and `norm`, which have barriers, and what only a device has: its
+scheduler, its memory's order, and the time that anything takes.
+"""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from core import checks, coded
+from core.coded_streams import CodedStreams
+from core.library import Core, Kernel
+from core.memory import Fill, Streams, extreme, usual
+
+from .emulator import Machine, Memory
+
+pytestmark = pytest.mark.slow  # the core takes minutes to compile
+
+CODED_SIZES = [1, 300, 2049, 5, 700, 256]
+FACTOR = 1 / 3  # which float32 does not hold
+LEAST_EXECUTED = 0.6  # of a kernel's instructions
+
+
+class Case:
+    """Spans of one kernel, and what the CPU makes of them."""
+
+    def __init__(
+        self,
+        core: Core,
+        kernel: Kernel,
+        fill: Fill = extreme,
+        zero: bool = False,
+        control: np.ndarray | None = None,
+    ) -> None:
+        """Control: that of a factor of gradients, which rows have none of then."""
+        self.rows = checks.make_rows(
+            core, kernel, 3, grad_factor=1 if control is not None else None
+        )
+        rows = checks.make_rows(core, kernel, 3, grad_factor=None if control is None else FACTOR)
+        more = [] if control is None else [control]
+        self.memory: Any
+        if kernel.dtypes[0] == "coded":
+            sizes = [CODED_SIZES[i % len(CODED_SIZES)] for i in range(len(coded.CODINGS))]
+            spans = list(zip(coded.CODINGS, sizes, strict=True))
+            self.memory = CodedStreams(core, kernel, spans, rows)
+            self.want: Any = self.memory.expected()
+            self.touched = Memory([self.memory.memory, self.rows, *more])
+            return
+        sizes = [1, 0, 3, 17, kernel.chunk + 3, 64, kernel.chunk]
+        streams = np.arange(len(kernel.streams))
+        shifts = np.stack([k * streams % 16 for k in (0, 1, 5, 3, 0, 2, 5)])
+        shifts[3:5] = [[4], [1]]  # all streams alike
+        self.memory = Streams(kernel, sizes, shifts, np.arange(len(sizes)) % 3, fill)
+        if zero:
+            self.memory.set_zero(["grad"])
+        step = partial(core.cpu_step, rows=rows, isa="baseline")
+        self.want = self.memory.after(step)
+        self.touched = Memory([*self.memory.arrays, self.rows, *more])
+
+    def check(self, machine: Machine, **options: Any) -> None:
+        step = partial(machine.step, rows=self.rows, memory=self.touched, **options)
+        what = f"the machine code of {machine.arch}, {options}"
+        self.memory.assert_same(self.memory.after(step), self.want, what)
+
+
+def test_every_kernel(machine: Machine, core: Core) -> None:
+    """Sizes around a chunk's, streams aligned together, apart and not at all, Inf, NaN, denormals
+    and all magnitudes, with each quick reciprocal and root up to one unit off."""
+    for kernel in core.kernels:
+        Case(core, kernel).check(machine)
+
+
+def test_every_coded_kernel(machine: Machine, core: Core) -> None:
+    """Every coding."""
+    for kernel in core.coded_kernels:
+        Case(core, kernel).check(machine)
+
+
+def test_usual_and_zero_gradients(machine: Machine, core: Core) -> None:
+    for kernel in core.kernels[::3]:
+        for zero in (False, True):
+            Case(core, kernel, usual, zero).check(machine)
+
+
+def test_one_block_takes_all_chunks(machine: Machine, core: Core) -> None:
+    for kernel in [*core.kernels[::7], *core.coded_kernels[::3]]:
+        Case(core, kernel).check(machine, blocks=1)
+
+
+def test_rows_and_a_factor_in_memory(machine: Machine, core: Core) -> None:
+    """Of the device, where a capturable step or clipping has worked them out. A step that is
+    skipped there changes nothing."""
+    control = machine.api.control(FACTOR, skip=False)
+    skips = machine.api.control(FACTOR, skip=True)
+    for kernel in [*core.kernels[::2], *core.coded_kernels[::2]]:
+        case = Case(core, kernel, control=control)
+        case.check(machine, rows_in_memory=True, control=control)
+    for kernel in [*core.kernels[::7], *core.coded_kernels[::2]]:
+        case = Case(core, kernel, control=skips)
+        before = case.memory.after(lambda spans: None)
+        step = partial(machine.step, rows=case.rows, memory=case.touched, control=skips)
+        case.memory.assert_same(case.memory.after(step), before, "a skipped step")
+
+
+def test_most_instructions_have_been_executed(machine: Machine, core: Core) -> None:
+    """But for rare ways through divisions and roots, and what warps do that have parted before a
+    shuffle."""
+    for kernel in [*core.kernels[::4], core.coded_kernels[0]]:
+        Case(core, kernel, usual).check(machine, rows_in_memory=True)
+        control = machine.api.control(FACTOR, skip=False)
+        Case(core, kernel, control=control).check(machine, control=control)
+        code = machine.code[kernel.index]
+        places = {i for i, one in enumerate(code) if one.opcode[0] not in ("NOP", "BRA")}
+        share = len(machine.executed[kernel.index] & places) / len(places)
+        assert share >= LEAST_EXECUTED, f"{kernel}: {share:.0%}"
