@@ -406,6 +406,21 @@ class Block:
 
         return run
 
+    def _write_sum(
+        self,
+        to: str,
+        carries: Sequence[str],
+        total: np.ndarray,
+        carried: Sequence[Read],
+        active: Lanes,
+    ) -> None:
+        """A sum and what was carried into it; whether it carries at least one, two out."""
+        for carry in carried:
+            total = total + carry().astype(U64)
+        self._write(to, total, active)
+        for number, name in enumerate(carries):
+            self._write_predicate(name, total >> U64(32) > U64(number), active)
+
     # -- integers -----------------------------------------------------------------------------
 
     def _iadd3(self, i: Instruction) -> Run:
@@ -416,11 +431,7 @@ class Block:
 
         def run(active: Lanes) -> None:
             total = sum((value() for value in values), np.zeros(LANES, U64))
-            for carry in carried:
-                total = total + carry().astype(U64)
-            self._write(to, total, active)
-            for number, name in enumerate(carries):
-                self._write_predicate(name, total >> U64(32) > U64(number), active)
+            self._write_sum(to, carries, total, carried, active)
 
         return run
 
@@ -450,12 +461,7 @@ class Block:
         carry = self._predicate(rest[3]) if "X" in i.opcode else None
 
         def run(active: Lanes) -> None:
-            total = a() * b() + c()
-            if carry is not None:
-                total = total + carry().astype(U64)
-            self._write(to, total, active)
-            for name in carries:
-                self._write_predicate(name, total >> U64(32) > U64(0), active)
+            self._write_sum(to, carries, a() * b() + c(), [carry] if carry else [], active)
 
         return run
 
@@ -481,12 +487,7 @@ class Block:
                 return (low() << left) & LOW
 
         def run(active: Lanes) -> None:
-            total = shifted() + added()
-            if carry is not None:
-                total = total + carry().astype(U64)
-            self._write(to, total, active)
-            for name in carries:
-                self._write_predicate(name, total >> U64(32) > U64(0), active)
+            self._write_sum(to, carries, shifted() + added(), [carry] if carry else [], active)
 
         return run
 
