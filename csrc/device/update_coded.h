@@ -127,9 +127,11 @@ struct Tile<Variant, Coded> {
           to.state[k][i] = place_of(lane, i) < place.count ? to.state[k][i] : 0;
       }
     }
-    encode_params(coding.param, params, place.random, place.first, lane, param, master);
-    param.store(at(s.param, bytes.param, place), bytes.param, lane, place.count);
-    master.store(at(coding.master, bytes.master, place), bytes.master, lane, place.count);
+    // Of their own, so that no register holds the loaded ones until here.
+    LanePairs new_param, new_master;
+    encode_params(coding.param, params, place.random, place.first, lane, new_param, new_master);
+    new_param.store(at(s.param, bytes.param, place), bytes.param, lane, place.count);
+    new_master.store(at(coding.master, bytes.master, place), bytes.master, lane, place.count);
   }
 
   // The code of element i is in the byte of its quarter, of the word of its place in the pair.
