@@ -50,7 +50,7 @@ struct LanePairs {
   FUSEDOPT_HD void set(int i, Element value) {
     constexpr int bits = 8 * sizeof(Element);
     const uint64_t mask = (uint64_t(1) << bits) - 1;
-    // The other one may still have to be decoded.
+    // In place of whatever was there, and beside the other one.
     pairs[i / 2] &= ~(mask << (bits * (i % 2)));
     pairs[i / 2] |= uint64_t(value) << (bits * (i % 2));
   }
