@@ -90,6 +90,7 @@ check-tables: env  ## check that the tables in the documentation are those of th
 	$(PY) -m benchmarks.report --gpu $(GPU_RESULTS) --check
 	$(PY) -m benchmarks.studies.precision --check
 	$(PY) -m benchmarks.sharded --check
+	$(PY) -m benchmarks.gpu.model --check
 
 tables: env  ## write the tables of the results into the documentation
 	$(PY) -m benchmarks.report $(RESULTS) --readme

@@ -36,7 +36,7 @@ except ImportError as error:
         "(2.11 or newer), then: pip install --no-build-isolation fusedopt"
     )
 
-ARCHS = [75, 80, 86, 89, 90, 100, 120]
+ARCHS = [75, 80, 90, 100, 120]  # GPUs of 8.6, 8.9 and 12.1 run the code of the one before them
 MIN_NVCC = "12.8"  # the first that compiles for all of them
 
 # Bit-identical results need both compilers to round alike: no fused multiply-adds that the source
@@ -48,6 +48,7 @@ HOST_FLAGS = [
 ]
 NVCC_FLAGS = [
     *("-std=c++17", "-O3", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false"),
+    *("--Werror=all-warnings", "-Xfatbin=-compress-all"),
     *(f"-Xcompiler={flag}" for flag in HOST_FLAGS),
 ]
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
@@ -103,7 +104,7 @@ def choose_archs(known: list[int]) -> list[int]:
     return sorted({int(name) for name in names})
 
 
-def add_cuda(extension: Extension, home: Path, archs: list[int]) -> None:
+def add_cuda(extension: Extension, home: Path, version: str, archs: list[int]) -> None:
     """Adds the CUDA sources. No CUDA library of torch is linked: any build of torch will do."""
     cpp_extension.CUDA_HOME = str(home)  # a CPU build of torch leaves it None
     # A CPU build of torch gives ninja no header dependencies for nvcc. A changed header changes
@@ -111,10 +112,15 @@ def add_cuda(extension: Extension, home: Path, archs: list[int]) -> None:
     others = ("csrc/cpu/", "csrc/bindings/")
     used = [Path(header) for header in HEADERS if not header.startswith(others)]
     checksum = zlib.crc32(b"".join(header.read_bytes() for header in used))
-    targets = [(arch, f"sm_{arch}") for arch in archs]
-    targets += [(archs[-1], f"compute_{archs[-1]}")]  # PTX, for GPUs yet to come
+    # The kernels ask for nothing newer than 8.0, so that their PTX is made once for all from there
+    # on. It is in the module as well, for GPUs yet to come, and for those in between.
+    shared = min((arch for arch in archs if arch >= 80), default=archs[-1])
+    targets = [(min(arch, shared), f"sm_{arch}") for arch in archs]
+    targets += [(shared, f"compute_{shared}")]
     extension.extra_compile_args["nvcc"] = [
         *NVCC_FLAGS,
+        # The smallest that all drivers know that run such code; of those for CUDA 12, not all.
+        f"--compress-mode={'speed' if version.startswith('12.') else 'size'}",
         f"-DFUSEDOPT_HEADERS={checksum}",
         *(f"-gencode=arch=compute_{arch},code={code}" for arch, code in targets),
         f"--threads={min(len(targets), len(os.sched_getaffinity(0)))}",
@@ -150,7 +156,7 @@ class Build(cpp_extension.BuildExtension):
             f'-DFUSEDOPT_{name.upper()}="{value}"' for name, value in self.record.items()
         ]
         if cuda:
-            add_cuda(extension, home=cuda[0], archs=cuda[2])
+            add_cuda(extension, *cuda)
         else:
             extension.sources += ["csrc/cuda/none.cpp"]
         try:

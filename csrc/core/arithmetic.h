@@ -20,6 +20,18 @@ namespace fusedopt {
 FUSEDOPT_HD float square_root(float value) { return sqrtf(value); }
 FUSEDOPT_HD double square_root(double value) { return sqrt(value); }
 
+// How a rule divides by a root: rounded correctly in each step, whichever way that is done. This is
+// compilers' own way; a device has a quicker one, see quick_math.h.
+struct PlainMath {
+  template <class T>
+  static constexpr bool redoes_nan = false;
+
+  template <class T>
+  FUSEDOPT_HD T divide_by_root(T a, T value, T eps) {
+    return a / (square_root(value) + eps);
+  }
+};
+
 // a * b + c, rounded once. It is exact IEEE arithmetic, so that it gives the same bits where there
 // is an instruction for it and where there is none.
 FUSEDOPT_HD double multiply_add(double a, double b, double c) { return fma(a, b, c); }

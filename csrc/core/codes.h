@@ -31,8 +31,6 @@ struct Coding {
 FUSEDOPT_HD uint32_t canonical_bits(float value) {
   return value != value ? 0x7fc00000u : float_to_bits(value);
 }
-FUSEDOPT_HD uint32_t magnitude_bits(float value) { return float_to_bits(value) & 0x7fffffffu; }
-FUSEDOPT_HD float absolute(float value) { return bits_to_float(magnitude_bits(value)); }
 
 // Cuts a float32 to bfloat16 after adding 16 bits: it is rounded up where these and the bits cut
 // off carry. At random for weights; dithered for averages of squares, which change by less than
@@ -182,16 +180,52 @@ constexpr uint8_t param_format = place_in<Format>(ParamFormats{});
 // straight lines with a bend at each power of two. So it takes a shift, and small numbers lose
 // precision as slowly as with a fourth root. Between two codes a number and its root have the same
 // relative place, so dithering one dithers the other. The offset is that of 2^n times the root.
-constexpr int32_t root_offset(int n) { return 0x3f800000 - (0x3f800000 >> 2) + (n << 23); }
+template <int n>
+constexpr uint32_t root_offset = 0x3f800000 - (0x3f800000 >> 2) + (n << 23);
 
 template <int n>
 FUSEDOPT_HD float root_of(float ratio) {
-  return bits_to_float((float_to_bits(ratio) >> 2) + uint32_t(root_offset(n)));
+  return bits_to_float((float_to_bits(ratio) >> 2) + root_offset<n>);
 }
+// Of a root that is not below that of zero.
 template <int n>
 FUSEDOPT_HD float power_of(float root) {
-  const int32_t bits = int32_t(float_to_bits(root)) - root_offset(n);
-  return bits_to_float(uint32_t(bits > 0 ? bits : 0) << 2);
+  return bits_to_float((float_to_bits(root) - root_offset<n>) << 2);
+}
+
+// What devices have shorter ways for than shifts and masks, and conversions, which are slow there.
+
+// A byte of a word, and more.
+template <int more>
+FUSEDOPT_HD float float_of_byte(uint32_t word, int byte) {
+#if defined(__CUDA_ARCH__)
+  const float above = bits_to_float(__byte_perm(word, 0x4b000000u, 0x7440u | uint32_t(byte)));
+  return above - (0x1p23f - float(more));
+#else
+  return float(int32_t(word >> (8 * byte) & 0xffu) + more);
+#endif
+}
+// The lowest byte is that of value - less, cut to an integer, for less <= value < 512.
+template <int less>
+FUSEDOPT_HD uint32_t cut(float value) {
+#if defined(__CUDA_ARCH__)
+  return float_to_bits(__fadd_rz(value, 0x1p23f - float(less)));
+#else
+  return uint32_t(int32_t(value) - less);
+#endif
+}
+// A word of one byte, 0 the lowest, of each of four words.
+template <int byte>
+FUSEDOPT_HD uint32_t bytes_of(const uint32_t* words) {
+#if defined(__CUDA_ARCH__)
+  constexpr uint32_t of_two = uint32_t(byte) | uint32_t(byte + 4) << 4;
+  return __byte_perm(__byte_perm(words[0], words[1], of_two),
+                     __byte_perm(words[2], words[3], of_two), 0x5410u);
+#else
+  uint32_t found = 0;
+  for (int i = 0; i < 4; ++i) found |= (words[i] >> (8 * byte) & 0xffu) << (8 * i);
+  return found;
+#endif
 }
 
 // What to encode a block with, from its largest magnitude.
@@ -222,15 +256,24 @@ struct SignedCode {
   FUSEDOPT_HD static Scale scale_of(uint32_t largest, bool careful) {
     return scale_from(largest, 32.0f / 31, careful);  // the largest code stands for 31 / 32
   }
-  FUSEDOPT_HD static float decode(uint32_t code, float scale, bool careful) {
-    const float magnitude = power_of<7>(float(int32_t(code & 0x7fu))) * scale;
-    const uint32_t bits = float_to_bits(magnitude) | (code & 0x80u) << 24;
-    return bits_to_float(careful && code == kNaN ? 0x7fc00000u : bits);
+  // Of a word of four codes, one.
+  FUSEDOPT_HD static float decode(uint32_t codes, int byte, float scale, bool careful) {
+    const float q = float_of_byte<0>(codes & 0x7f7f7f7fu, byte);
+    const float zero = bits_to_float(root_offset<7>);
+    const float magnitude = power_of<7>(q > zero ? q : zero) * scale;
+    const uint32_t bits = float_to_bits(magnitude) | (codes << (24 - 8 * byte) & 0x80000000u);
+    const bool special = careful && (codes >> (8 * byte) & 0xffu) == kNaN;
+    return bits_to_float(special ? 0x7fc00000u : bits);
   }
+  // In the lowest seven bits, the code without its sign.
+  FUSEDOPT_HD static uint32_t encode_magnitude(float magnitude, float inverse) {
+    return cut<0>(root_of<7>(magnitude * inverse) + 0.5f);
+  }
+  // The code is the lowest byte.
   FUSEDOPT_HD static uint32_t encode(float value, float inverse, uint32_t, bool careful) {
     const bool special = careful && !is_finite(magnitude_bits(value));
     const float magnitude = bits_to_float(special ? 0 : magnitude_bits(value));
-    const uint32_t q = uint32_t(int32_t(root_of<7>(magnitude * inverse) + 0.5f));
+    const uint32_t q = encode_magnitude(magnitude, inverse) & 0x7fu;
     const uint32_t code = q | (float_to_bits(value) >> 24 & 0x80u);
     if (!careful) return code;
     return special ? kNaN : q == 0 ? 0 : code;
@@ -244,17 +287,18 @@ struct SquareCode {
   FUSEDOPT_HD static Scale scale_of(uint32_t largest, bool careful) {
     return scale_from(largest, 1, careful);
   }
-  FUSEDOPT_HD static float decode(uint32_t code, float scale, bool careful) {
-    const float magnitude = power_of<8>(float(int32_t(code) + 2)) * scale;
-    return bits_to_float(careful && code == kInf ? 0x7f800000u : float_to_bits(magnitude));
+  FUSEDOPT_HD static float decode(uint32_t codes, int byte, float scale, bool careful) {
+    const uint32_t bits = float_to_bits(power_of<8>(float_of_byte<2>(codes, byte)) * scale);
+    const bool special = careful && (codes >> (8 * byte) & 0xffu) == kInf;
+    return bits_to_float(special ? 0x7f800000u : bits);
   }
   FUSEDOPT_HD static uint32_t encode(float value, float inverse, uint32_t dither, bool careful) {
     const bool special = careful && !is_finite(magnitude_bits(value));
     const float threshold = bits_to_float(0x3f800000u ^ dither);  // from 1 to 2
-    const int32_t q = int32_t(root_of<8>((special ? 0 : value) * inverse) + threshold);
-    const uint32_t code = uint32_t((q < 3 ? 3 : q) - 3);
+    const float q = root_of<8>((special ? 0 : value) * inverse) + threshold;
+    const uint32_t code = cut<3>(q < 3 ? 3 : q);
     if (!careful) return code;
-    return special ? kInf : code > 254 ? 254 : code;
+    return special ? kInf : (code & 0xffu) > 254 ? 254 : code;
   }
 };
 
@@ -352,7 +396,7 @@ void to_codes(const float* from, int64_t count, uint8_t* codes, float* scale_to)
 template <bool never_negative>
 void from_codes(const uint8_t* codes, float scale, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i)
-    to[i] = Code<never_negative>::decode(codes[byte_of(int(i), int(count))], absolute(scale),
+    to[i] = Code<never_negative>::decode(codes[byte_of(int(i), int(count))], 0, absolute(scale),
                                          is_careful(scale));
 }
 

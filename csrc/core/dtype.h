@@ -10,9 +10,9 @@
 
 #include "macros.h"
 
-// All conversions are integer code without branches: they vectorise on every instruction set, give
-// the same bits on every device, and do not depend on the denormal mode. NaN is stored as the
-// canonical quiet NaN.
+// All conversions on the host are integer code without branches: they vectorise on every
+// instruction set, and do not depend on the denormal mode. They give the same bits on every device,
+// but for those of a NaN that has been widened. NaN is stored as the canonical quiet NaN.
 namespace fusedopt {
 
 enum class DType : uint8_t { float32, float64, bfloat16, float16 };
@@ -62,11 +62,18 @@ FUSEDOPT_HD float bits_to_float(uint32_t bits) {
   memcpy(&value, &bits, sizeof value);
   return value;
 }
+FUSEDOPT_HD uint32_t magnitude_bits(float value) { return float_to_bits(value) & 0x7fffffffu; }
+FUSEDOPT_HD float absolute(float value) { return bits_to_float(magnitude_bits(value)); }
 
 FUSEDOPT_HD float widen(float value) { return value; }
 FUSEDOPT_HD double widen(double value) { return value; }
 FUSEDOPT_HD float widen(bfloat16 value) { return bits_to_float(uint32_t(value.bits) << 16); }
 FUSEDOPT_HD float widen(float16 value) {
+#if defined(__CUDA_ARCH__)
+  float widened;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(widened) : "h"(value.bits));
+  return widened;
+#else
   const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
   const uint32_t normal = (magnitude << 13) + (uint32_t(127 - 15) << 23);
@@ -75,6 +82,7 @@ FUSEDOPT_HD float widen(float16 value) {
   const uint32_t subnormal = float_to_bits(float(int32_t(magnitude)) * 0x1p-24f);
   const uint32_t bits = magnitude < 0x0400u ? subnormal : magnitude < 0x7c00u ? normal : special;
   return bits_to_float(sign | bits);
+#endif
 }
 
 FUSEDOPT_HD void narrow(float value, float& out) { out = value; }
@@ -88,6 +96,17 @@ FUSEDOPT_HD void narrow(float value, bfloat16& out) {
 }
 
 FUSEDOPT_HD void narrow(float value, float16& out) {
+#if defined(__CUDA_ARCH__)
+  uint16_t rounded;
+#if __CUDA_ARCH__ >= 800  // of two, which is the quicker one
+  uint32_t both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(0.0f), "f"(value));
+  rounded = uint16_t(both);
+#else
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
+#endif
+  out.bits = value != value ? uint16_t(0x7e00) : rounded;
+#else
   const uint32_t bits = float_to_bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -99,6 +118,7 @@ FUSEDOPT_HD void narrow(float value, float16& out) {
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   const uint32_t signed_bits = sign | (magnitude < 0x47800000u ? finite : special);
   out.bits = uint16_t(magnitude > 0x7f800000u ? 0x7e00u : signed_bits);
+#endif
 }
 
 // The dtype of spans whose Coding says how elements are stored, see codes.h.

@@ -10,8 +10,10 @@
 #define FUSEDOPT_HD __host__ __device__ __forceinline__
 #define FUSEDOPT_RESTRICT __restrict__
 #define FUSEDOPT_UNROLL _Pragma("unroll")
+#define FUSEDOPT_NO_UNROLL _Pragma("unroll 1")
 #else
 #define FUSEDOPT_HD inline __attribute__((always_inline))
 #define FUSEDOPT_RESTRICT __restrict__
 #define FUSEDOPT_UNROLL
+#define FUSEDOPT_NO_UNROLL
 #endif

@@ -67,7 +67,7 @@ FUSEDOPT_HD void set_options(const double* values, typename Rule::Options& optio
 
 template <class Rule>
 FUSEDOPT_HD typename Rule::Options options_from(const double* values) {
-  static_assert(names_each_option_once<Rule>(), "an Option for each member of Options");
+  static_assert(has_each_option_once<Rule>, "an Option for each member of Options");
   typename Rule::Options options;
   set_options<Rule>(values, options);
   return options;
@@ -121,7 +121,8 @@ bool zero_stays_zero_in(const HyperRow& packed_row) {
   memcpy(&row, packed_row.bytes, sizeof row);
   T p = 0;
   T state[kMaxStates] = {};
-  Variant::template update<false>(row, p, T(0), state);
+  PlainMath math;
+  Variant::template update<false>(row, p, T(0), state, math);
   bool result = p == 0;
   for (T value : state) result = result && value == 0;
   return result;

@@ -57,8 +57,9 @@ inline __attribute__((always_inline)) void update_pairs(
   for (int64_t i = 0; i < pairs; ++i) {
     float p = first_of(param[i]), next_p = second_of(param[i]);
     float state[] = {first_of(states[i])..., 0}, next_state[] = {second_of(states[i])..., 0};
-    Variant::template update<usual>(row, p, first_of(grad[i]), state);
-    Variant::template update<usual>(row, next_p, second_of(grad[i]), next_state);
+    PlainMath math;
+    Variant::template update<usual>(row, p, first_of(grad[i]), state, math);
+    Variant::template update<usual>(row, next_p, second_of(grad[i]), next_state, math);
     param[i] = make_pair(p, next_p);
     ((states[i] = make_pair(state[k], next_state[k])), ...);
   }
@@ -95,7 +96,8 @@ inline __attribute__((always_inline)) void update_elements(
   for (int64_t i = begin; i < end; ++i) {
     T p = widen(param[i]);
     T state[] = {widen(states[i])..., T(0)};
-    Variant::template update<usual>(row, p, T(widen(grad[i])), state);
+    PlainMath math;
+    Variant::template update<usual>(row, p, T(widen(grad[i])), state, math);
     narrow(p, param[i]);
     (narrow(state[k], states[i]), ...);
     if (tells_largest) (raise(largest_of[k], state[k]), ...);

@@ -160,15 +160,14 @@ FUSEDOPT_INLINE void decode_codes_by(const uint8_t* FUSEDOPT_RESTRICT from, floa
   if (count < kBlock) {
     for (; count > 0; count -= kWords, from += kWords, to += kWords)
       for (int i = 0; i < kWords; ++i)
-        to[i] = Code<never_negative>::decode(from[i], scale, careful);
+        to[i] = Code<never_negative>::decode(from[i], 0, scale, careful);
     return;
   }
   const Word* FUSEDOPT_RESTRICT words = reinterpret_cast<const Word*>(from);
 #pragma GCC unroll 4
   for (int byte = 0; byte < 4; ++byte)
     for (int i = 0; i < kWords; ++i)
-      to[byte * kWords + i] =
-          Code<never_negative>::decode(words[i] >> (8 * byte) & 0xffu, scale, careful);
+      to[byte * kWords + i] = Code<never_negative>::decode(words[i], byte, scale, careful);
 }
 
 template <bool never_negative>

@@ -4,10 +4,8 @@
 // The CUDA kernels: __global__ wrappers around the bodies in device/, and their launches.
 #include <cuda_runtime.h>
 
-#include <algorithm>
-#include <atomic>
-
 #include "cuda.h"
+#include "launch.h"
 
 namespace fusedopt {
 namespace cuda {
@@ -18,6 +16,12 @@ template <class Variant, class Types>
 __global__ void __launch_bounds__(kThreads, Tile<Variant, Types>::kMinBlocks)
     step_kernel(const __grid_constant__ LaunchArgs args) {
   Tile<Variant, Types>::run(args, blockIdx.x, gridDim.x, threadIdx.x);
+}
+
+template <class Variant, class StateFormat>
+__global__ void __launch_bounds__(kThreads, Tile<Variant, Coded>::kMinBlocks)
+    coded_step_kernel(const __grid_constant__ LaunchArgs args) {
+  Tile<Variant, Coded>::template run<StateFormat>(args, blockIdx.x, gridDim.x, threadIdx.x);
 }
 
 // A warp sums up a chunk. The last block to be done makes up the total, and what follows from it.
@@ -59,75 +63,118 @@ __global__ void __launch_bounds__(kThreads)
   advance_counts(args, threadIdx.x, kThreads);
 }
 
-// As many blocks of a kernel as the current device holds at a time.
-template <auto kernel>
-cudaError_t resident_blocks(int& blocks) {
-  constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];
-  int device = 0, processors = 0;
-  if (cudaError_t error = cudaGetDevice(&device)) return error;
-  if (device < kDevices && (blocks = known[device]) != 0) return cudaSuccess;
-  if (cudaError_t error =
-          cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
-    return error;
-  if (cudaError_t error =
-          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0))
-    return error;
-  blocks = std::max(1, blocks) * processors;
-  if (device < kDevices) known[device] = blocks;
-  return cudaSuccess;
-}
+struct CudaRuntime {
+  static int current_device(int& device) { return cudaGetDevice(&device); }
+  static int driver_version(int& version) { return cudaDriverGetVersion(&version); }
+  static int processors(int device, int& count) {
+    return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  }
+  template <auto kernel>
+  static int resident_blocks(int& blocks) {
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0);
+  }
+  template <auto kernel, class Args>
+  static int launch(const Args& args, int blocks, cudaStream_t stream) {
+    void* pointers[] = {const_cast<Args*>(&args)};
+    return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)),
+                            dim3(kThreads), pointers, 0, stream);
+  }
+  static void forget_error() { cudaGetLastError(); }
+  static const char* text(int error) { return cudaGetErrorString(cudaError_t(error)); }
+  static bool lacks_code(int error) {
+    return error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+           error == cudaErrorUnsupportedPtxVersion || error == cudaErrorJitCompilerNotFound;
+  }
+};
+using CudaLaunches = Launches<CudaRuntime>;
 
-template <auto kernel, class Args>
-cudaError_t launch(const Args& args, int64_t wanted_blocks, cudaStream_t stream) {
+// Null, or why the current device cannot run one of these.
+template <auto... kernels>
+const char* find_unready() {
+  const char* error = nullptr;
   int blocks = 0;
-  if (cudaError_t error = resident_blocks<kernel>(blocks)) return error;
-  kernel<<<unsigned(std::clamp<int64_t>(wanted_blocks, 1, blocks)), kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  ((error = error == nullptr ? CudaLaunches::resident_blocks<kernels>(blocks) : error), ...);
+  return error;
 }
 
 struct StepKernel {
   PackSpans pack;
-  cudaError_t (*launch)(const LaunchArgs& args, cudaStream_t stream);
+  const char* (*find_unready)();
+  const char* (*launch)(const LaunchArgs& args, cudaStream_t stream);
 };
 
 template <class Variant, class Types>
 struct MakeStepKernel {
-  static cudaError_t launch_chunks(const LaunchArgs& args, cudaStream_t stream) {
-    return launch<step_kernel<Variant, Types>>(args, args.chunks, stream);
+  static const char* launch(const LaunchArgs& args, cudaStream_t stream) {
+    return CudaLaunches::launch<step_kernel<Variant, Types>>(args, args.chunks, stream);
   }
-  static constexpr StepKernel value = {Tile<Variant, Types>::pack, launch_chunks};
+  static constexpr StepKernel value = {Tile<Variant, Types>::pack,
+                                       find_unready<step_kernel<Variant, Types>>, launch};
 };
 
-using Prepare = cudaError_t (*)(const PrepareArgs& args, cudaStream_t stream);
+// A launch for each format that states of its spans are in.
+template <class Variant>
+struct MakeStepKernel<Variant, Coded> {
+  template <class... Formats>
+  static const char* launch_formats(TypeList<Formats...>, const LaunchArgs& args,
+                                    cudaStream_t stream) {
+    const char* error = nullptr;
+    const auto launch_format = [&](auto format) {
+      using Format = decltype(format);
+      if (error == nullptr && (args.formats >> state_format<Format> & 1u) != 0)
+        error = CudaLaunches::launch<coded_step_kernel<Variant, Format>>(args, args.chunks, stream);
+    };
+    (launch_format(Formats{}), ...);
+    return error;
+  }
+  static const char* launch(const LaunchArgs& args, cudaStream_t stream) {
+    return launch_formats(StateFormats{}, args, stream);
+  }
+  template <class... Formats>
+  static constexpr StepKernel value_of(TypeList<Formats...>) {
+    return {Tile<Variant, Coded>::pack, find_unready<coded_step_kernel<Variant, Formats>...>,
+            launch};
+  }
+  static constexpr StepKernel value = value_of(StateFormats{});
+};
+
+struct PrepareKernel {
+  const char* (*find_unready)();
+  const char* (*launch)(const PrepareArgs& args, cudaStream_t stream);
+};
 
 template <class Rule>
-cudaError_t launch_prepare_kernel(const PrepareArgs& args, cudaStream_t stream) {
-  return launch<prepare_kernel<Rule>>(args, 1, stream);
+const char* launch_prepare_kernel(const PrepareArgs& args, cudaStream_t stream) {
+  return CudaLaunches::launch<prepare_kernel<Rule>>(args, 1, stream);
 }
 
 template <class... Members>
-std::vector<Prepare> prepare_kernels(TypeList<Members...>) {
-  return {launch_prepare_kernel<Members>...};
+std::vector<PrepareKernel> prepare_kernels(TypeList<Members...>) {
+  return {{find_unready<prepare_kernel<Members>>, launch_prepare_kernel<Members>}...};
 }
 
 class Launcher {
  public:
   explicit Launcher(cudaStream_t stream) : stream_(stream) {}
 
-  cudaError_t norm(const NormArgs& args) {
-    return launch<norm_kernel>(args, (args.chunks + kWarps - 1) / kWarps, stream_);
+  const char* norm(const NormArgs& args) {
+    return CudaLaunches::launch<norm_kernel>(args, (args.chunks + kWarps - 1) / kWarps, stream_);
   }
-  cudaError_t prepare(int rule, const PrepareArgs& args) {
-    static const auto kernels = prepare_kernels(Rules{});
-    return kernels[rule](args, stream_);
+  const char* find_unready_prepare(int rule) { return prepares()[rule].find_unready(); }
+  const char* prepare(int rule, const PrepareArgs& args) {
+    return prepares()[rule].launch(args, stream_);
   }
   PackSpans pack(int kernel) { return kernels()[kernel].pack; }
-  cudaError_t step(int kernel, const LaunchArgs& args) {
+  const char* find_unready(int kernel) { return kernels()[kernel].find_unready(); }
+  const char* step(int kernel, const LaunchArgs& args) {
     return kernels()[kernel].launch(args, stream_);
   }
 
  private:
+  static const std::vector<PrepareKernel>& prepares() {
+    static const auto table = prepare_kernels(Rules{});
+    return table;
+  }
   static const std::vector<StepKernel>& kernels() {
     static const auto table = kernel_table<MakeStepKernel, StepKernel>();
     return table;
@@ -146,22 +193,14 @@ bool is_capturing(void* stream) {
   return false;
 }
 
-namespace {
-
-const char* text_of(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-}  // namespace
-
 const char* norm(const DeviceStep& step, void* stream) {
   Launcher launcher(static_cast<cudaStream_t>(stream));
-  return text_of(launch_norm<cudaError_t>(step, launcher));
+  return launch_norm<const char*>(step, launcher);
 }
 
 const char* update(const DeviceStep& step, void* stream) {
   Launcher launcher(static_cast<cudaStream_t>(stream));
-  return text_of(launch_update<cudaError_t>(step, launcher));
+  return launch_update<const char*>(step, launcher);
 }
 
 }  // namespace cuda

@@ -13,8 +13,8 @@ constexpr int kWarps = kThreads / kWarp;  // a chunk is the work of a warp
 
 // The kernel's whole argument.
 struct NormArgs {
-  static constexpr int kCapacity = 1020;  // gradients of a launch
-  double* sums;                           // of all chunks of all launches
+  static constexpr int kCapacity = 803;  // gradients of a launch
+  double* sums;                          // of all chunks of all launches
   Control* control;
   FactorSource factor;
   int64_t first_chunk;  // that of this launch

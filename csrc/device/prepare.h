@@ -50,7 +50,7 @@ struct CountRange {
 
 // The kernel's whole argument: row sources from the front of data, ranges from its back.
 struct PrepareArgs {
-  static constexpr int kBytes = 32672;
+  static constexpr int kBytes = 25760;
   HyperRow* rows;
   Control* control;
   FactorSource factor;

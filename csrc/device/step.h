@@ -35,7 +35,8 @@ struct DeviceStep {
 using PackSpans = size_t (*)(const Span* spans, size_t count, size_t next, int kernel,
                              const HyperRow* rows, LaunchArgs& args);
 
-// Launcher has norm(args), prepare(rule, args), pack(kernel) and step(kernel, args); all but pack
+// Launcher has norm(args), prepare(rule, args), pack(kernel) and step(kernel, args), and tells by
+// find_unready_prepare(rule) and find_unready(kernel) whether it can launch these; all but pack
 // return an Error, which converts to false when there is none.
 template <class Error, class Launcher>
 Error launch_norm(const DeviceStep& step, Launcher& launcher) {
@@ -113,9 +114,26 @@ Error launch_spans(const DeviceStep& step, Launcher& launcher) {
   return Error{};
 }
 
+// What can be known before anything is launched: a device that lacks a kernel.
+template <class Error, class Launcher>
+Error find_unready(const DeviceStep& step, Launcher& launcher) {
+  for (size_t i = 0; i < step.source_count; ++i) {
+    const int rule = step.source_rules[i];
+    if (i > 0 && rule == step.source_rules[i - 1]) continue;
+    if (Error error = launcher.find_unready_prepare(rule)) return error;
+  }
+  for (size_t i = 0; i < step.span_count; ++i) {
+    const int kernel = step.spans[i].kernel;
+    if (i > 0 && kernel == step.spans[i - 1].kernel) continue;
+    if (Error error = launcher.find_unready(kernel)) return error;
+  }
+  return Error{};
+}
+
 // The step after the norm, whose factor it takes from control where it clips.
 template <class Error, class Launcher>
 Error launch_update(const DeviceStep& step, Launcher& launcher) {
+  if (Error error = find_unready<Error>(step, launcher)) return error;
   if (Error error = launch_prepare<Error>(step, launcher)) return error;
   return launch_spans<Error>(step, launcher);
 }

@@ -6,6 +6,7 @@
 
 #include "../core/control.h"
 #include "../core/registry.h"
+#include "quick_math.h"
 
 // No CUDA header, no shared memory, no barrier, so that the host can run it too.
 namespace fusedopt {
@@ -22,7 +23,8 @@ struct alignas(16) [[gnu::may_alias]] Quad {
 FUSEDOPT_HD void store_quad(Quad* to, const Quad& from) {
 #if defined(__CUDA_ARCH__)
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
-               "r"(from.x), "r"(from.y), "r"(from.z), "r"(from.w));
+               "r"(from.x), "r"(from.y), "r"(from.z), "r"(from.w)
+               : "memory");
 #else
   *to = from;
 #endif
@@ -51,21 +53,46 @@ struct alignas(16) Pack {
   FUSEDOPT_HD void set(int i, Element value) {
     memcpy(reinterpret_cast<unsigned char*>(data) + i * sizeof value, &value, sizeof value);
   }
+
+  // Stores values as elements i and i + 1, or notes that these are not what narrow() makes of them.
+  template <class T>
+  FUSEDOPT_HD void set_two(int i, T first, T second, QuickMath& math) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    if constexpr (std::is_same<Element, bfloat16>::value) {
+      uint32_t word;
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+      memcpy(reinterpret_cast<unsigned char*>(data) + i * sizeof(Element), &word, sizeof word);
+      math.note(first);  // a NaN has other bits
+      math.note(second);
+      return;
+    }
+#endif
+    Element element;
+    narrow(first, element);
+    set(i, element);
+    narrow(second, element);
+    set(i + 1, element);
+  }
 };
 
 constexpr int kThreads = 256;
 
-// The most bytes of arguments that a launch takes.
-constexpr size_t kMaxArgumentBytes = 32764;
+// The most bytes of arguments that a launch gets. It takes more, but arguments begin in constant
+// memory at 0x1a90, or before it: thus all of them, and their end, lie below 0x8000. From there on,
+// ptxas mixes two forms of an address that are the same only if addresses wrap at 16 bits, which
+// nothing documents.
+constexpr size_t kMaxArgumentBytes = 0x6500;
+static_assert(0x1a90 + kMaxArgumentBytes < 0x8000, "an address that has two forms");
 
 // The kernel's whole argument: spans from the front of data, rows of hyper-parameters from its
 // back.
 struct LaunchArgs {
-  static constexpr int kBytes = 32720;
+  static constexpr int kBytes = 25824;
   const Control* control = nullptr;  // null: gradients are taken as the rows say
   const HyperRow* rows = nullptr;    // on the device; null: the rows are in data
   uint32_t spans;
   uint32_t chunks;
+  uint32_t formats;  // of the spans' states: a bit for each of StateFormats; see update_coded.h
   alignas(16) unsigned char data[kBytes];
 };
 static_assert(sizeof(LaunchArgs) <= kMaxArgumentBytes, "more than a launch takes");
@@ -108,6 +135,7 @@ size_t pack_spans(const Span* spans, size_t count, size_t next, int kernel, cons
   constexpr size_t capacity = LaunchArgs::kBytes;
   args.spans = 0;
   args.chunks = 0;
+  args.formats = 0;
   uint32_t packed_rows = 0;
   int32_t last_row = -1;
   for (; next < count; ++next) {
@@ -129,6 +157,7 @@ size_t pack_spans(const Span* spans, size_t count, size_t next, int kernel, cons
     memcpy(args.data + args.spans * sizeof(TileSpan), &to, sizeof to);
     ++args.spans;
     args.chunks += to.chunks();
+    args.formats |= to.format();
   }
   return next;
 }
@@ -151,7 +180,9 @@ struct Tile {
   static constexpr int kPackBytes =
       kPack * int(sizeof(Param) + sizeof(Grad) + states * sizeof(State));
   static constexpr int kUnroll = kPackBytes >= 64 ? 1 : 2;
-  static constexpr int kChunk = kThreads * kPack * kUnroll;
+  static constexpr int kRound = kThreads * kPack * kUnroll;
+  // So many rounds, one after the other, that it does not count what a chunk takes by itself.
+  static constexpr int kChunk = 4 * kRound;
   // Blocks that a multiprocessor must hold at least. Without it, ptxas aims at four and spills.
   static constexpr int kMinBlocks = 2;
 
@@ -178,6 +209,7 @@ struct Tile {
     FUSEDOPT_HD uint32_t shift() const {
       return uint32_t(reinterpret_cast<uintptr_t>(param) % 16 / sizeof(Param)) % kPack;
     }
+    static constexpr uint32_t format() { return 1; }
     FUSEDOPT_HD uint32_t chunks() const {
       return uint32_t((numel + shift() + kChunk - 1) / kChunk);
     }
@@ -195,25 +227,26 @@ struct Tile {
     return result;
   }
 
-  FUSEDOPT_HD static void update(const Row& row, Pack<Param, kPack>& p, const Pack<Grad, kPack>& g,
+  // Updates a pack; false where an operand was rare, so that nothing of it may be stored.
+  template <bool usual>
+  FUSEDOPT_HD static bool update(const Row& row, Pack<Param, kPack>& p, const Pack<Grad, kPack>& g,
                                  Pack<State, kPack>* state) {
+    QuickMath math;
     FUSEDOPT_UNROLL
-    for (int i = 0; i < kPack; ++i) {
-      T value = widen(p.get(i));
-      T states_of_i[kMaxStates];
+    for (int i = 0; i < kPack; i += 2) {
+      T values[2], states_of[2][kMaxStates];
       FUSEDOPT_UNROLL
-      for (int k = 0; k < states; ++k) states_of_i[k] = widen(state[k].get(i));
-      Variant::template update<false>(row, value, T(widen(g.get(i))), states_of_i);
-      Param stored;
-      narrow(value, stored);
-      p.set(i, stored);
-      FUSEDOPT_UNROLL
-      for (int k = 0; k < states; ++k) {
-        State stored_state;
-        narrow(states_of_i[k], stored_state);
-        state[k].set(i, stored_state);
+      for (int j = 0; j < 2; ++j) {
+        values[j] = widen(p.get(i + j));
+        FUSEDOPT_UNROLL
+        for (int k = 0; k < states; ++k) states_of[j][k] = widen(state[k].get(i + j));
+        Variant::template update<usual>(row, values[j], T(widen(g.get(i + j))), states_of[j], math);
       }
+      p.set_two(i, values[0], values[1], math);
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < states; ++k) state[k].set_two(i, states_of[0][k], states_of[1][k], math);
     }
+    return !math.is_rare();
   }
 
   FUSEDOPT_HD static void update_one(const TileSpan& s, const Row& row, int64_t i) {
@@ -221,7 +254,8 @@ struct Tile {
     T states_of_i[kMaxStates];
     FUSEDOPT_UNROLL
     for (int k = 0; k < states; ++k) states_of_i[k] = widen(s.state[k][i]);
-    Variant::template update<false>(row, value, T(widen(s.grad[i])), states_of_i);
+    PlainMath math;
+    Variant::template update<false>(row, value, T(widen(s.grad[i])), states_of_i, math);
     narrow(value, s.param[i]);
     FUSEDOPT_UNROLL
     for (int k = 0; k < states; ++k) narrow(states_of_i[k], s.state[k][i]);
@@ -229,19 +263,14 @@ struct Tile {
 
   // Those of the elements [i, end) that the span has.
   FUSEDOPT_HD static void run_elements(const TileSpan& s, const Row& row, int64_t i, int64_t end) {
+    FUSEDOPT_NO_UNROLL
     for (; i < end; ++i)
       if (i >= 0 && i < s.numel) update_one(s, row, i);
   }
 
-  FUSEDOPT_HD static void run_chunk(const TileSpan& s, const Row& row, uint32_t chunk,
-                                    uint32_t thread) {
-    const int64_t base = int64_t(chunk) * kChunk - s.shift();
-    if (!aligned(s)) {
-      // Neighbouring threads take neighbouring elements.
-      for (uint32_t at = thread; at < uint32_t(kChunk); at += kThreads)
-        run_elements(s, row, base + at, base + at + 1);
-      return;
-    }
+  // A thread's packs of one round.
+  template <bool usual>
+  FUSEDOPT_HD static void run_packs(const TileSpan& s, const Row& row, int64_t first) {
     Pack<Param, kPack> p[kUnroll];
     Pack<Grad, kPack> g[kUnroll];
     Pack<State, kPack> state[kUnroll][states > 0 ? states : 1];
@@ -249,7 +278,7 @@ struct Tile {
     bool whole[kUnroll];
     FUSEDOPT_UNROLL
     for (int u = 0; u < kUnroll; ++u) {
-      const int64_t i = base + (u * kThreads + thread) * kPack;
+      const int64_t i = first + u * kThreads * kPack;
       whole[u] = i >= 0 && i + kPack <= s.numel;
       if (!whole[u]) continue;
       p[u].load(s.param + i);
@@ -259,15 +288,36 @@ struct Tile {
     }
     FUSEDOPT_UNROLL
     for (int u = 0; u < kUnroll; ++u) {
-      const int64_t i = base + (u * kThreads + thread) * kPack;
-      if (!whole[u]) {
+      const int64_t i = first + u * kThreads * kPack;
+      if (whole[u] && update<usual>(row, p[u], g[u], state[u])) {
+        p[u].store(s.param + i);
+        FUSEDOPT_UNROLL
+        for (int k = 0; k < states; ++k) state[u][k].store(s.state[k] + i);
+      } else {
         run_elements(s, row, i, i + kPack);
-        continue;
       }
-      update(row, p[u], g[u], state[u]);
-      p[u].store(s.param + i);
-      FUSEDOPT_UNROLL
-      for (int k = 0; k < states; ++k) state[u][k].store(s.state[k] + i);
+    }
+  }
+
+  template <bool usual>
+  FUSEDOPT_HD static void run_rounds(const TileSpan& s, const Row& row, int64_t base,
+                                     uint32_t thread) {
+    FUSEDOPT_NO_UNROLL
+    for (int64_t at = base; at < base + kChunk && at < s.numel; at += kRound)
+      run_packs<usual>(s, row, at + thread * kPack);
+  }
+
+  FUSEDOPT_HD static void run_chunk(const TileSpan& s, const Row& row, uint32_t chunk,
+                                    uint32_t thread) {
+    const int64_t base = int64_t(chunk) * kChunk - s.shift();
+    if (!aligned(s)) {
+      // Neighbouring threads take neighbouring elements.
+      for (uint32_t at = thread; at < uint32_t(kChunk); at += kThreads)
+        run_elements(s, row, base + at, base + at + 1);
+    } else if (Variant::Rule::usual(row)) {
+      run_rounds<true>(s, row, base, thread);
+    } else {
+      run_rounds<false>(s, row, base, thread);
     }
   }
 

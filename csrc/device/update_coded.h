@@ -23,7 +23,7 @@ template <class Variant>
 struct Tile<Variant, Coded> {
   using Row = typename Variant::Rule::template Row<float>;
   static constexpr int states = Variant::state_count;
-  static constexpr int kChunkBlocks = kThreads / kWarp;
+  static constexpr int kChunkBlocks = kThreads / kLanes;
   static constexpr int kChunk = kChunkBlocks * kBlock;
   // With three states, half a multiprocessor has too few registers for a block.
   static constexpr int kMinBlocks = states < 3 ? 2 : 1;
@@ -34,219 +34,349 @@ struct Tile<Variant, Coded> {
     void* state[states > 0 ? states : 1];
     int64_t numel;
     uint32_t first_chunk;
-    uint32_t row;
+    uint32_t row : 31;
+    uint32_t is_aligned : 1;  // all streams can be moved in wide accesses from their beginnings on
     Coding coding;
 
     static TileSpan from(const Span& span) {
-      TileSpan to{span.param, const_cast<void*>(span.grad), {}, span.numel, 0, 0, *span.coding};
-      for (int k = 0; k < states; ++k) to.state[k] = span.states[k];
+      TileSpan to{span.param, const_cast<void*>(span.grad), {}, span.numel, 0, 0, 1, *span.coding};
+      const StreamBytes bytes(to.coding);
+      const auto look_at = [&](const void* stream, int64_t size) {
+        if (!are_aligned(stream, size)) to.is_aligned = 0;
+      };
+      look_at(span.param, bytes.param);
+      look_at(span.grad, bytes.grad);
+      if (bytes.master != 0) look_at(to.coding.master, bytes.master);
+      for (int k = 0; k < states; ++k) {
+        to.state[k] = span.states[k];
+        look_at(span.states[k], to.coding.state == state_format<CodedState> ? 4 : bytes.state);
+      }
       to.coding.row = to.blocks().joined().row;
       return to;
     }
+    uint32_t format() const { return 1u << coding.state; }
     FUSEDOPT_HD Blocks blocks() const { return {numel, coding.row}; }
     FUSEDOPT_HD uint32_t chunks() const {
       return uint32_t((blocks().count() + kChunkBlocks - 1) / kChunkBlocks);
     }
   };
 
-  // What a lane keeps of its elements until their block's scales are known.
+  // What a lane keeps of its elements until nothing can be rare any more, and scales are known:
+  // states that need no scale as they are stored.
+  template <class StateFormat>
   struct Lane {
-    float state[states > 0 ? states : 1][kLaneElements];
+    float params[kLaneElements];
+    typename std::conditional<StateFormat::in_codes, float[kLaneElements], LaneWords>::type
+        state[states > 0 ? states : 1];
+    bool rare;
 
-    FUSEDOPT_HD uint32_t largest(int k, bool finite_only) const {
-      uint32_t result = 0;
+    FUSEDOPT_HD uint32_t largest(int k) const {
+      float result = 0;
       FUSEDOPT_UNROLL
-      for (int i = 0; i < kLaneElements; ++i) {
-        const uint32_t magnitude = magnitude_bits(state[k][i]);
-        const bool counts = magnitude > result && (!finite_only || is_finite(magnitude));
-        result = counts ? magnitude : result;
-      }
-      return result;
+      for (int i = 0; i < kLaneElements; ++i) result = larger_magnitude(result, state[k][i]);
+      return float_to_bits(result);
     }
   };
 
   struct Place : BlockPlace {
-    int first;  // the place in the whole block of the one that begins here
-    uint32_t dither;
-    RandomBlock random;
+    int first;         // the place in the whole block of the one that begins here
+    int64_t of_whole;  // the number of the block in the whole parameter
+    uint32_t step;
+
+    // Worked out when it is needed: registers are scarce until then.
+    FUSEDOPT_HD uint32_t dither() const { return dither_of_block(of_whole, step); }
   };
 
-  FUSEDOPT_HD static char* at(void* stream, int64_t size, const Place& place) {
+  FUSEDOPT_HD static char* at(void* stream, int64_t size, const BlockPlace& place) {
     return static_cast<char*>(stream) + place.begin * size;
   }
 
-  FUSEDOPT_HD static void update(const TileSpan& s, const Row& row, const Place& place, int lane,
-                                 Lane& to) {
+  template <class StateFormat>
+  FUSEDOPT_HD static void update(const TileSpan& s, const Row& row, const BlockPlace& place,
+                                 uint32_t of_block, int lane, Lane<StateFormat>& to) {
     const Coding& coding = s.coding;
     const StreamBytes bytes(coding);
-    const bool in_codes = coding.state == state_format<CodedState>;
-    LanePairs param, master, grad, state[states > 0 ? states : 1];
-    uint64_t words[states > 0 ? states : 1];
-    float scales[states > 0 ? states : 1];
-    param.load(at(s.param, bytes.param, place), bytes.param, lane, place.count);
-    master.load(at(coding.master, bytes.master, place), bytes.master, lane, place.count);
-    grad.load(at(s.grad, bytes.grad, place), bytes.grad, lane, place.count);
+    using Element = typename StateFormat::Element;
+    LaneWords grad;
+    typename std::conditional<StateFormat::in_codes, LaneCodes, LaneWords>::type
+        stored[states > 0 ? states : 1];
+    [[maybe_unused]] float scales[states > 0 ? states : 1];
     FUSEDOPT_UNROLL
     for (int k = 0; k < states; ++k) {
-      if (in_codes) {
-        words[k] = load_codes(at(s.state[k], 1, place), lane, place.count);
+      const char* const from = at(s.state[k], sizeof(Element), place);
+      if constexpr (StateFormat::in_codes) {
+        stored[k].load(from, lane);
         scales[k] = coding.scales[k][place.number];
       } else {
-        state[k].load(at(s.state[k], bytes.state, place), bytes.state, lane, place.count);
+        stored[k].template load_of<sizeof(Element)>(from, lane);
       }
     }
-    float params[kLaneElements], grads[kLaneElements];
-    decode_params(coding.param, param, master, params);
+    load_grads(coding.grad, at(s.grad, bytes.grad, place), lane, grad);
+    load_params(coding.param, at(s.param, bytes.param, place),
+                at(coding.master, bytes.master, place), lane, to.params);
+    float grads[kLaneElements];
     decode_grads(coding.grad, grad, grads);
-    for_each_state<Variant>([&](auto k, auto never_negative) {
-      if (in_codes) {
-        FUSEDOPT_UNROLL
-        for (int i = 0; i < kLaneElements; ++i)
-          to.state[k][i] = decode<never_negative.value>(words[k], scales[k], i);
-      } else if (coding.state == state_format<Bfloat16State>) {
-        decode_elements<bfloat16>(state[k], to.state[k]);
-      } else {
-        decode_elements<float>(state[k], to.state[k]);
-      }
-    });
+    // A place is one of its lane's and one of its lane's first element, without a common bit.
+    [[maybe_unused]] const uint32_t of_lane = dither(of_block, here(uint32_t(place_of(lane, 0))));
+    QuickMath math;
+    if constexpr (StateFormat::in_codes) {
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < states; ++k) math.note_if(is_careful(scales[k]));
+    }
     FUSEDOPT_UNROLL
     for (int i = 0; i < kLaneElements; ++i) {
       float states_of_i[kMaxStates] = {};
-      FUSEDOPT_UNROLL
-      for (int k = 0; k < states; ++k) states_of_i[k] = to.state[k][i];
-      Variant::template update<false>(row, params[i], grads[i], states_of_i);
-      FUSEDOPT_UNROLL
-      for (int k = 0; k < states; ++k) to.state[k][i] = states_of_i[k];
+      for_each_state<Variant>([&](auto number, auto of_squares) {
+        constexpr int k = decltype(number)::value;
+        if constexpr (StateFormat::in_codes) {
+          states_of_i[k] = stored[k].template decode<decltype(of_squares)::value>(i, scales[k]);
+        } else {
+          states_of_i[k] = widen(stored[k].template get<Element>(i));
+        }
+      });
+      Variant::template update<false>(row, to.params[i], grads[i], states_of_i, math);
+      for_each_state<Variant>([&](auto number, auto of_squares) {
+        constexpr int k = decltype(number)::value;
+        if constexpr (StateFormat::in_codes) {
+          to.state[k][i] = states_of_i[k];
+        } else {
+          Element stored;
+          const uint32_t threshold = dither(of_lane, uint32_t(place_of(0, i)));
+          StateFormat::template encode<decltype(of_squares)::value>(states_of_i[k], threshold,
+                                                                    stored);
+          to.state[k].set(i, stored);
+        }
+      });
+      to.rare = math.is_rare();
+      // Not only at the end: ptxas then mixes fewer elements, and does not run out of registers.
+      if (i % kNeighbours == kNeighbours - 1 && to.rare) return;
     }
-    if (place.count < kBlock) {
-      // Elements that there are not have no say in a scale.
+  }
+
+  template <class StateFormat, bool never_negative>
+  FUSEDOPT_HD static void store_state(const TileSpan& s, const Place& place, int k, int lane,
+                                      const Lane<StateFormat>& from, float inverse,
+                                      uint32_t of_block) {
+    using Element = typename StateFormat::Element;
+    char* const to = at(s.state[k], sizeof(Element), place);
+    if constexpr (StateFormat::in_codes) {
+      LaneCodes codes;
+      codes.encode<never_negative>(from.state[k], inverse, of_block, lane);
+      codes.store(to, lane);
+    } else {
+      from.state[k].template store_of<sizeof(Element)>(to, lane);
+    }
+  }
+
+  // Updates a whole block; false where something is rare or it is none, and nothing has been stored
+  // then. The lanes of one that is not whole come along with those of the warp's other block.
+  template <class StateFormat>
+  FUSEDOPT_HD static bool run_whole(const TileSpan& s, const Row& row, const Place& place,
+                                    bool is_whole, uint32_t thread) {
+    const Coding& coding = s.coding;
+    using Lane = Tile::Lane<StateFormat>;
+    Lanes<Lane> lanes(thread);
+    if (!Lanes<Lane>::for_either(is_whole)) return false;
+    const BlockPlace from = Lanes<Lane>::this_or_other(is_whole, place);
+    lanes.each([&](Lane& lane, int number) {
+      update<StateFormat>(s, row, from, StateFormat::in_codes ? 0 : place.dither(), number, lane);
+    });
+    bool rare = lanes.any([](const Lane& lane) { return lane.rare; });
+    [[maybe_unused]] uint32_t largest[states > 0 ? states : 1] = {};
+    if constexpr (StateFormat::in_codes) {
       FUSEDOPT_UNROLL
-      for (int i = 0; i < kLaneElements; ++i) {
-        FUSEDOPT_UNROLL
-        for (int k = 0; k < states; ++k)
-          to.state[k][i] = place_of(lane, i) < place.count ? to.state[k][i] : 0;
+      for (int k = 0; k < states; ++k) {
+        largest[k] = lanes.largest([&](const Lane& lane) { return lane.largest(k); });
+        rare = rare || !is_finite(largest[k]);
       }
     }
-    // Of their own, so that no register holds the loaded ones until here.
-    LanePairs new_param, new_master;
-    encode_params(coding.param, params, place.random, place.first, lane, new_param, new_master);
-    new_param.store(at(s.param, bytes.param, place), bytes.param, lane, place.count);
-    new_master.store(at(coding.master, bytes.master, place), bytes.master, lane, place.count);
+    if (rare || !is_whole) return false;
+    lanes.each([&](Lane& lane, int number) {
+      const StreamBytes bytes(coding);
+      const auto random = [&] { return RandomBlock(coding.key, place.step, place.of_whole); };
+      store_params(coding.param, lane.params, random, number, at(s.param, bytes.param, place),
+                   at(coding.master, bytes.master, place));
+      const uint32_t of_block = StateFormat::in_codes ? place.dither() : 0;
+      for_each_state<Variant>([&](auto state, auto of_squares) {
+        constexpr int k = decltype(state)::value;
+        constexpr bool never_negative = decltype(of_squares)::value;
+        const Scale scale = Code<never_negative>::scale_of(largest[k], false);
+        store_state<StateFormat, never_negative>(s, place, k, number, lane, scale.inverse,
+                                                 of_block);
+        if (StateFormat::in_codes && number == 0) coding.scales[k][place.number] = scale.scale;
+      });
+    });
+    return true;
   }
 
-  // The code of element i is in the byte of its quarter, of the word of its place in the pair.
-  FUSEDOPT_HD static int shift_of(int i) { return 32 * (i % 2) + 8 * (i / 2); }
+  // -- blocks that are not whole, or lie askew: an element after the other
+  // -------------------------
 
-  // The codes of a lane, as the words that they are in memory if that can be.
-  FUSEDOPT_HD static bool are_words(const void* block, int count) {
-    return count == kBlock && reinterpret_cast<uintptr_t>(block) % sizeof(uint64_t) == 0;
-  }
-  FUSEDOPT_HD static uint64_t load_codes(const void* block, int lane, int count) {
-    const auto* from = static_cast<const uint8_t*>(block);
-    if (are_words(block, count)) return load_aligned<uint64_t>(from + 8 * lane);
-    uint64_t words = 0;
-    for (int i = 0; i < kLaneElements; ++i) {
-      const int place = place_of(lane, i);
-      if (place < count) words |= uint64_t(from[byte_of(place, count)]) << shift_of(i);
+  // An element of a lane, updated.
+  struct Updated {
+    float value, state[kMaxStates];
+  };
+  // The largest magnitudes of a lane's elements.
+  struct PartLane {
+    uint32_t all[states > 0 ? states : 1] = {}, finite[states > 0 ? states : 1] = {};
+    float scales[states > 0 ? states : 1] = {};
+
+    FUSEDOPT_HD void note(const Updated& element) {
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < states; ++k) {
+        const uint32_t magnitude = magnitude_bits(element.state[k]);
+        all[k] = magnitude > all[k] ? magnitude : all[k];
+        const bool counts = magnitude > finite[k] && is_finite(magnitude);
+        finite[k] = counts ? magnitude : finite[k];
+      }
     }
-    return words;
-  }
-  FUSEDOPT_HD static void store_codes(void* block, int lane, int count, uint64_t words) {
-    auto* to = static_cast<uint8_t*>(block);
-    if (are_words(block, count)) {
-      store_aligned(to + 8 * lane, words);
-      return;
-    }
-    for (int i = 0; i < kLaneElements; ++i) {
-      const int place = place_of(lane, i);
-      if (place < count) to[byte_of(place, count)] = uint8_t(words >> shift_of(i));
-    }
-  }
+  };
 
-  template <bool never_negative>
-  FUSEDOPT_HD static float decode(uint64_t words, float scale, int i) {
-    const uint32_t code = uint32_t(words >> shift_of(i)) & 0xffu;
-    return Code<never_negative>::decode(code, absolute(scale), is_careful(scale));
-  }
-
-  template <bool never_negative>
-  FUSEDOPT_HD static void encode_codes(const TileSpan& s, const Place& place, int k, int lane,
-                                       const Lane& from, const Scale& scale, bool careful) {
-    uint64_t words = 0;
-    FUSEDOPT_UNROLL
-    for (int i = 0; i < kLaneElements; ++i) {
-      const uint32_t threshold = dither(place.dither, uint32_t(place_of(lane, i)));
-      const uint32_t code =
-          Code<never_negative>::encode(from.state[k][i], scale.inverse, threshold, careful);
-      words |= uint64_t(code) << shift_of(i);
-    }
-    store_codes(at(s.state[k], 1, place), lane, place.count, words);
-    if (lane == 0) s.coding.scales[k][place.number] = scale.scale;
-  }
-
-  template <bool never_negative>
-  FUSEDOPT_HD static void store_state(const TileSpan& s, const Place& place, int k, int lane,
-                                      const Lane& from) {
-    const int64_t size = StreamBytes(s.coding).state;
-    LanePairs to;
-    with_format(StateFormats{}, s.coding.state, [&](auto of_place) {
-      using Format = decltype(of_place);
-      if constexpr (!Format::in_codes) {
-        FUSEDOPT_UNROLL
-        for (int i = 0; i < kLaneElements; ++i) {
-          const uint32_t threshold =
-              dither(place.dither, uint32_t(place.first + place_of(lane, i)));
-          typename Format::Element stored;
-          Format::template encode<never_negative>(from.state[k][i], threshold, stored);
-          set_element(to, i, stored);
-        }
+  template <class StateFormat>
+  FUSEDOPT_HD static Updated updated(const TileSpan& s, const Row& row, const Place& place,
+                                     const float* scales, int i) {
+    const Coding& coding = s.coding;
+    const int64_t element = place.begin + i;
+    Updated result = {};
+    result.value = decode_param(coding.param, s.param, coding.master, element);
+    for_each_state<Variant>([&](auto state, auto of_squares) {
+      constexpr int k = decltype(state)::value;
+      using Element = typename StateFormat::Element;
+      if constexpr (StateFormat::in_codes) {
+        const uint32_t code =
+            element_at<Element>(s.state[k], place.begin + byte_of(i, place.count));
+        result.state[k] = Code<decltype(of_squares)::value>::decode(code, 0, absolute(scales[k]),
+                                                                    is_careful(scales[k]));
+      } else {
+        result.state[k] = widen(element_at<Element>(s.state[k], element));
       }
     });
-    to.store(at(s.state[k], size, place), size, lane, place.count);
+    PlainMath math;
+    Variant::template update<false>(row, result.value, decode_grad(coding.grad, s.grad, element),
+                                    result.state, math);
+    return result;
   }
 
+  template <class StateFormat>
+  FUSEDOPT_HD static void store(const TileSpan& s, const Place& place, const Updated& from, int i,
+                                const Scale* scales, const bool* careful, uint32_t of_block) {
+    const Coding& coding = s.coding;
+    const int64_t at = place.begin + i;
+    const auto random = [&] {
+      return RandomBlock(coding.key, place.step, place.of_whole).of_place(place.first + i);
+    };
+    encode_param(coding.param, from.value, random, s.param, coding.master, at);
+    const uint32_t threshold = dither(of_block, uint32_t(place.first + i));
+    for_each_state<Variant>([&](auto state, auto of_squares) {
+      constexpr int k = decltype(state)::value;
+      constexpr bool never_negative = decltype(of_squares)::value;
+      using Element = typename StateFormat::Element;
+      if constexpr (StateFormat::in_codes) {
+        auto* const codes = static_cast<Element*>(s.state[k]) + place.begin;
+        codes[byte_of(i, place.count)] = Element(
+            Code<never_negative>::encode(from.state[k], scales[k].inverse, threshold, careful[k]));
+      } else {
+        StateFormat::template encode<never_negative>(from.state[k], threshold,
+                                                     static_cast<Element*>(s.state[k])[at]);
+      }
+    });
+  }
+
+  template <class StateFormat>
+  FUSEDOPT_HD static void run_part(const TileSpan& s, const Row& row, const Place& place,
+                                   uint32_t thread) {
+    const Coding& coding = s.coding;
+    Scale scales[states > 0 ? states : 1] = {};
+    bool careful[states > 0 ? states : 1] = {};
+    Lanes<PartLane> lanes(thread);
+    if constexpr (StateFormat::in_codes) {
+      lanes.each([&](PartLane& lane, int) {
+        FUSEDOPT_UNROLL
+        for (int k = 0; k < states; ++k)
+          if (place.count > 0) lane.scales[k] = coding.scales[k][place.number];
+      });
+    }
+    const uint32_t of_block = place.dither();
+    // Where there are codes, elements are updated twice, as there is nowhere to keep all of them
+    // until their scale is known.
+    FUSEDOPT_NO_UNROLL
+    for (int pass = StateFormat::in_codes ? 0 : 1; pass < 2; ++pass) {
+      lanes.each([&](PartLane& lane, int number) {
+        FUSEDOPT_NO_UNROLL
+        for (int i = number; i < place.count; i += kLanes) {
+          const Updated element = updated<StateFormat>(s, row, place, lane.scales, i);
+          if (pass == 0) {
+            lane.note(element);
+          } else {
+            store<StateFormat>(s, place, element, i, scales, careful, of_block);
+          }
+        }
+      });
+      if (!StateFormat::in_codes || pass == 1) continue;
+      for_each_state<Variant>([&](auto state, auto of_squares) {
+        constexpr int k = decltype(state)::value;
+        careful[k] = !is_finite(lanes.largest([&](const PartLane& lane) { return lane.all[k]; }));
+        scales[k] = Code<decltype(of_squares)::value>::scale_of(
+            lanes.largest([&](const PartLane& lane) { return lane.finite[k]; }), careful[k]);
+      });
+    }
+    if constexpr (StateFormat::in_codes) {
+      lanes.each([&](PartLane&, int number) {
+        FUSEDOPT_UNROLL
+        for (int k = 0; k < states; ++k)
+          if (number == 0 && place.count > 0) coding.scales[k][place.number] = scales[k].scale;
+      });
+    }
+  }
+
+  template <class StateFormat>
   FUSEDOPT_HD static void run_block(const TileSpan& s, const Row& row, const BlockPlace& block,
                                     uint32_t thread) {
     const Coding& coding = s.coding;
     const uint32_t step = coding.count == nullptr ? coding.step : uint32_t(*coding.count);
     const int64_t number = coding.first_block + block.number;
-    const Place place{block, coding.first_place, dither_of_block(number, step),
-                      RandomBlock(coding.key, step, number)};
-    Warp<Lane> warp(thread);
-    warp.each([&](Lane& lane, int number) { update(s, row, place, number, lane); });
-    for_each_state<Variant>([&](auto k, auto of_squares) {
-      constexpr bool never_negative = decltype(of_squares)::value;
-      if (coding.state != state_format<CodedState>) {
-        warp.each([&](Lane& lane, int number) {
-          store_state<never_negative>(s, place, k, number, lane);
-        });
-        return;
-      }
-      uint32_t largest = warp.largest([&](const Lane& lane) { return lane.largest(k, false); });
-      const bool careful = !is_finite(largest);
-      if (careful) largest = warp.largest([&](const Lane& lane) { return lane.largest(k, true); });
-      const Scale scale = Code<never_negative>::scale_of(largest, careful);
-      warp.each([&](Lane& lane, int number) {
-        encode_codes<never_negative>(s, place, k, number, lane, scale, careful);
-      });
-    });
+    const Place place{block, coding.first_place, number, step};
+    // A first block that is cut off in front counts places from there. A block has to begin where
+    // its lanes' neighbours would, and the words of their codes.
+    constexpr int64_t together = StateFormat::in_codes ? 4 * kNeighbours : kNeighbours;
+    const bool is_whole = block.count == kBlock && place.first == 0 && s.is_aligned != 0 &&
+                          block.begin % together == 0;
+    const bool done = run_whole<StateFormat>(s, row, place, is_whole, thread);
+    if (!Lanes<PartLane>::for_either(!done && block.count > 0)) return;
+    Place part = place;
+    part.count = done ? 0 : block.count;
+    run_part<StateFormat>(s, row, part, thread);
+  }
+
+  // The spans whose states are in one format, each of which has a kernel: for all in one, a device
+  // has too few registers.
+  template <class StateFormat>
+  FUSEDOPT_HD static void run(const LaunchArgs& args, uint32_t block, uint32_t blocks,
+                              uint32_t thread) {
+    if (args.control != nullptr && args.control->skip != 0) return;
+    if (!Lanes<PartLane>::runs_in(thread)) return;
+    const auto* spans = reinterpret_cast<const TileSpan*>(args.data);
+    uint32_t known = 0;
+    uint32_t known_row = ~uint32_t(0);  // the span whose row this is
+    Row row = {};
+    for (uint32_t chunk = block; chunk < args.chunks; chunk += blocks) {
+      known = span_of_chunk(spans, known, args.spans, chunk);
+      const TileSpan& s = spans[known];
+      if (s.coding.state != state_format<StateFormat>) continue;  // a whole block of threads
+      // No memory holds more than 2^32 blocks.
+      const uint32_t number = (chunk - s.first_chunk) * kChunkBlocks + thread / kLanes;
+      BlockPlace place = s.blocks().at(number);
+      if (place.begin >= s.numel) place = {0, 0, 0};  // none
+      if (known_row != known) row = row_of<Row>(args, s.row);
+      known_row = known;
+      run_block<StateFormat>(s, row, place, thread);
+    }
   }
 
   FUSEDOPT_HD static void run(const LaunchArgs& args, uint32_t block, uint32_t blocks,
                               uint32_t thread) {
-    if (args.control != nullptr && args.control->skip != 0) return;
-    if (!Warp<Lane>::runs_in(thread)) return;
-    const auto* spans = reinterpret_cast<const TileSpan*>(args.data);
-    uint32_t known = 0;
-    for (uint32_t chunk = block; chunk < args.chunks; chunk += blocks) {
-      known = span_of_chunk(spans, known, args.spans, chunk);
-      const TileSpan& s = spans[known];
-      // No memory holds more than 2^32 blocks.
-      const uint32_t number = (chunk - s.first_chunk) * kChunkBlocks + thread / kWarp;
-      const BlockPlace block = s.blocks().at(number);
-      // All lanes of a warp leave together.
-      if (block.begin < s.numel) run_block(s, row_of<Row>(args, s.row), block, thread);
-    }
+    for_each_type(StateFormats{},
+                  [&](auto format) { run<decltype(format)>(args, block, blocks, thread); });
   }
 
   static size_t pack(const Span* spans, size_t count, size_t next, int kernel, const HyperRow* rows,

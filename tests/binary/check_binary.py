@@ -3,8 +3,8 @@
 On the CPU every loop must work on whole registers of its instruction set, in the precision that
 its dtypes ask for, with the multiply-adds that the rules ask for as instructions. On CUDA the
 kernels of every architecture must load and store 16 bytes at a time, keep all they work on in
-registers, few enough for three blocks on a multiprocessor, and calculate in doubles only where
-their dtypes are doubles. A compiler may quietly break any of these.
+registers, few enough for two blocks on a multiprocessor, calculate in doubles only where their
+dtypes are doubles, and address their arguments in one way. A compiler may quietly break any of it.
 
 Run as `make check-binary`; prints what is wrong and exits with 1 if anything is.
 """
@@ -26,6 +26,8 @@ MODULE = PACKAGE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 REGISTERS = {"baseline": "xmm", "avx2": "ymm", "avx512": "zmm"}
 TYPES = r"<(?:fusedopt::)?(?P<rule>\w+::Variant<[^>]*>), .*Types<(?P<types>[^>]*)>"
+CODED_TYPES = r"<(?:fusedopt::)?(?P<rule>\w+::Variant<[^>]*>), (?:fusedopt::)?(?P<state>\w+)State>"
+STATE_FORMATS = 3  # each has a kernel of its own for spans with a Coding
 LOOP = re.compile(r"fusedopt::cpu::(?P<isa>\w+)::.*span_loop" + TYPES)
 # What the loops over spans with a Coding call: the same for all rules.
 PIECE = re.compile(
@@ -41,6 +43,10 @@ KERNEL = re.compile(r"fusedopt::cuda::.*?(?P<name>(?P<kind>\w+)_kernel\b.*)")
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)")
 ACCESS = re.compile(r"(LDG|STG)\.E\b(?:.*?\.[US]?(\d+)\b)?")
 LOCAL = re.compile(r"(LDL|STL)\b")
+# ptxas has two forms of addresses from 0x8000 on, which are the same only if these wrap at 16 bits.
+CONSTANT = re.compile(r"c\[0x[0-9a-f]+\]\[(?:U?R\w+\s*\+\s*)?(-?0x[0-9a-f]+)\]")
+FAR = "far constants"
+MOST_BYTES = 10_000_000  # of the module for all architectures
 DOUBLE = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|MUFU\.\w+64H\b|.*\.F64\b")
 # What does not fit into registers spills to the stack, which is local memory.
 MOST = {"STACK": 0, "LOCAL": 0}
@@ -48,11 +54,11 @@ MOST = {"STACK": 0, "LOCAL": 0}
 # takes that many, it has as many bytes in flight.
 MOST_IN_STEP = {**MOST, "SHARED": 0, "REG": 128}
 # With 128 registers these kernels, of three states with a Coding, spill, so that they ask for one
-# block only (Tile::kMinBlocks).
+# block only (Tile::kMinBlocks); with any number from 129 to 255 it is one.
 THREE_CODED = re.compile(
-    r"(Adam::Variant<true>|RmsProp::Variant<true, true>), (fusedopt::)?Types<(fusedopt::)?coded,"
+    r"coded_step_kernel<.*(Adam::Variant<true>|RmsProp::Variant<true, true>), "
 )
-MOST_OF_THREE = {**MOST_IN_STEP, "REG": 160}
+MOST_OF_THREE = {**MOST_IN_STEP, "REG": 192}
 
 Kernel = tuple[str, str]  # the architecture, the mangled name
 
@@ -65,8 +71,9 @@ def lines(*command: str) -> Iterator[str]:
         sys.exit(f"check-binary: {' '.join(command)} failed")
 
 
-def check_loops() -> tuple[list[str], int]:
-    """What is wrong with the loops of the CPU, and how many of them each instruction set has."""
+def check_loops() -> tuple[list[str], Counter[str]]:
+    """What is wrong with the loops of the CPU, and how many each instruction set has: of spans
+    without a Coding, and of those with one."""
     loops: dict[str, list[str]] = defaultdict(list)
     current = ""
     for line in lines("objdump", "--disassemble", "--demangle", "--no-show-raw-insn", str(MODULE)):
@@ -76,7 +83,7 @@ def check_loops() -> tuple[list[str], int]:
         elif current and "\t" in line:
             loops[current].append(line.split("\t", 1)[1].strip())
 
-    wrong, count, pieces = [], Counter[str](), Counter[str]()
+    wrong, count, pieces, kinds = [], Counter[str](), Counter[str](), Counter[str]()
     for name, instructions in loops.items():
         if match := PIECE.search(name):
             pieces[match["isa"]] += 1
@@ -86,6 +93,7 @@ def check_loops() -> tuple[list[str], int]:
         match = LOOP.search(name)
         assert match is not None
         count[match["isa"]] += 1
+        kinds["coded" if "coded" in match["types"] else "plain"] += match["isa"] == "baseline"
         for problem in loop_problems(instructions, REGISTERS[match["isa"]], match["types"]):
             wrong.append(f"{match['isa']} loop {match['rule']} ({match['types']}): {problem}")
     if len({count[isa] for isa in REGISTERS}) != 1 or not loops:
@@ -93,7 +101,7 @@ def check_loops() -> tuple[list[str], int]:
     if len({pieces[isa] for isa in REGISTERS}) != 1 or not pieces:
         wrong.append(f"not the same pieces for each instruction set: {dict(pieces)}")
     print(f"CPU: {count.total()} loops, {dict(count)}; {pieces.total()} pieces of coded ones")
-    return wrong, count["baseline"]
+    return wrong, kinds
 
 
 def loop_problems(instructions: list[str], register: str, types: str) -> Iterator[str]:
@@ -157,8 +165,8 @@ def piece_problems(piece: str, instructions: list[str], register: str) -> Iterat
         yield other[0]
 
 
-def check_kernels(expected: int, chosen: str) -> list[str]:
-    """What is wrong with the CUDA kernels; expected step kernels must be on each architecture."""
+def check_kernels(loops: Counter[str], chosen: str) -> list[str]:
+    """What is wrong with the CUDA kernels; each architecture must have those of all loops."""
     packages = Path(sysconfig.get_path("purelib"), "nvidia").glob("*/bin/cuobjdump")
     cuobjdump = next(map(str, packages), None) or shutil.which("cuobjdump")
     if cuobjdump is None:
@@ -180,13 +188,19 @@ def check_kernels(expected: int, chosen: str) -> list[str]:
         match = KERNEL.search(full)
         kind, full = (match["kind"], match["name"]) if match else ("other", full)
         count[arch][kind] += 1
-        if kind == "step":
+        if kind.endswith("step"):
             registers[arch] = max(registers[arch], used["REG"])
         for problem in kernel_problems(kind, full, used, instructions[arch, name]):
             wrong.append(f"{arch} {full}: {problem}")
-    wrong += count_problems(count, expected, chosen)
+    wrong += count_problems(count, loops, chosen)
+    size = MODULE.stat().st_size
+    if not chosen and size > MOST_BYTES:
+        wrong.append(f"the module has {size:,} bytes, at most {MOST_BYTES:,}")
     kinds = sum(count.values(), Counter[str]())
-    print(f"CUDA: {kinds.total()} kernels, {dict(kinds)}, most registers: {dict(registers)}")
+    print(
+        f"CUDA: {kinds.total()} kernels, {dict(kinds)}, most registers: {dict(registers)}; "
+        f"{size / 1e6:.1f} MB"
+    )
     return wrong
 
 
@@ -212,6 +226,8 @@ def read_instructions(dump: Iterable[str]) -> dict[Kernel, Counter[str]]:
     for line in dump:
         if match := INSTRUCTION.match(line):
             counter[match[1]] += 1
+            offsets = [int(offset, 16) for offset in CONSTANT.findall(line)]
+            counter[FAR] += any(not -0x4000 < offset < 0x8000 for offset in offsets)
         elif "arch = " in line:
             arch = line.split()[-1]
         elif "Function : " in line:
@@ -223,19 +239,22 @@ def kernel_problems(
     kind: str, name: str, used: dict[str, int], instructions: Counter[str]
 ) -> Iterator[str]:
     most_of_step = MOST_OF_THREE if THREE_CODED.search(name) else MOST_IN_STEP
-    for resource, most in (most_of_step if kind == "step" else MOST).items():
+    for resource, most in (most_of_step if kind.endswith("step") else MOST).items():
         if used[resource] > most:
             yield f"{resource} {used[resource]}, at most {most}"
     if local := sorted(filter(LOCAL.match, instructions)):
         yield f"local memory: {', '.join(local)}"
+    if instructions[FAR]:
+        yield f"{instructions[FAR]} constants at offsets from 0x8000 on"
     accesses = Counter[str]()
     for instruction, number in instructions.items():
         if match := ACCESS.match(instruction):
             accesses[f"{match[1]} {match[2] or 32}"] += number
-    if kind == "step":
-        match = re.search(TYPES, name)
-        assert match is not None
-        yield from step_problems(match["types"], instructions, accesses)
+    if kind.endswith("step"):
+        match = re.search(TYPES if kind == "step" else CODED_TYPES, name)
+        assert match is not None, name
+        types = match["types"] if kind == "step" else f"coded {match['state']}"
+        yield from step_problems(types, instructions, accesses)
     elif kind == "norm" and not accesses["LDG 128"]:
         yield f"no load has 128 bits: {dict(accesses)}"
     elif "EXIT" not in instructions:
@@ -245,8 +264,8 @@ def kernel_problems(
 def step_problems(types: str, instructions: Counter[str], accesses: Counter[str]) -> Iterator[str]:
     if "double" not in types and (double := sorted(filter(DOUBLE.match, instructions))):
         yield f"{', '.join(double)}, but none of its dtypes is double"
-    if "coded" in types:
-        yield from coded_step_problems(accesses)
+    if types.startswith("coded"):
+        yield from coded_step_problems(types, accesses)
         return
     # A parameter and its states are loaded and stored, the gradient is loaded only.
     if not accesses["LDG 128"] > accesses["STG 128"] > 0:
@@ -258,20 +277,27 @@ def step_problems(types: str, instructions: Counter[str], accesses: Counter[str]
         yield f"accesses of {odd} bits: {dict(accesses)}"
 
 
-def coded_step_problems(accesses: Counter[str]) -> Iterator[str]:
-    # A thread has pairs of elements, of four bytes at most, and eight codes at a time.
+def coded_step_problems(types: str, accesses: Counter[str]) -> Iterator[str]:
+    # A thread has four neighbours of two or four bytes, or the codes of four times four.
     for access in ("LDG", "STG"):
-        if not accesses[f"{access} 64"]:
-            yield f"no {access} of 64 bits: {dict(accesses)}"
+        for width in (64, 128):
+            if not accesses[f"{access} {width}"]:
+                yield f"{types}: no {access} of {width} bits: {dict(accesses)}"
 
 
-def count_problems(count: dict[str, Counter[str]], expected: int, chosen: str) -> Iterator[str]:
+def count_problems(
+    count: dict[str, Counter[str]], loops: Counter[str], chosen: str
+) -> Iterator[str]:
     wanted = re.findall(r"\d+", chosen.replace(".", "")) if chosen else ARCHS
     if missing := [f"sm_{arch}" for arch in wanted if f"sm_{arch}" not in count]:
         yield f"no kernels for {', '.join(missing)}"
-    steps = {arch: kinds["step"] for arch, kinds in count.items()}
-    if set(steps.values()) != {expected}:
-        yield f"not {expected} step kernels for each architecture: {steps}"
+    for kind, expected in (
+        ("step", loops["plain"]),
+        ("coded_step", STATE_FORMATS * loops["coded"]),
+    ):
+        found = {arch: kinds[kind] for arch, kinds in count.items()}
+        if set(found.values()) != {expected}:
+            yield f"not {expected} {kind} kernels for each architecture: {found}"
     kinds = {arch: dict(sorted(kinds.items())) for arch, kinds in count.items()}
     if any(of_one != next(iter(kinds.values())) for of_one in kinds.values()):
         yield f"not the same kernels for each architecture: {kinds}"

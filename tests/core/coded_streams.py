@@ -43,7 +43,7 @@ class Part:
 class CodedStreams:
     """Spans, each with a coding of its own, in a memory with guard zones around every stream."""
 
-    EDGE = 16384  # more than a chunk of any stream: even a fault stays inside
+    EDGE = 32768  # more than a chunk of any stream: even a fault stays inside
 
     def __init__(
         self,

@@ -18,8 +18,9 @@ ARITHMETIC, BLOCKS, CODES, CONTROL, DTYPE, NORM, RANDOM = (
 LOOP, CODED_LOOP, NORM_LOOP, DISPATCH = (
     f"cpu/{name}" for name in ("update.h", "update_coded.h", "norm.h", "dispatch.cpp")
 )
-TILE, CODED_TILE, LANES, NORM_TILE, PREPARE, DEVICE_STEP = (
-    f"device/{name}.h" for name in ("update", "update_coded", "lanes", "norm", "prepare", "step")
+TILE, CODED_TILE, LANES, QUICK, NORM_TILE, PREPARE, DEVICE_STEP = (
+    f"device/{name}.h"
+    for name in ("update", "update_coded", "lanes", "quick_math", "norm", "prepare", "step")
 )
 
 BIAS = "correction1 = one_minus_power(o.beta1, (long long)(step"
@@ -30,6 +31,7 @@ FACTOR = "if (args.control != nullptr) {\n    decltype(row.grad_factor) factor;"
 GUARD = "work = *static_cast<const Work*>(context);"
 NORM_GUARD = "work = *static_cast<const NormWork*>(context);"
 GUARDED = "\n  const DefaultFloatingPoint guard;"
+PART = "i < place.count; i += kLanes)"
 LOOP_TAIL = "lane = 0; i + lane < count; ++lane) add_square"
 NEXT = "(args.last ? args.total_chunks : step.gradients[next]"
 RANGE = "i = thread; i < range.size; i += threads)"
@@ -58,6 +60,11 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "misaligned are skipped": (TILE, "if (i >= 0 &&", "if (aligned(s) && i >= 0 &&"),
         "grid skips a chunk": (TILE, "chunk += blocks)", "chunk += blocks + 1)"),
         "denormals flushed": (DISPATCH, GUARD + GUARDED, GUARD),
+        "rare operands unnoticed": (QUICK, "{ return !(doubt_ == 0); }", "{ return false; }"),
+        "root not refined": (QUICK, "(-root, root, value), 0.5f", "(0, root, 0), 0.5f"),
+        "sign of a zero lost": (QUICK, "& 0x7fffffffu) | sign)", "& 0x7fffffffu))"),
+        "a large divisor": (QUICK, "eps >= 0 && eps < 0x1p100f ? eps : NAN", "eps"),
+        "last round of a chunk": (TILE, "< base + kChunk &&", "< base + 3 * kRound &&"),
     },
     "division": {
         "end of a piece skipped": (DISPATCH, "cut(*span, end)", "cut(*span, end - 64)"),
@@ -134,15 +141,15 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "bfloat16 ties away": (DTYPE, "0x7fffu + ((bits >> 16) & 1u)", "0x8000u"),
     },
     "coded bits": {
-        "pair overwritten": (
+        "neighbour overwritten": (
             LANES,
-            "return Element(pairs[i / 2] >> (8 * sizeof(Element) * (i % 2)));",
-            "return Element(pairs[i / 2]);",
+            "words[word_of<bytes>(i)] >> (8 * bytes * i % 32));",
+            "words[word_of<bytes>(i)]);",
         ),
-        "last pair of a span": (
-            LANES,
-            "if (place + 1 < count) to",
-            "if (place + 2 < count) to",
+        "last element of a part": (
+            CODED_TILE,
+            PART,
+            PART.replace("< place.count", "< place.count - 1"),
         ),
         "last block of the tile": (BLOCKS, "left < kBlock ? left : kBlock", "kBlock"),
         "rows of whole blocks only": (
@@ -151,41 +158,58 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
             "first = rows * in_row() * kBlock;",
         ),
         "rows all as one": (BLOCKS, "row % kBlock == 0 ? numel : row", "numel"),
-        "an absent element in the scale": (
-            CODED_TILE,
-            "place_of(lane, i) < place.count ? to.state[k][i] : 0",
-            "to.state[k][i]",
+        "one lane in the scale": (
+            LANES,
+            "result = value(lane) > result ? value(lane) : result;",
+            "result = value(lane);",
         ),
         "scale of the tile not stored": (
             CODED_TILE,
-            "if (lane == 0) s.coding",
-            "if (lane < 0) s.coding",
+            "if (StateFormat::in_codes && number == 0) coding",
+            "if (number < 0) coding",
         ),
+        "scale of a part not stored": (CODED_TILE, "number == 0 && place.count > 0", "number < 0"),
+        "misaligned as aligned": (
+            CODED_TILE,
+            "if (!are_aligned(stream, size)) to.is_aligned = 0;",
+            "(void)stream, (void)size;",
+        ),
+        "block in the middle of a word": (CODED_TILE, "block.begin % together == 0;", "true;"),
         "a launch's spans share a coding": (
             CODED_TILE,
             "const TileSpan& s = spans[known];",
             "TileSpan s = spans[known]; s.coding.key = spans[0].coding.key;",
         ),
         "codes of the tile in order": (
-            CODED_TILE,
-            "words |= uint64_t(code) << shift_of(i);",
-            "words |= uint64_t(code) << (8 * i);",
+            LANES,
+            "const int i = q * kNeighbours + j;",
+            "const int i = j * kNeighbours + q;",
         ),
+        "signs of the tile": (LANES, "| (bytes_of<3>(values) & 0x80808080u)", ""),
         "squares of the tile to nearest": (
             CODED_TILE,
-            "Format::template encode<never_negative>(",
-            "Format::template encode<false>(",
+            "encode<decltype(of_squares)::value>(states_of_i",
+            "encode<false>(states_of_i",
         ),
-        "largest of all, not of the finite": (CODED_TILE, "!finite_only || is_", "true || is_"),
+        "largest of all, not of the finite": (
+            CODED_TILE,
+            "magnitude > finite[k] && is_finite(magnitude)",
+            "magnitude > finite[k]",
+        ),
         "careless tile": (
             CODED_TILE,
-            "const bool careful = !is_finite(largest);",
-            "const bool careful = false;",
+            "careful[k] = !is_finite(",
+            "careful[k] = false && !is_finite(",
         ),
         "master of the tile not stored": (
-            CODED_TILE,
-            "bytes.master, place), bytes.master, lane, place.count);\n  }",
-            "bytes.master, place), 0, lane, place.count);\n  }",
+            LANES,
+            "if constexpr (has_master) masters.store_of",
+            "if constexpr (false) masters.store_of",
+        ),
+        "master of a part not stored": (
+            LANES,
+            "static_cast<Master*>(master)[i] = rest;",
+            "(void)rest;",
         ),
         "scale of one block for all": (
             CODED_LOOP,
@@ -272,13 +296,13 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         ),
         "dither of a tile from the first place": (
             CODED_TILE,
-            "uint32_t(place.first + place_of(lane, i))",
-            "uint32_t(place_of(lane, i))",
+            "dither(of_block, uint32_t(place.first + i))",
+            "dither(of_block, uint32_t(i))",
         ),
         "random bits of a tile from the first place": (
-            LANES,
-            "random.of_place(first + place_of(lane, i))",
-            "random.of_place(place_of(lane, i))",
+            CODED_TILE,
+            ".of_place(place.first + i)",
+            ".of_place(i)",
         ),
         "skip of codes": (CODED_TILE, "&& args.control->skip != 0", "&& false"),
     },
@@ -343,15 +367,19 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "squares to nearest": (CODES, "bits_to_float(0x3f800000u ^ dither)", "1.5f"),
         "infinite code in a careful block": (
             CODES,
-            "special ? kInf : code > 254 ? 254 : code",
+            "special ? kInf : (code & 0xffu) > 254 ? 254 : code",
             "special ? kInf : code",
         ),
-        "half a code off": (CODES, "float(int32_t(code) + 2)", "(float(int32_t(code)) + 2.5f)"),
+        "half a code off": (
+            CODES,
+            "power_of<8>(float_of_byte<2>(codes, byte))",
+            "power_of<8>(float_of_byte<2>(codes, byte) + 0.5f)",
+        ),
     },
     "codes": {
         "scale of 64 by 63": (CODES, "32.0f / 31, careful", "64.0f / 63, careful"),
         "no fourth root": (CODES, "(float_to_bits(ratio) >> 2)", "(float_to_bits(ratio) >> 3)"),
-        "sign lost": (CODES, "| (code & 0x80u) << 24;", ";"),
+        "sign lost": (CODES, "| (codes << (24 - 8 * byte) & 0x80000000u);", ";"),
         "bytes in order": (BLOCKS, "place % kWords * 4 + place / kWords : place", "place : place"),
         "overflowing scale": (CODES, "magnitude < 0x7f770000u", "magnitude < 0x7f7f0000u"),
     },

@@ -38,6 +38,8 @@ struct Recorder {
   int prepare(int rule, const PrepareArgs& args) {
     return run([rule, args] { HostLauncher().prepare(rule, args); });
   }
+  int find_unready_prepare(int) { return 0; }
+  int find_unready(int) { return 0; }
   PackSpans pack(int kernel) { return host.pack(kernel); }
   int step(int kernel, const LaunchArgs& args) {
     return run([kernel, args] { HostLauncher().step(kernel, args); });

@@ -91,6 +91,8 @@ class HostLauncher {
     return 0;
   }
 
+  int find_unready_prepare(int) { return 0; }
+  int find_unready(int) { return 0; }
   PackSpans pack(int kernel) { return host_kernels()[kernel].pack; }
 
   int step(int kernel, const LaunchArgs& args) {

@@ -75,7 +75,7 @@ class Streams:
     aligned array. Guards hold ordinary values, since a step that touches them has to show.
     """
 
-    EDGE = 8192  # more than a chunk: even a fault stays inside the array
+    EDGE = 32768  # more than a chunk: even a fault stays inside the array
 
     def __init__(
         self,

@@ -36,7 +36,10 @@ def machine_of(api: MachineApi) -> Callable[[str], Machine]:
 
     @cache
     def make(arch: str) -> Machine:
-        return Machine(read_kernels(disassembler, Path(_C.__file__), arch), arch, api)
+        machine = Machine(read_kernels(disassembler, Path(_C.__file__), arch), arch, api)
+        numbers = {kernel for kernel, _ in machine.code}
+        assert numbers == set(range(len(api.kernel_names()))), "a kernel is missing"
+        return machine
 
     return make
 

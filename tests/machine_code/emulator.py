@@ -25,10 +25,21 @@ ROUNDINGS = {"RM": 1, "RP": 2, "RZ": 3}
 ARGUMENT = {"sm_90": 0x210, "sm_100": 0x380}
 GRID_SIZE = {"sm_90": 0xC, "sm_100": 0x370}
 MOST_INSTRUCTIONS = 400_000
+WHOLE_WARP = 16  # after the numbers of barriers
+Key = tuple[int, int]
+"""Of a kernel: its number, and of one of codings that of the format of states."""
+KERNEL = re.compile(
+    r"(?P<coded>coded_)?step_kernel<(?P<types>(?P<variant>.*?<.*?>|[^,]*), (?P<format>.*?)) *>"
+    r"\(fusedopt::LaunchArgs\)"
+)
+CODED = "fusedopt::Types<fusedopt::coded, fusedopt::coded, fusedopt::coded>"
 
 Lanes = np.ndarray  # a value, or whether, for each lane
 Read = Callable[[], np.ndarray]
 Run = Callable[[Lanes], None]
+Watch = Callable[[int, Lanes, Lanes], None]
+"""Called with the place of an instruction, the lanes that it is issued to, and those of them for
+which its predicate holds."""
 
 COMPARISONS: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "EQ": np.equal,
@@ -71,15 +82,22 @@ class Block:
     """A block of a kernel's threads."""
 
     def __init__(
-        self, code: Sequence[Instruction], arch: str, api: MachineApi, memory: Memory, ulps: int = 0
+        self,
+        code: Sequence[Instruction],
+        arch: str,
+        api: MachineApi,
+        memory: Memory,
+        ulps: int = 0,
+        watch: Watch | None = None,
     ) -> None:
         self.code, self.arch, self.api, self.memory, self.ulps = code, arch, api, memory, ulps
+        self.watch = watch
         self.place_of = {instruction.address: i for i, instruction in enumerate(code)}
         self.constants = np.zeros(1 << 16, np.uint8)
         self.registers = np.zeros((256, LANES), U32)  # the last one is RZ
-        self.uniform = np.zeros(256, U32)
+        self.uniform = np.zeros((256, LANES), U32)  # the same for all lanes of a warp
         self.predicates = np.zeros((8, LANES), bool)  # the last one is PT
-        self.uniform_predicates = np.zeros(8, bool)
+        self.uniform_predicates = np.zeros((8, LANES), bool)
         self.next = np.zeros(LANES, np.int64)
         self.done = np.zeros(LANES, bool)
         self.waits_at = np.full(LANES, -1)
@@ -118,15 +136,26 @@ class Block:
         if place not in self._decoded:
             instruction = self.code[place]
             predicate = instruction.predicate
-            run: Run = getattr(self, f"_{instruction.opcode[0].lower()}")(instruction)
+            run = self._decoder(instruction.opcode[0].lower())(instruction)
             self._decoded[place] = (self._predicate(predicate) if predicate else None, run)
         predicate_of, run = self._decoded[place]
+        issued = active
         if predicate_of is not None:
             active = active & predicate_of()
-            if not active.any():
-                return
+        if self.watch is not None:
+            self.watch(place, issued, active)
+        if not active.any():
+            return
         self.executed.add(place)
         run(active)
+
+    def _decoder(self, name: str) -> Callable[[Instruction], Run]:
+        """What works on uniform registers does the same as on others."""
+        for known in (name, name.removeprefix("u")):
+            if hasattr(self, f"_{known}"):
+                found: Callable[[Instruction], Run] = getattr(self, f"_{known}")
+                return found
+        raise AssertionError(f"{name} is not known")
 
     # -- operands -----------------------------------------------------------------------------
 
@@ -154,7 +183,7 @@ class Block:
             return lambda: np.zeros(LANES, U32)
         number = int(name.lstrip("UR"))
         if name[0] == "U":
-            return lambda: np.full(LANES, self.uniform[number])
+            return lambda: self.uniform[number]
         return lambda: self.registers[number]
 
     def _integer(self, text: str, carries: bool = False) -> Read:
@@ -222,7 +251,7 @@ class Block:
         negated, name = text.startswith("!"), text.lstrip("!")
         number = 7 if name.endswith("T") else int(name.lstrip("UP"))
         if name[0] == "U":
-            read: Read = lambda: np.full(LANES, self.uniform_predicates[number])  # noqa: E731
+            read: Read = lambda: self.uniform_predicates[number]  # noqa: E731
         else:
             read = lambda: self.predicates[number]  # noqa: E731
         return (lambda: ~read()) if negated else read
@@ -232,15 +261,15 @@ class Block:
             return
         bits = values if values.dtype == U32 else (values.astype(U64) & LOW).astype(U32)
         if name[0] == "U":
-            self.uniform[int(name[2:])] = self._common(bits, active)
+            self._write_uniform(self.uniform[int(name[2:])], bits, active)
         else:
             self.registers[int(name[1:])][active] = bits[active]
 
     def _write_pair(self, name: str, values: np.ndarray, active: Lanes) -> None:
-        if name != "RZ":
-            number = int(name[1:])
-            self._write(f"R{number}", values & LOW, active)
-            self._write(f"R{number + 1}", values >> U64(32), active)
+        if name not in ("RZ", "URZ"):
+            file, number = name.rstrip("0123456789"), int(name.lstrip("UR"))
+            self._write(f"{file}{number}", values & LOW, active)
+            self._write(f"{file}{number + 1}", values >> U64(32), active)
 
     def _write_float(self, name: str, values: np.ndarray, active: Lanes, flush: bool) -> None:
         bits = canonical(values.astype(F32, copy=False).view(U32))
@@ -254,16 +283,19 @@ class Block:
         if name in ("PT", "UPT"):
             return
         if name[0] == "U":
-            self.uniform_predicates[int(name[2:])] = self._common(values, active)
+            self._write_uniform(self.uniform_predicates[int(name[2:])], values, active)
         else:
             self.predicates[int(name[1:])][active] = values[active]
 
     @staticmethod
-    def _common(values: np.ndarray, active: Lanes) -> np.generic:
-        chosen = values[active]
-        assert (chosen == chosen[0]).all(), "lanes do not agree on a uniform value"
-        common: np.generic = chosen[0]
-        return common
+    def _write_uniform(to: np.ndarray, values: np.ndarray, active: Lanes) -> None:
+        """Of each warp that is active, the value that its active lanes agree on."""
+        of_warps, chosen = active.reshape(-1, WARP), values.reshape(-1, WARP)
+        warps = of_warps.any(1)
+        common = chosen[np.arange(len(chosen)), of_warps.argmax(1)]
+        agree = (chosen == common[:, None]) | ~of_warps
+        assert agree.all(), "lanes do not agree on a uniform value"
+        to.reshape(-1, WARP)[warps] = common[warps, None]
 
     def _split(self, operands: Sequence[str]) -> tuple[str, list[str], list[str]]:
         """The register that is written, the predicates that are, and what is read."""
@@ -290,7 +322,8 @@ class Block:
         def run(active: Lanes) -> None:
             self.done |= active
             for barrier in np.unique(self.waits_at[self.waits_at >= 0]):
-                self._release(int(barrier))
+                if barrier != WHOLE_WARP:
+                    self._release(int(barrier))
 
         return run
 
@@ -310,6 +343,50 @@ class Block:
             self._release(barrier)
 
         return run
+
+    def _break(self, i: Instruction) -> Run:
+        """Lanes that leave a loop are no longer waited for behind it."""
+        barrier = int(i.operands[-1][1:])
+
+        def run(active: Lanes) -> None:
+            self.barriers[barrier] &= ~active
+            self._release(barrier)
+
+        return run
+
+    def _vote(self, i: Instruction) -> Run:
+        *to, asked = i.operands
+        condition = self._predicate(asked)
+
+        def run(active: Lanes) -> None:
+            of_warps = (condition() & active).reshape(-1, WARP)
+            if i.opcode[1] == "ANY":
+                found = of_warps.any(1)
+            else:
+                found = (of_warps | ~active.reshape(-1, WARP)).all(1)
+            bits = (of_warps.astype(np.uint64) << np.arange(WARP, dtype=np.uint64)).sum(1)
+            for name in to:
+                if "P" in name:
+                    self._write_predicate(name, found.repeat(WARP), active)
+                else:
+                    self._write(name, bits.astype(U32).repeat(WARP), active)
+
+        return run
+
+    _voteu = _vote
+
+    def _warpsync(self, i: Instruction) -> Run:
+        assert i.opcode[1] == "ALL", str(i)
+
+        def run(active: Lanes) -> None:
+            self.waits_at[active] = WHOLE_WARP
+            waits = (self.waits_at == WHOLE_WARP) | self.done
+            self.waits_at[waits.reshape(-1, WARP).all(1).repeat(WARP)] = -1
+
+        return run
+
+    def _nop(self, i: Instruction) -> Run:
+        return lambda active: None
 
     def _release(self, barrier: int) -> None:
         """Let lanes go on that wait, where all do that have to come."""
@@ -340,7 +417,7 @@ class Block:
         value = self._integer(i.operands[1])
         return lambda active: self._write(i.operands[0], value(), active)
 
-    _umov = _mov
+    _r2ur = _mov
 
     def _s2r(self, i: Instruction) -> Run:
         values = {
@@ -369,7 +446,7 @@ class Block:
 
         return run
 
-    _ldcu = _uldc = _ldc
+    _ldcu = _ldc
 
     def _addresses(self, text: str) -> Read:
         match = re.fullmatch(r"desc\[UR\d+\]\[(R\d+)\.64\+?(-?0x[0-9a-f]+)?\]", text)
@@ -379,15 +456,17 @@ class Block:
 
     @staticmethod
     def _size(i: Instruction) -> int:
-        return {"64": 8, "128": 16, "U8": 1, "U16": 2}.get(i.opcode[-1], 4)
+        return {"64": 8, "128": 16, "U8": 1, "S8": 1, "U16": 2, "S16": 2}.get(i.opcode[-1], 4)
 
     def _ldg(self, i: Instruction) -> Run:
         addresses, size, number = self._addresses(i.operands[1]), self._size(i), i.operands[0][1:]
-        dtype = {1: np.uint8, 2: np.uint16}.get(size, U32)
+        signed = i.opcode[-1] in ("S8", "S16")
+        dtype = np.dtype(f"{'i' if signed else 'u'}{min(size, 4)}")
 
         def run(active: Lanes) -> None:
             array, places = self.memory.places(addresses()[active], size)
-            words = np.ascontiguousarray(array[places]).view(dtype).astype(U32)
+            loaded = np.ascontiguousarray(array[places]).view(dtype)
+            words = loaded.astype(np.int64).astype(U64).astype(U32)
             for k in range(words.shape[1]):
                 self.registers[int(number) + k][active] = words[:, k]
 
@@ -434,8 +513,6 @@ class Block:
             self._write_sum(to, carries, total, carried, active)
 
         return run
-
-    _uiadd3 = _iadd3
 
     def _viadd(self, i: Instruction) -> Run:
         a, b = (self._integer(text) for text in i.operands[1:])
@@ -516,9 +593,10 @@ class Block:
 
     def _lop3(self, i: Instruction) -> Run:
         operands = [*i.operands]
-        result = operands.pop(0) if operands[0].startswith("P") else None
+        result = operands.pop(0) if operands[0].startswith(("P", "UP")) else None
         to, table = operands[0], int(operands[4], 16)
         inputs = [self._integer(text) for text in operands[1:4]]
+        before = self._predicate(operands[5]) if len(operands) > 5 else None
 
         def run(active: Lanes) -> None:
             values = [value().astype(U32) for value in inputs]
@@ -529,7 +607,8 @@ class Block:
                     found |= bits[0] & bits[1] & bits[2]
             self._write(to, found, active)
             if result is not None:
-                self._write_predicate(result, found != 0, active)
+                any_bit = found != 0 if before is None else (found != 0) | before()
+                self._write_predicate(result, any_bit, active)
 
         return run
 
@@ -600,8 +679,6 @@ class Block:
             return strictly | (x == y) & below()
 
         return self._set_predicate(i, result)
-
-    _uisetp = _isetp
 
     def _extreme(self, i: Instruction, added: int) -> Run:
         """The smaller or larger of some numbers; of the first ones, the sum."""
@@ -678,7 +755,12 @@ class Block:
 
     def _fadd(self, i: Instruction) -> Run:
         a, b = self._floats(i, i.operands[1:])
-        flush = "FTZ" in i.opcode
+        flush, mode = "FTZ" in i.opcode, self._rounding(i)
+        if mode != 0:
+            one = np.ones(LANES, F32)
+            return lambda active: self._write_float(
+                i.operands[0], self.api.fma(a(), one, b(), mode), active, flush
+            )
         return lambda active: self._write_float(i.operands[0], a() + b(), active, flush)
 
     def _fmul(self, i: Instruction) -> Run:
@@ -706,6 +788,37 @@ class Block:
         value = np.full(LANES, high << 16 | low, U32)
         return lambda active: self._write(i.operands[0], value, active)
 
+    def _f2fp(self, i: Instruction) -> Run:
+        """Two bfloat16 or float16, rounded to nearest; any NaN becomes one of them."""
+        assert i.opcode[1] in ("BF16", "F16") and i.opcode[2:] == ("F32", "PACK_AB"), str(i)
+        high, low = (self._float(text) for text in i.operands[1:])
+
+        def rounded(bits: np.ndarray) -> np.ndarray:
+            values = bits.view(F32)
+            if i.opcode[1] == "F16":
+                narrow = values.astype(np.float16).view(np.uint16).astype(U32)
+            else:
+                narrow = (bits + U32(0x7FFF) + (bits >> U32(16) & U32(1))) >> U32(16)
+            return np.where(np.isnan(values), U32(0x7FFF), narrow)
+
+        def run(active: Lanes) -> None:
+            self._write(i.operands[0], rounded(high()) << U32(16) | rounded(low()), active)
+
+        return run
+
+    def _hadd2(self, i: Instruction) -> Run:
+        """A way to widen a half."""
+        assert i.opcode[1:] == ("F32",) and i.operands[1] == "-RZ", str(i)
+        match = re.fullmatch(r"(R\d+)\.H([01])_H\2", i.operands[2])
+        assert match is not None, str(i)
+        raw, shift = self._raw(match[1]), U32(16 * int(match[2]))
+
+        def run(active: Lanes) -> None:
+            half = (raw() >> shift).astype(np.uint16).view(np.float16)
+            self._write_float(i.operands[0], half.astype(F32), active, False)
+
+        return run
+
     def _float_comparison(self, name: str, a: Read, b: Read) -> Read:
         def result() -> np.ndarray:
             x, y = a(), b()
@@ -726,10 +839,23 @@ class Block:
         return self._set_predicate(i, self._float_comparison(i.opcode[1], a, b))
 
     def _fmnmx(self, i: Instruction) -> Run:
-        a, b = self._floats(i, i.operands[1:3])
-        assert "NAN" in i.opcode, str(i)
-        choose = np.maximum if i.operands[3] == "!PT" else np.minimum
-        return lambda active: self._write_float(i.operands[0], choose(a(), b()), active, False)
+        """A NaN wins only where that is asked for. A zero of either sign is none of theirs."""
+        first, *others = self._floats(i, i.operands[1:-1])
+        is_maximum = i.operands[-1] == "!PT"
+        if "NAN" in i.opcode:
+            choose = np.maximum if is_maximum else np.minimum
+        else:
+            choose = np.fmax if is_maximum else np.fmin
+
+        def run(active: Lanes) -> None:
+            found = first()
+            for other in others:
+                found = choose(found, other())
+            self._write_float(i.operands[0], found, active, False)
+
+        return run
+
+    _fmnmx3 = _fmnmx
 
     def _moved(self, bits: np.ndarray, finite: np.ndarray) -> np.ndarray:
         by = self._random.integers(-self.ulps, self.ulps + 1, LANES)
@@ -840,14 +966,20 @@ class Machine:
         self, kernels: Mapping[str, Sequence[Instruction]], arch: str, api: MachineApi
     ) -> None:
         self.arch, self.api = arch, api
-        self.code: dict[int, Sequence[Instruction]] = {}
+        self.code: dict[Key, Sequence[Instruction]] = {}
+        self.symbols: dict[Key, str] = {}
         numbers = {name: number for number, name in enumerate(api.kernel_names())}
+        formats = {name: number for number, name in enumerate(api.state_formats())}
         for symbol, code in kernels.items():
-            match = re.search(r"step_kernel<(.*?) *>\(fusedopt::LaunchArgs\)", api.demangle(symbol))
-            if match is not None:
-                self.code[numbers[match[1]]] = code
-        assert len(self.code) == len(numbers), "a kernel is missing"
-        self.executed: dict[int, set[int]] = {number: set() for number in self.code}
+            match = KERNEL.search(api.demangle(symbol))
+            if match is None:
+                continue
+            if match["coded"] is None:
+                key = numbers[match["types"]], 0
+            else:
+                key = numbers[f"{match['variant']}, {CODED}"], formats[match["format"]]
+            self.code[key], self.symbols[key] = code, symbol
+        self.executed: dict[Key, set[int]] = {key: set() for key in self.code}
 
     def step(
         self,
@@ -858,6 +990,7 @@ class Machine:
         blocks: int | None = None,
         rows_in_memory: bool = False,
         control: np.ndarray | None = None,
+        watch: Watch | None = None,
     ) -> None:
         """A step over these spans, in place.
 
@@ -866,10 +999,15 @@ class Machine:
             blocks: of each launch; None: as many as there are chunks.
             rows_in_memory: of the device, rather than in the argument.
             control: in the memory of the device, too.
+            watch: told of each instruction.
         """
         for launch in self.api.launches(spans, rows, rows_in_memory, control):
-            block = Block(self.code[launch.kernel], self.arch, self.api, memory, ulps=1)
-            count = launch.chunks if blocks is None else blocks
-            for number in range(count):
-                block.run(launch.argument, number, count)
-            self.executed[launch.kernel] |= block.executed
+            for place in range(launch.formats.bit_length()):
+                if not launch.formats >> place & 1:
+                    continue
+                key = launch.kernel, place
+                block = Block(self.code[key], self.arch, self.api, memory, 1, watch)
+                count = launch.chunks if blocks is None else blocks
+                for number in range(count):
+                    block.run(launch.argument, number, count)
+                self.executed[key] |= block.executed

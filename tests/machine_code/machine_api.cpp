@@ -57,6 +57,8 @@ struct Recorder {
 
   int norm(const NormArgs&) { return 1; }
   int prepare(int, const PrepareArgs&) { return 1; }
+  int find_unready_prepare(int) { return 0; }
+  int find_unready(int) { return 0; }
   PackSpans pack(int kernel) { return kernels()[kernel].pack; }
   int step(int kernel, const LaunchArgs& args) {
     launches.push_back({kernel, args});
@@ -89,6 +91,16 @@ API size_t argument_bytes() { return sizeof(LaunchArgs); }
 API size_t kernel_count() { return kernels().size(); }
 // Its types, as the name of its symbol has them.
 API const char* kernel_name(int kernel) { return kernels()[kernel].name(); }
+// The formats that states of spans with a Coding may be in, likewise, one to a line.
+API const char* state_formats() {
+  static const std::string text = [] {
+    std::string names;
+    for_each_type(StateFormats{},
+                  [&](auto format) { names += demangled(typeid(format).name()) + "\n"; });
+    return names;
+  }();
+  return text.c_str();
+}
 API const char* demangle(const char* symbol) {
   static std::string text;
   text = demangled(symbol);
@@ -123,6 +135,8 @@ API size_t record(const Span* spans, size_t count, HyperRow* rows, int rows_in_m
 }
 API int launched_kernel(size_t launch) { return recorder.launches[launch].kernel; }
 API uint32_t launched_chunks(size_t launch) { return recorder.launches[launch].args.chunks; }
+// Which formats of states its spans have: a bit for each kernel that is launched.
+API uint32_t launched_formats(size_t launch) { return recorder.launches[launch].args.formats; }
 API const void* launched_arguments(size_t launch) { return &recorder.launches[launch].args; }
 
 API void fma32(const float* a, const float* b, const float* c, size_t count, int mode, float* to) {

@@ -30,6 +30,7 @@ def build_machine_api(name: str = "machine-api") -> Path:
 
 class Launch(NamedTuple):
     kernel: int
+    formats: int  # of states, a bit for each of a kernel of codings
     chunks: int
     argument: bytes
 
@@ -47,6 +48,9 @@ class MachineApi:
         self._library.control_bytes.restype = c_size_t
         self._library.make_control.argtypes = [c_double, c_int, c_void_p]
         self._library.launched_kernel.argtypes = [c_size_t]
+        self._library.state_formats.restype = c_char_p
+        self._library.launched_formats.argtypes = [c_size_t]
+        self._library.launched_formats.restype = c_uint32
         self._library.launched_chunks.argtypes = [c_size_t]
         self._library.launched_chunks.restype = c_uint32
         self._library.launched_arguments.argtypes = [c_size_t]
@@ -59,6 +63,10 @@ class MachineApi:
         """The types of each kernel, as the names of symbols have them."""
         count = int(self._library.kernel_count())
         return [self._library.kernel_name(kernel).decode() for kernel in range(count)]
+
+    def state_formats(self) -> list[str]:
+        """Each of which a kernel of codings has a kernel of its own for."""
+        return str(self._library.state_formats().decode()).split()
 
     def demangle(self, symbol: str) -> str:
         return str(self._library.demangle(symbol.encode()).decode())
@@ -84,7 +92,9 @@ class MachineApi:
         for number in range(count):
             argument = ctypes.string_at(self._library.launched_arguments(number), self._bytes)
             kernel = int(self._library.launched_kernel(number))
-            yield Launch(kernel, int(self._library.launched_chunks(number)), argument)
+            formats = int(self._library.launched_formats(number))
+            chunks = int(self._library.launched_chunks(number))
+            yield Launch(kernel, formats, chunks, argument)
 
     def fma(self, a: np.ndarray, b: np.ndarray, c: np.ndarray, mode: int) -> np.ndarray:
         """Rounded once: to nearest, down, up or towards zero."""

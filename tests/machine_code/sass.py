@@ -4,13 +4,15 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 LINE = re.compile(
     r"\s+/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@(?P<predicate>!?U?P[T\d]+)\s+)?"
     r"(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>.*?)\s*;"
 )
+
+UPPER = re.compile(r"\s+/\* 0x([0-9a-f]{16}) \*/$")
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Instruction:
     predicate: str  # empty: always
     opcode: tuple[str, ...]  # and its modifiers
     operands: tuple[str, ...]
+    control: int = 0  # the upper half of its bits: how long it is waited for, and for what
 
     def __str__(self) -> str:
         predicate = f"@{self.predicate} " if self.predicate else ""
@@ -45,6 +48,9 @@ def read_kernels(disassembler: str, module: Path, arch: str) -> dict[str, list[I
     for line in listing.splitlines():
         if "Function : " in line:
             code = kernels[line.split()[-1]] = []
+        elif code and (upper := UPPER.match(line)):
+            if not code[-1].control:
+                code[-1] = replace(code[-1], control=int(upper[1], 16))
         elif match := LINE.match(line):
             code.append(
                 Instruction(

@@ -80,8 +80,8 @@ struct Adam {
         {"max_exp_avg_sq", StateKind::average_of_squares},
     };
 
-    template <bool usual, class T>
-    FUSEDOPT_HD static void update(const Row<T>& row, T& p, T g, T* state) {
+    template <bool usual, class T, class Math>
+    FUSEDOPT_HD static void update(const Row<T>& row, T& p, T g, T* state, Math& math) {
       T& exp_avg = state[0];
       T& exp_avg_sq = state[1];
 
@@ -89,7 +89,8 @@ struct Adam {
       if (!usual && row.coupled_decay != 0) g = multiply_add(row.coupled_decay, p, g);
 
       exp_avg = moving_average<usual>(exp_avg, g, row.one_minus_beta1, row.beta1);
-      exp_avg_sq = moving_average_of_square<usual>(exp_avg_sq, g, row.one_minus_beta2, row.beta2);
+      exp_avg_sq =
+          moving_average_of_square<usual, Math>(exp_avg_sq, g, row.one_minus_beta2, row.beta2);
 
       T second_moment = exp_avg_sq;
       if (amsgrad) {
@@ -100,7 +101,7 @@ struct Adam {
         second_moment = max_exp_avg_sq;
       }
 
-      T change = row.step_size * exp_avg / (square_root(second_moment) + row.eps);
+      T change = math.divide_by_root(row.step_size * exp_avg, second_moment, row.eps);
       if (row.decoupled_decay != 0) change = multiply_add(row.decoupled_decay, p, change);
       p -= change;
     }

@@ -71,13 +71,14 @@ struct RmsProp {
         {"grad_avg", StateKind::average},
     };
 
-    template <bool usual, class T>
-    FUSEDOPT_HD static void update(const Row<T>& row, T& p, T g, T* state) {
+    template <bool usual, class T, class Math>
+    FUSEDOPT_HD static void update(const Row<T>& row, T& p, T g, T* state, Math& math) {
       T& square_avg = state[0];
 
       g = row.grad_factor * g;
       if (!usual && row.weight_decay != 0) g = multiply_add(row.weight_decay, p, g);
-      square_avg = moving_average_of_square<usual>(square_avg, g, row.one_minus_alpha, row.alpha);
+      square_avg =
+          moving_average_of_square<usual, Math>(square_avg, g, row.one_minus_alpha, row.alpha);
 
       T variance = square_avg;
       if (centered) {
@@ -90,7 +91,7 @@ struct RmsProp {
 
       // One of the two eps is zero, and adding zero changes no bit of a number that is not
       // negative.
-      T change = g / (square_root(variance + row.eps_inside) + row.eps_outside);
+      T change = math.divide_by_root(g, variance + row.eps_inside, row.eps_outside);
       if (momentum) {
         T& buffer = state[1];
         buffer = multiply_add(row.momentum, buffer, change);

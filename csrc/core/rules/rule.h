@@ -15,7 +15,8 @@ namespace fusedopt {
 // is group[key] or, for a tuple, group[key][element].
 template <class Options>
 struct Option {
-  double Options::* value;
+  using Member = double Options::*;
+  Member value;
   const char* key;
   int element = -1;
   // May be a tensor on the device that its parameters are on, so that a captured graph follows it.
@@ -58,5 +59,7 @@ constexpr bool names_each_option_once() {
       if (Rule::options[i].value == Rule::options[j].value) return false;
   return sizeof(typename Rule::Options) == count * sizeof(double);
 }
+template <class Rule>
+constexpr bool has_each_option_once = names_each_option_once<Rule>();
 
 }  // namespace fusedopt

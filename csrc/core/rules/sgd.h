@@ -58,8 +58,8 @@ struct Sgd {
     static constexpr int state_count = momentum ? 1 : 0;
     static constexpr State states[] = {{"momentum_buffer", StateKind::average}};
 
-    template <bool, class T>
-    FUSEDOPT_HD static void update(const Row<T>& row, T& p, T g, T* state) {
+    template <bool, class T, class Math>
+    FUSEDOPT_HD static void update(const Row<T>& row, T& p, T g, T* state, Math&) {
       g = row.grad_factor * g;
       if (row.weight_decay != 0) g = multiply_add(row.weight_decay, p, g);
       if (momentum) {

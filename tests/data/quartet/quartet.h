@@ -76,8 +76,8 @@ struct Quartet {
         {"total", StateKind::weight, Begins::as_option, "initial_total"},
     };
 
-    template <bool usual, class T>
-    FUSEDOPT_HD static void update(const Row<T>& row, T& p, T g, T* state) {
+    template <bool usual, class T, class Math>
+    FUSEDOPT_HD static void update(const Row<T>& row, T& p, T g, T* state, Math& math) {
       T& exp_avg = state[0];
       T& exp_avg_sq = state[1];
       T& anchor = state[2];
@@ -85,12 +85,14 @@ struct Quartet {
 
       g = row.grad_factor * g;
       exp_avg = moving_average<usual>(exp_avg, g, row.one_minus_beta1, row.beta1);
-      exp_avg_sq = moving_average_of_square<usual>(exp_avg_sq, g, row.one_minus_beta2, row.beta2);
+      exp_avg_sq =
+          moving_average_of_square<usual, Math>(exp_avg_sq, g, row.one_minus_beta2, row.beta2);
       total = multiply_add(g, g, total);
 
-      T change = exp_avg / (square_root(exp_avg_sq) + row.eps);
+      T change = math.divide_by_root(exp_avg, exp_avg_sq, row.eps);
       if (row.share != 0) {
-        change = multiply_add(row.share, g / (square_root(total) + row.eps), change);
+        const T part = math.divide_by_root(g, total, row.eps);
+        change = multiply_add(row.share, part, change);
       }
       if (!usual && row.weight_decay != 0) {
         change = multiply_add(row.weight_decay, p - anchor, change);

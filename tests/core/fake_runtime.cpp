@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+//
+// csrc/cuda/launch.h over a runtime that fails where it is told to, as a C API for ctypes.
+#include <utility>
+
+#include "cuda/launch.h"
+
+#define API extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+enum Call { kCurrentDevice, kDriverVersion, kProcessors, kResidentBlocks, kLaunch, kCalls };
+constexpr int kLacksCode = 209;
+
+int errors[kCalls] = {};
+int driver = fusedopt::cuda::kLeastDriver;
+int device = 0;
+int last_error = 0;  // as cudaGetLastError() would tell it to whoever asks next
+int launched_blocks = 0;
+int queries = 0;
+
+int result(Call call) {
+  if (errors[call] != 0) last_error = errors[call];
+  return errors[call];
+}
+
+void kernel() {}
+void other_kernel() {}
+
+struct FakeRuntime {
+  static int current_device(int& current) {
+    current = device;
+    return result(kCurrentDevice);
+  }
+  static int driver_version(int& version) {
+    version = driver;
+    return result(kDriverVersion);
+  }
+  static int processors(int, int& count) {
+    count = 100;
+    return result(kProcessors);
+  }
+  template <auto>
+  static int resident_blocks(int& blocks) {
+    ++queries;
+    blocks = 2;
+    return result(kResidentBlocks);
+  }
+  template <auto>
+  static int launch(int, int blocks, int) {
+    launched_blocks = errors[kLaunch] == 0 ? blocks : 0;
+    return result(kLaunch);
+  }
+  static void forget_error() { last_error = 0; }
+  static const char* text(int error) { return error == kLacksCode ? "no image" : "an error"; }
+  static bool lacks_code(int error) { return error == kLacksCode; }
+};
+using FakeLaunches = fusedopt::cuda::Launches<FakeRuntime>;
+
+}  // namespace
+
+API void set_error(int call, int error) { errors[call] = error; }
+API void set_driver(int version) { driver = version; }
+API void set_device(int number) { device = number; }
+API int left_error() { return last_error; }
+API int blocks_of_launch() { return std::exchange(launched_blocks, 0); }
+API int count_queries() { return std::exchange(queries, 0); }
+API const char* launch(int64_t wanted) { return FakeLaunches::launch<kernel>(0, wanted, 0); }
+API const char* launch_other(int64_t wanted) {
+  return FakeLaunches::launch<other_kernel>(0, wanted, 0);
+}
