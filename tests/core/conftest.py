@@ -23,9 +23,13 @@ def is_of_the_core(item: pytest.Item) -> bool:
     return Path(__file__).parent in item.path.parents
 
 
+def needs_the_core(item: pytest.Item) -> bool:
+    return is_of_the_core(item) or item.path.parent.name == "machine_code"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of the core come last: what they need is built while the others run."""
-    items.sort(key=is_of_the_core)
+    """The tests that need the core come last: it is built while the others run."""
+    items.sort(key=needs_the_core)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -4,6 +4,8 @@ What is not covered: `prepare` and `norm`, which have barriers, and what only a 
 scheduler, its memory's order, and the time that anything takes.
 """
 
+from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -11,16 +13,20 @@ import numpy as np
 import pytest
 from core import checks, coded
 from core.coded_streams import CodedStreams
+from core.coding import Coding
 from core.library import Core, Kernel
 from core.memory import Fill, Streams, extreme, usual
 
+from . import emulator
 from .emulator import Machine, Memory
+from .faults import faults
 
-pytestmark = pytest.mark.slow  # the core takes minutes to compile
-
+slow = pytest.mark.slow
 CODED_SIZES = [1, 300, 2049, 5, 700, 256]
 FACTOR = 1 / 3  # which float32 does not hold
 LEAST_EXECUTED = 0.6  # of a kernel's instructions
+FAULT_EVERY = {"float32": 16, "coded": 64}  # instructions
+LEAST_FOUND = 0.7  # of the faults
 
 
 class Case:
@@ -33,6 +39,7 @@ class Case:
         fill: Fill = extreme,
         zero: bool = False,
         control: np.ndarray | None = None,
+        codings: Sequence[Coding] = coded.CODINGS,
     ) -> None:
         """Control: that of a factor of gradients, which rows have none of then."""
         self.rows = checks.make_rows(
@@ -42,8 +49,8 @@ class Case:
         more = [] if control is None else [control]
         self.memory: Any
         if kernel.dtypes[0] == "coded":
-            sizes = [CODED_SIZES[i % len(CODED_SIZES)] for i in range(len(coded.CODINGS))]
-            spans = list(zip(coded.CODINGS, sizes, strict=True))
+            sizes = [CODED_SIZES[i % len(CODED_SIZES)] for i in range(len(codings))]
+            spans = list(zip(codings, sizes, strict=True))
             self.memory = CodedStreams(core, kernel, spans, rows)
             self.want: Any = self.memory.expected()
             self.touched = Memory([self.memory.memory, self.rows, *more])
@@ -65,6 +72,17 @@ class Case:
         self.memory.assert_same(self.memory.after(step), self.want, what)
 
 
+def test_one_kernel_of_each_kind(machine: Machine, core: Core) -> None:
+    """Of a rule that divides: of float32, of bfloat16, and some codings of each format."""
+    kinds = (("float32",) * 4, ("bfloat16",) * 4)
+    plain = [next(k for k in core.kernels if k.dtypes == kind) for kind in kinds]
+    for kernel in plain:
+        Case(core, kernel).check(machine)
+    coded_kernel = next(k for k in core.coded_kernels if k.variant == plain[0].variant)
+    Case(core, coded_kernel, codings=coded.SOME_CODINGS).check(machine)
+
+
+@slow
 def test_every_kernel(machine: Machine, core: Core) -> None:
     """Sizes around a chunk's, streams aligned together, apart and not at all, Inf, NaN, denormals
     and all magnitudes, with each quick reciprocal and root up to one unit off."""
@@ -72,23 +90,27 @@ def test_every_kernel(machine: Machine, core: Core) -> None:
         Case(core, kernel).check(machine)
 
 
+@slow
 def test_every_coded_kernel(machine: Machine, core: Core) -> None:
     """Every coding."""
     for kernel in core.coded_kernels:
         Case(core, kernel).check(machine)
 
 
+@slow
 def test_usual_and_zero_gradients(machine: Machine, core: Core) -> None:
     for kernel in core.kernels[::3]:
         for zero in (False, True):
             Case(core, kernel, usual, zero).check(machine)
 
 
+@slow
 def test_one_block_takes_all_chunks(machine: Machine, core: Core) -> None:
     for kernel in [*core.kernels[::7], *core.coded_kernels[::3]]:
         Case(core, kernel).check(machine, blocks=1)
 
 
+@slow
 def test_rows_and_a_factor_in_memory(machine: Machine, core: Core) -> None:
     """Of the device, where a capturable step or clipping has worked them out. A step that is
     skipped there changes nothing."""
@@ -104,6 +126,7 @@ def test_rows_and_a_factor_in_memory(machine: Machine, core: Core) -> None:
         case.memory.assert_same(case.memory.after(step), before, "a skipped step")
 
 
+@slow
 def test_most_instructions_have_been_executed(machine: Machine, core: Core) -> None:
     """But for rare ways through divisions and roots, and what warps do that have parted before a
     shuffle."""
@@ -117,3 +140,36 @@ def test_most_instructions_have_been_executed(machine: Machine, core: Core) -> N
             places = {i for i, one in code if one.opcode[0] not in ("NOP", "BRA")}
             share = len(machine.executed[key] & places) / len(places)
             assert share >= LEAST_EXECUTED, f"{kernel}: {share:.0%}"
+
+
+@slow
+@pytest.mark.parametrize("kind", ["float32", "coded"])
+def test_planted_faults_are_found(
+    kind: str,
+    machine_of: Callable[[str], Machine],
+    core: Core,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But for those that the kernel itself finds, and does what they spoil again in another way, and
+    those in steps that correct what the step before has got wrong."""
+    monkeypatch.setattr(emulator, "MOST_INSTRUCTIONS", 50_000)  # a fault may be a loop without end
+    machine = copy(machine_of("sm_90"))
+    machine.code, machine.executed = dict(machine.code), {key: set() for key in machine.code}
+    dtypes = (kind,) * 4
+    kernel = next(k for k in [*core.kernels, *core.coded_kernels] if k.dtypes == dtypes)
+    case = Case(core, kernel, codings=coded.SOME_CODINGS)
+    case.check(machine)
+    found, missed = 0, []
+    for key in [key for key, executed in machine.executed.items() if executed]:
+        code = machine.code[key]
+        for place, fault in faults(code, machine.executed[key], FAULT_EVERY[kind]):
+            machine.code[key] = [*code[:place], fault, *code[place + 1 :]]
+            try:
+                case.check(machine)
+            except Exception:
+                found += 1
+            else:
+                missed.append(f"{code[place]} as {fault}")
+        machine.code[key] = code
+    total = found + len(missed)
+    assert total > 20 and found >= LEAST_FOUND * total, "\n".join(missed)

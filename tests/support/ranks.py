@@ -31,6 +31,8 @@ def _be_rank(rank: int, world: int, ports: int, folder: Path, trials: Mapping[st
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         faulthandler.enable()
+        # Of threads without Python, such as those of a process group, that one says nothing.
+        torch._C._set_print_stack_traces_on_fatal_signal(True)
         try:
             torch.set_num_threads(1)
             faulthandler.dump_traceback_later(SECONDS, exit=True)
@@ -82,7 +84,7 @@ def _on_ranks(world: int, trials: Mapping[str, Trial]) -> tuple[str, str] | None
             text = (folder / f"{rank}.txt").read_text(errors="replace")
             begun = folder / f"{rank}.trial"
             trial = trial or (begun.read_text() if begun.exists() else next(iter(trials)))
-            said.append(f"rank {rank} of {world}: status {status}\n{text[-3000:]}")
+            said.append(f"rank {rank} of {world}: status {status}\n{text[-20000:]}")
             # Others may wait for it.
             time.sleep(1)
             for other in ranks:
