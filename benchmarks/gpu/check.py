@@ -1,10 +1,12 @@
 """All that needs an NVIDIA GPU, in one go: ``make gpu-check`` (``python -m benchmarks.gpu.check``).
 
-Builds for the GPU that is there, runs the tests that need one (they compare it with the CPU bit by
-bit), watches small steps with compute-sanitizer where that is installed, runs the benchmark into
-benchmarks/results, and writes its table into docs/performance.md. A step that fails does not keep
-the later ones from running; the exit status is 1 then. All of it takes less than nine minutes: a
-step that takes too long is ended, so that time is left for the others.
+Builds for the GPU that is there and takes first steps on it, which have to have the CPU's bits: if
+these fail, nothing else is tried. Then it runs the tests that need a GPU (they compare it with the
+CPU bit by bit), watches small steps with compute-sanitizer where that is installed, runs the
+benchmark into benchmarks/results, writes its table into docs/performance.md, and times a step
+beside a kernel that holds some multiprocessors. Of these, one that fails does not keep the later
+ones from running; the exit status is 1 then. All of it takes less than nine minutes: a step that
+takes too long is interrupted, so that it can say where it was and time is left for the others.
 
 If the environment variable OUT names a folder, the results, the table and the log are copied there
 after each step. Where there is no git, FUSEDOPT_COMMIT can name the commit that is measured.
@@ -35,6 +37,7 @@ RESULTS = Path("benchmarks") / "results"
 PERFORMANCE = Path("docs") / "performance.md"
 LOG = Path("build") / "gpu-check.log"
 TOTAL_SECONDS = 520.0
+GRACE = 8.0  # seconds that an interrupted command has to say where it was
 TOLD_SHARE = 0.85  # of its limit, which a command that keeps to a limit is told
 
 NATIVE = {"FUSEDOPT_CUDA": "1", "FUSEDOPT_CUDA_ARCHS": "native"}
@@ -58,6 +61,7 @@ class Step:
         told: whether the last command takes ``--limit`` with the seconds that it has.
         unusable: text in the output that says that the tool does not work here.
         missing: why there is nothing to run; None where there is.
+        vital: whether nothing else is run if it fails.
     """
 
     name: str
@@ -68,6 +72,7 @@ class Step:
     told: bool = False
     unusable: str | None = None
     missing: str | None = None
+    vital: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,9 @@ class Checker:
             outcomes.append(Outcome(step.name, verdict, time.monotonic() - start, failed))
             self.say(f"=== {step.name}: {verdict}")
             self.copy()
+            if failed and step.vital:
+                self.say(f"nothing else is tried, as {step.name} failed")
+                break
         return outcomes
 
     def _run_step(self, step: Step, limit: float) -> tuple[str, bool]:
@@ -159,10 +167,13 @@ class Checker:
 
         def end() -> None:
             too_long.set()
-            end_group(process)
+            end_group(process, signal.SIGINT)
+            # Python may be in a call that does not return.
+            timers.append(threading.Timer(GRACE, end_group, [process]))
+            timers[-1].start()
 
-        timer = threading.Timer(max(0.0, seconds), end)
-        timer.start()
+        timers = [threading.Timer(max(0.0, seconds), end)]
+        timers[0].start()
         lines = []
         try:
             assert process.stdout is not None
@@ -171,7 +182,8 @@ class Checker:
                 lines.append(line)
             status = process.wait()
         finally:
-            timer.cancel()
+            for timer in timers:
+                timer.cancel()
             if process.returncode is None:
                 end_group(process)
         return None if too_long.is_set() else status, "".join(lines)
@@ -186,10 +198,10 @@ class Checker:
                 shutil.copy(source, self._out / path.name)
 
 
-def end_group(process: subprocess.Popen[str]) -> None:
+def end_group(process: subprocess.Popen[str], how: int = signal.SIGKILL) -> None:
     """End a process and all its children that are still running."""
     try:
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, how)
     except ProcessLookupError:
         return
 
@@ -235,20 +247,31 @@ def make_steps(results: Path, pytest_arguments: Sequence[str]) -> list[Step]:
     others = (path.relative_to(ROOT) for path in (ROOT / RESULTS).glob("nvidia-*.json"))
     every = sorted({results, *others})
     build = (python, "setup.py", "--quiet", "build_ext", "--inplace")
-    tests = (python, "-m", "pytest", "-m", "cuda", *pytest_arguments)
+    smoke = (python, "-m", "benchmarks.gpu.smoke")
+
+    def tests(*files: str) -> tuple[str, ...]:
+        short = ("--maxfail=10", "--tb=short")
+        paths = (f"tests/{file}" for file in files)
+        return (python, "-m", "pytest", "-m", "cuda", *short, *paths, *pytest_arguments)
+
     # One of the documentation's examples captures a graph.
-    examples = (python, "-m", "pytest", "tests/project/test_docs.py")
+    examples = (python, "-m", "pytest", "--tb=short", "tests/project/test_docs.py")
     benchmark = (python, "-m", "benchmarks.run", "--device", "cuda", "--output", str(results))
     table = (python, "-m", "benchmarks.report", "--gpu", *map(str, every), "--readme")
     return [
-        Step("build", [build, (python, "-c", HAS_CUDA)], 240, 0, NATIVE),
-        Step("tests", [tests, examples], 210, 60),
+        Step("build", [build, (python, "-c", HAS_CUDA)], 240, 0, NATIVE, vital=True),
+        Step("smoke", [smoke], 60, 10, vital=True),
+        Step("bits", [tests("device/test_device.py", "storage")], 120, 30),
+        Step("graphs", [tests("device/test_graphs.py"), examples], 60, 15),
+        Step("clipping", [tests("device/test_scaled_steps.py", "steps")], 60, 10),
+        Step("sharded", [tests("sharded")], 60, 5),
         sanitizer_step("memcheck", UNCACHED),
         sanitizer_step("initcheck", UNCACHED),
         # torch's own kernels are left out.
         sanitizer_step("racecheck", options=("--kernel-name", "kernel_substring=fusedopt")),
-        Step("benchmark", [benchmark], 240, 150, told=True),
+        Step("benchmark", [benchmark], 240, 130, told=True),
         Step("table", [table], 20, 5),
+        Step("busy", [(python, "-m", "benchmarks.gpu.busy")], 30, 5),
     ]
 
 

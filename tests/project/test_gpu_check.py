@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import check as gpu_check
-from benchmarks.gpu import sanitize
+from benchmarks.gpu import sanitize, smoke
 
 
 def python(code: str) -> tuple[str, ...]:
@@ -52,6 +52,53 @@ def test_steps_of_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(gpu_check.summary(outcomes, 1.0).splitlines()) == len(outcomes) + 1
 
 
+def test_nothing_is_tried_after_a_vital_step_that_fails() -> None:
+    steps = [
+        gpu_check.Step("first", [python("raise SystemExit(1)")], 30, 0, vital=True),
+        gpu_check.Step("second", [python("print('not run')")], 30, 0),
+    ]
+    log = io.StringIO()
+    outcomes = gpu_check.Checker(log, time.monotonic() + 600).run(steps)
+    assert [outcome.name for outcome in outcomes] == ["first"]
+    assert "nothing else is tried, as first failed" in log.getvalue()
+
+
+def test_what_takes_too_long_says_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "GRACE", 2.0)
+    stuck = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    steps = [
+        gpu_check.Step("hangs", [python("import time\ntime.sleep(60)")], 3, 0),
+        gpu_check.Step("is stuck", [python(stuck)], 3, 0),
+    ]
+    log, start = io.StringIO(), time.monotonic()
+    outcomes = gpu_check.Checker(log, time.monotonic() + 600).run(steps)
+    assert all(outcome.verdict == "FAILED: ended after 3 s" for outcome in outcomes)
+    assert "KeyboardInterrupt" in log.getvalue()
+    assert time.monotonic() - start < 40
+
+
+def test_the_first_steps(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert smoke.main(["--device", device]) == 0
+    assert "have the CPU's bits" in capsys.readouterr().out
+
+
+def test_first_steps_that_differ(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A step that loses an element is told of, by name."""
+    real = smoke.step
+
+    def step(name: str, options: dict, dtype: torch.dtype, device: str) -> dict:
+        found = real(name, options, dtype, "cpu")
+        if device == "another" and name == "SGD":
+            found["param"][-1] = 0
+        return found
+
+    monkeypatch.setattr(smoke, "step", step)
+    assert len(list(smoke.differences("another"))) == len(smoke.STORAGE)
+    assert all(text.startswith("SGD") for text in smoke.differences("another"))
+
+
 def test_the_check_without_a_gpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,9 +111,11 @@ def test_the_check_without_a_gpu(
 def test_steps_run_in_order_and_fit_in_nine_minutes() -> None:
     steps = gpu_check.make_steps(gpu_check.RESULTS / "nvidia-x.json", ["-k", "adamw"])
     assert [step.name for step in steps] == [
-        *("build", "tests", "memcheck", "initcheck", "racecheck", "benchmark", "table")
+        *("build", "smoke", "bits", "graphs", "clipping", "sharded"),
+        *("memcheck", "initcheck", "racecheck", "benchmark", "table", "busy"),
     ]
-    assert steps[1].commands[0][-4:] == ("-m", "cuda", "-k", "adamw")
+    assert [step.name for step in steps if step.vital] == ["build", "smoke"]
+    assert steps[2].commands[0][-2:] == ("-k", "adamw") and "cuda" in steps[2].commands[0]
     assert gpu_check.TOTAL_SECONDS < 540
     assert sum(step.reserved for step in steps) + steps[0].limit < gpu_check.TOTAL_SECONDS
 
