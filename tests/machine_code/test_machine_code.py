@@ -150,8 +150,8 @@ def test_planted_faults_are_found(
     core: Core,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """But for those that the kernel itself finds, and does again what they spoil in another way, and
-    those in steps that correct what the one before has got wrong."""
+    """But for those that the kernel finds itself, and does again what they spoil in another way, and
+    for those in steps that correct what the one before has got wrong."""
     monkeypatch.setattr(emulator, "MOST_INSTRUCTIONS", 50_000)  # a fault may be a loop without end
     machine = copy(machine_of("sm_90"))
     machine.code, machine.executed = dict(machine.code), {key: set() for key in machine.code}
