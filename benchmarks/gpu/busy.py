@@ -1,7 +1,8 @@
-"""A step beside a kernel that holds some multiprocessors: ``python -m benchmarks.gpu.busy``.
+"""A step beside kernels that take some of the device: ``python -m benchmarks.gpu.busy``.
 
-As NCCL's kernels do in sharded training. Prints how much longer a step takes beside it than alone;
-of all multiprocessors but those that are held, it would take so many times as long at least.
+As NCCL's do in sharded training. Each is one block, which does nothing but wait, and takes a place
+of a multiprocessor on which blocks of the step could be. Prints how much longer a step takes beside
+them than alone.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ STORAGE: dict[str, dict[str, Any]] = {
 
 
 class Held:
-    """So many multiprocessors, each by a block that does nothing but wait."""
+    """So many places for blocks, each on a multiprocessor of its own if these are shared out."""
 
     def __init__(self, count: int) -> None:
         self._streams = [torch.cuda.Stream() for _ in range(count)]
@@ -51,14 +52,13 @@ def milliseconds(optimizer: torch.optim.Optimizer, held: Held | None) -> float:
 def main(argv: list[str] | None = None) -> int:
     """Time the steps; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.busy", description=__doc__)
-    parser.add_argument("--held", type=int, default=16, help="multiprocessors")
+    parser.add_argument("--held", type=int, default=16, help="blocks that wait")
     parser.add_argument("--rounds", type=int, default=11)
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         sys.exit("this needs an NVIDIA GPU")
     count = torch.cuda.get_device_properties().multi_processor_count
-    least = count / (count - arguments.held)
-    print(f"{arguments.held} of {count} multiprocessors are held: at least {least:.2f} times")
+    print(f"{arguments.held} blocks wait on {count} multiprocessors")
     for name, options in STORAGE.items():
         p = Parameter(torch.zeros(ELEMENTS, device="cuda"))
         p.grad = torch.ones_like(p)

@@ -4,7 +4,7 @@ Builds for the GPU that is there and takes first steps on it, which have to have
 these fail, nothing else is tried. Then it runs the tests that need a GPU (they compare it with the
 CPU bit by bit), watches small steps with compute-sanitizer where that is installed, runs the
 benchmark into benchmarks/results, writes its table into docs/performance.md, and times a step
-beside a kernel that holds some multiprocessors. Of these, one that fails does not keep the later
+beside kernels that take some of the device. Of these, one that fails does not keep the later
 ones from running; the exit status is 1 then. All of it takes less than nine minutes: a step that
 takes too long is interrupted, so that it can say where it was and time is left for the others.
 
@@ -267,6 +267,7 @@ def make_steps(results: Path, pytest_arguments: Sequence[str]) -> list[Step]:
         Step("sharded", [tests("sharded")], 60, 5),
         sanitizer_step("memcheck", UNCACHED),
         sanitizer_step("initcheck", UNCACHED),
+        sanitizer_step("synccheck"),
         # torch's own kernels are left out.
         sanitizer_step("racecheck", options=("--kernel-name", "kernel_substring=fusedopt")),
         Step("benchmark", [benchmark], 240, 130, told=True),

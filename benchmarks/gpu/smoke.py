@@ -1,13 +1,15 @@
 """The first steps on a GPU: ``python -m benchmarks.gpu.smoke``.
 
-Says which GPU, driver and build there are, then takes one step of five elements by every optimizer
-and way of storing there and on the CPU. These have the same bits, or the exit status is 1 and all
-else is not worth a look.
+Says which GPU, driver and build there are, then takes two steps of few elements by every optimizer
+and way of storing there and on the CPU: five elements, whole blocks and a part of one, rows, some
+of them misaligned, with an Inf. These have the same bits, or the exit status is 1 and all else is
+not worth a look.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -19,8 +21,7 @@ from torch.nn import Parameter
 import fusedopt
 from fusedopt._extension import _C
 
-BEGIN = (1.5, -0.25, 1e-3, 0.0, -300.0)
-GRAD = (0.1, -2.0, 0.0, 1e-8, 7.0)
+SHAPES = ((5,), (5003,), (9, 300), (3, 768))
 OPTIMIZERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("AdamW", {}),
     ("SGD", {"momentum": 0.9}),
@@ -53,18 +54,37 @@ def _driver() -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
+def drawn(shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: str) -> Tensor:
+    """The same on every device; those of one element more begin askew."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).flatten()
+    values[::17] = 0
+    values[-1] = math.inf if seed == 3 else 1e-30
+    room = torch.empty(len(values) + 1, dtype=dtype, device=device)
+    found = room[seed % 2 :][: len(values)]
+    found.copy_(values)
+    return found.view(shape)
+
+
 def step(name: str, options: dict[str, Any], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """The parameter and its states after a step of five elements."""
-    p = Parameter(torch.tensor(BEGIN, dtype=dtype, device=device))
-    p.grad = torch.tensor(GRAD, dtype=dtype, device=device)
-    optimizer = getattr(fusedopt, name)([p], lr=0.1, **options)
-    optimizer.step()
-    found = {"param": p.detach(), **optimizer.state[p]}
+    """Parameters and their states after two steps."""
+    params = [Parameter(drawn(shape, 0, dtype, device)) for shape in SHAPES]
+    optimizer = getattr(fusedopt, name)(params, lr=0.1, **options)
+    for seed in (2, 3):
+        for p in params:
+            p.grad = drawn(tuple(p.shape), seed, dtype, device)
+        optimizer.step()
+    found = {}
+    for number, p in enumerate(params):
+        of_param = {"param": p.detach(), **optimizer.state[p]}
+        found |= {f"{key} of parameter {number}": value for key, value in of_param.items()}
     return {key: value.cpu() for key, value in found.items() if isinstance(value, Tensor)}
 
 
-def bits(tensor: Tensor) -> list[int]:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).tolist()
+def bits(tensor: Tensor) -> Tensor:
+    """NaNs may differ in theirs."""
+    if tensor.is_floating_point():
+        tensor = torch.where(tensor.isnan(), torch.full_like(tensor, math.nan), tensor)
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def differences(device: str) -> Iterator[str]:
@@ -73,8 +93,14 @@ def differences(device: str) -> Iterator[str]:
         for dtype, storage in STORAGE:
             there, here = (step(name, {**own, **storage}, dtype, on) for on in (device, "cpu"))
             for key, value in here.items():
-                if bits(value) != bits(there[key]):
-                    yield f"{name} {storage} of {dtype}: {key} is {there[key]}, expected {value}"
+                differ = bits(value) != bits(there[key])
+                if differ.any():
+                    where = int(differ.nonzero()[0]) // value.element_size()
+                    got, expected = (float(x.reshape(-1)[where]) for x in (there[key], value))
+                    yield (
+                        f"{name} {storage} of {dtype}: element {where} of {key} is {got}, "
+                        f"expected {expected}"
+                    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,8 +23,8 @@ SOME_CODINGS = [
     Coding("float32", "float32", "int8"),
     Coding("bfloat16_and_8", "bfloat16", "bfloat16"),
 ]
-SIZES = [0, 1, 3, 255, 256, 257, 2047, 2048, 2049, 5000]
-"""Around the borders of blocks, and of the eight blocks that are a chunk of the CUDA kernel."""
+SIZES = [0, 1, 3, 255, 256, 257, 2049, 4095, 4096, 4097, 9000]
+"""Around the borders of blocks, and of the sixteen blocks that are a chunk of the CUDA kernel."""
 ROWS = [(9, 63), (9, 64), (9, 65), (9, 255), (9, 256), (9, 257), (9, 300), (5, 511), (5, 512)]
 ROWS += [(5, 513), (1, 300), (3, 2049)]
 """How many, and how many elements each has."""

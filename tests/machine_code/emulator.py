@@ -1,7 +1,7 @@
 """The instructions that the step's kernels are made of, executed on the host.
 
 All threads of a block take each instruction together, as one wide warp would: between them the
-kernels only shuffle within 32 lanes. Two instructions are not known to the bit: the quick
+kernels only shuffle and vote within 32 lanes. Two instructions are not known to the bit: the quick
 reciprocals and roots (MUFU) are those rounded correctly, or moved by as many units in the last
 place as is asked for, and the check before a quick division (FCHK) sends more to the slow way than
 the hardware may. Indices of constant memory are taken to wrap at 16 bits.
@@ -354,11 +354,18 @@ class Block:
 
         return run
 
+    @staticmethod
+    def _assert_whole(active: Lanes) -> None:
+        """Lanes ask each other."""
+        of_warps = active.reshape(-1, WARP)
+        assert (of_warps.all(1) | ~of_warps.any(1)).all(), "lanes of a warp have parted"
+
     def _vote(self, i: Instruction) -> Run:
         *to, asked = i.operands
         condition = self._predicate(asked)
 
         def run(active: Lanes) -> None:
+            self._assert_whole(active)
             of_warps = (condition() & active).reshape(-1, WARP)
             if i.opcode[1] == "ANY":
                 found = of_warps.any(1)
@@ -737,8 +744,7 @@ class Block:
         _, to, value, distance = (*i.operands[:2], *map(self._integer, i.operands[2:4]))
 
         def run(active: Lanes) -> None:
-            of_warps = active.reshape(-1, WARP)
-            assert (of_warps.all(1) | ~of_warps.any(1)).all(), "lanes have parted at a shuffle"
+            self._assert_whole(active)
             other = np.arange(LANES) ^ int(distance()[0])
             self._write(to, value()[other], active)
             self._write_predicate(i.operands[0], np.ones(LANES, bool), active)

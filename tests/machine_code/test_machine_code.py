@@ -22,7 +22,9 @@ from .emulator import Machine, Memory
 from .faults import faults
 
 slow = pytest.mark.slow
-CODED_SIZES = [1, 300, 2049, 5, 700, 256]
+CODED_SIZES = [1, 300, 4097, 5, 700, 256]
+CODED_ROWS = [(9, 300), (5, 513), (9, 1000), (17, 896)]
+"""How many, and how many elements each has, of spans with codes: more than a chunk of blocks."""
 FACTOR = 1 / 3  # which float32 does not hold
 LEAST_EXECUTED = 0.6  # of a kernel's instructions
 FAULT_EVERY = {"float32": 16, "coded": 64}  # instructions
@@ -50,7 +52,10 @@ class Case:
         self.memory: Any
         if kernel.dtypes[0] == "coded":
             sizes = [CODED_SIZES[i % len(CODED_SIZES)] for i in range(len(codings))]
-            spans = list(zip(codings, sizes, strict=True))
+            spans: list[Any] = list(zip(codings, sizes, strict=True))
+            in_codes = [coding for coding in codings if coding.state == "int8"]
+            for coding, (count, row) in zip(in_codes, CODED_ROWS, strict=False):
+                spans.append((coding, count * row, row))
             self.memory = CodedStreams(core, kernel, spans, rows)
             self.want: Any = self.memory.expected()
             self.touched = Memory([self.memory.memory, self.rows, *more])
@@ -150,8 +155,8 @@ def test_planted_faults_are_found(
     core: Core,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """But for those that the kernel finds itself, and does again what they spoil in another way, and
-    for those in steps that correct what the one before has got wrong."""
+    """But for those that the kernel finds itself, and does again what they spoil in another way,
+    and for those in steps that correct what the one before has got wrong."""
     monkeypatch.setattr(emulator, "MOST_INSTRUCTIONS", 50_000)  # a fault may be a loop without end
     machine = copy(machine_of("sm_90"))
     machine.code, machine.executed = dict(machine.code), {key: set() for key in machine.code}

@@ -91,7 +91,7 @@ def test_first_steps_that_differ(
     def step(name: str, options: dict, dtype: torch.dtype, device: str) -> dict:
         found = real(name, options, dtype, "cpu")
         if device == "another" and name == "SGD":
-            found["param"][-1] = 0
+            found["param of parameter 1"][-1] = 0
         return found
 
     monkeypatch.setattr(smoke, "step", step)
@@ -112,7 +112,7 @@ def test_steps_run_in_order_and_fit_in_nine_minutes() -> None:
     steps = gpu_check.make_steps(gpu_check.RESULTS / "nvidia-x.json", ["-k", "adamw"])
     assert [step.name for step in steps] == [
         *("build", "smoke", "bits", "graphs", "clipping", "sharded"),
-        *("memcheck", "initcheck", "racecheck", "benchmark", "table", "busy"),
+        *("memcheck", "initcheck", "synccheck", "racecheck", "benchmark", "table", "busy"),
     ]
     assert [step.name for step in steps if step.vital] == ["build", "smoke"]
     assert steps[2].commands[0][-2:] == ("-k", "adamw") and "cuda" in steps[2].commands[0]
