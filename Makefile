@@ -15,7 +15,7 @@ workers = $$($(PY) -c 'import os, xdist; \
   print("-n", min(4, len(os.sched_getaffinity(0))), "--dist $(1)")' 2>/dev/null)
 SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help env integrations build demo test test-all bench bench-quick lint format check-binary check-tables tables gpu-check dist clean
+.PHONY: help env integrations build demo test test-all test-arm bench bench-quick lint format check-binary check-tables tables gpu-check dist clean
 
 help:  ## list the targets
 	@echo 'Each sets up what it needs. PYTHON=python3.12 chooses what .venv is made from;'
@@ -60,6 +60,12 @@ test: build  ## run the tests, but those that are slow
 
 test-all: build integrations  ## run all tests; ARGS="-m slow": those that make test leaves out
 	$(PY) -m pytest $(call workers,loadfile) $(ARGS)
+
+test-arm: build  ## run the loops of the CPU on 64-bit ARM, in an emulator
+	@{ command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64-static; } > /dev/null || \
+	  { echo 'This needs Debian'"'"'s g++-aarch64-linux-gnu and qemu-user-static; first:' \
+	    'apt-get install g++-aarch64-linux-gnu qemu-user-static'; exit 1; }
+	$(PY) -m pytest tests/arm $(ARGS)
 
 build: env  ## build the compiled module in place (quick when nothing changed)
 	@$(PY) setup.py --quiet build_ext --inplace

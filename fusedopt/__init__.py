@@ -37,7 +37,7 @@ for _name, _module in {
 
 
 def isa() -> str:
-    """The instruction set that CPU steps use: "avx512", "avx2" or "baseline".
+    """The instruction set that CPU steps use: "avx512", "avx2" or "baseline"; "neon" on ARM.
 
     The best that the processor has, or the one that the environment variable FUSEDOPT_ISA named
     when the package was imported. Results do not depend on it.

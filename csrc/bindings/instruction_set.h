@@ -14,8 +14,15 @@ namespace {
 
 cpu::Isa active_isa = cpu::best_isa();
 
+// What every processor of the architecture has.
+#if defined(__aarch64__)
+constexpr const char* kBaselineName = "neon";
+#else
+constexpr const char* kBaselineName = "baseline";
+#endif
+
 const char* isa_name(cpu::Isa isa) {
-  return isa == cpu::Isa::avx512 ? "avx512" : isa == cpu::Isa::avx2 ? "avx2" : "baseline";
+  return isa == cpu::Isa::avx512 ? "avx512" : isa == cpu::Isa::avx2 ? "avx2" : kBaselineName;
 }
 
 std::string get_isa() { return isa_name(active_isa); }
@@ -29,8 +36,8 @@ void set_isa(const std::string& name) {
     active_isa = isa;
     return;
   }
-  throw py::value_error("fusedopt: FUSEDOPT_ISA=" + name +
-                        " is unknown; it can be baseline, avx2 or avx512");
+  throw py::value_error("fusedopt: FUSEDOPT_ISA=" + name + " is unknown; it can be " +
+                        kBaselineName + ", avx2 or avx512");
 }
 
 // With fewer elements than this a step is not worth a second thread. With more, threads share what

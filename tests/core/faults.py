@@ -63,7 +63,6 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "rare operands unnoticed": (QUICK, "{ return !(doubt_ == 0); }", "{ return false; }"),
         "root not refined": (QUICK, "(-root, root, value), 0.5f", "(0, root, 0), 0.5f"),
         "sign of a zero lost": (QUICK, "& 0x7fffffffu) | sign)", "& 0x7fffffffu))"),
-        "a large divisor": (QUICK, "eps >= 0 && eps < 0x1p100f ? eps : NAN", "eps"),
         "last round of a chunk": (TILE, "< base + kChunk &&", "< base + 3 * kRound &&"),
     },
     "division": {
@@ -169,12 +168,6 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
             "if (number < 0) coding",
         ),
         "scale of a part not stored": (CODED_TILE, "number == 0 && place.count > 0", "number < 0"),
-        "misaligned as aligned": (
-            CODED_TILE,
-            "if (!are_aligned(stream, size)) to.is_aligned = 0;",
-            "(void)stream, (void)size;",
-        ),
-        "block in the middle of a word": (CODED_TILE, "block.begin % together == 0;", "true;"),
         "a launch's spans share a coding": (
             CODED_TILE,
             "const TileSpan& s = spans[known];",
