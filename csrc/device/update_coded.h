@@ -186,7 +186,8 @@ struct Tile<Variant, Coded> {
     if constexpr (StateFormat::in_codes) {
       FUSEDOPT_UNROLL
       for (int k = 0; k < states; ++k) {
-        largest[k] = lanes.largest([&](const Lane& lane) { return lane.largest(k); });
+        largest[k] =
+            lanes.largest([&](const Lane& lane) { return lane.rare ? 0 : lane.largest(k); });
         rare = rare || !is_finite(largest[k]);
       }
     }
@@ -357,7 +358,7 @@ struct Tile<Variant, Coded> {
     if (!Lanes<PartLane>::runs_in(thread)) return;
     const auto* spans = reinterpret_cast<const TileSpan*>(args.data);
     uint32_t known = 0;
-    uint32_t known_row = ~uint32_t(0);  // the span whose row this is
+    uint32_t span_of_row = ~uint32_t(0);  // none yet
     Row row = {};
     for (uint32_t chunk = block; chunk < args.chunks; chunk += blocks) {
       known = span_of_chunk(spans, known, args.spans, chunk);
@@ -367,14 +368,14 @@ struct Tile<Variant, Coded> {
       const uint32_t number = (chunk - s.first_chunk) * kChunkBlocks + thread / kLanes;
       BlockPlace place = s.blocks().at(number);
       if (place.begin >= s.numel) place = {0, 0, 0};  // none
-      if (known_row != known) row = row_of<Row>(args, s.row);
-      known_row = known;
+      if (span_of_row != known) row = row_of<Row>(args, s.row);
+      span_of_row = known;
       run_block<StateFormat>(s, row, place, thread);
     }
   }
 
-  FUSEDOPT_HD static void run(const LaunchArgs& args, uint32_t block, uint32_t blocks,
-                              uint32_t thread) {
+  // On the host, all of them in turn.
+  static void run(const LaunchArgs& args, uint32_t block, uint32_t blocks, uint32_t thread) {
     for_each_type(StateFormats{},
                   [&](auto format) { run<decltype(format)>(args, block, blocks, thread); });
   }

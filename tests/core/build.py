@@ -124,6 +124,19 @@ def checksum(sources: Sequence[Path], *others: object) -> str:
 
 
 @one_at_a_time
+def build_alone(name: str, source: Path, flags: Sequence[str]) -> Path:
+    """A library or a program of one source, as the flags say, and what it includes of ours."""
+    flags = [*flags, f"-I{ROOT}/csrc"]
+    included = sorted(with_included(source, ROOT / "csrc"))
+    built = CACHE / f"{name}-{checksum(included, flags)}"
+    if not built.exists():
+        unfinished = built.with_suffix(".tmp")
+        run([*CXX, *flags, source, "-o", unfinished])
+        unfinished.rename(built)
+    return built
+
+
+@one_at_a_time
 def build(
     name: str,
     target: str = "core.so",

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
 //
-// csrc/cuda/launch.h over a runtime that fails where it is told to, as a C API for ctypes.
+// csrc/cuda/launch.h over a runtime that fails where it is told to, as a C API for ctypes. And a
+// step on a device that lacks a kernel.
 #include <utility>
 
 #include "cuda/launch.h"
+#include "device/step.h"
 
 #define API extern "C" __attribute__((visibility("default")))
 
@@ -58,11 +60,51 @@ struct FakeRuntime {
 };
 using FakeLaunches = fusedopt::cuda::Launches<FakeRuntime>;
 
+// Counts launches, and has no kernel of one number, or none that prepares rows.
+struct FakeLauncher {
+  int lacking_kernel, lacking_rule, launched = 0;
+
+  const char* norm(const fusedopt::NormArgs&) { return count(); }
+  const char* prepare(int, const fusedopt::PrepareArgs&) { return count(); }
+  const char* step(int, const fusedopt::LaunchArgs&) { return count(); }
+  const char* find_unready_prepare(int rule) { return rule == lacking_rule ? "lacking" : nullptr; }
+  const char* find_unready(int kernel) { return kernel == lacking_kernel ? "lacking" : nullptr; }
+  static fusedopt::PackSpans pack(int) {
+    return [](const fusedopt::Span*, size_t count, size_t, int, const fusedopt::HyperRow*,
+              fusedopt::LaunchArgs& args) {
+      args.spans = 1;
+      return count;
+    };
+  }
+  const char* count() {
+    ++launched;
+    return nullptr;
+  }
+};
+
 }  // namespace
 
 API void set_error(int call, int error) { errors[call] = error; }
 API void set_driver(int version) { driver = version; }
 API void set_device(int number) { device = number; }
+// A step of spans of the kernels 0, 1 and 2, with rows of the rules 0 and 1: how many launches
+// there were; negative where it failed.
+API int launches_without(int kernel, int rule) {
+  fusedopt::Span spans[3] = {};
+  for (int i = 0; i < 3; ++i) spans[i].kernel = i;
+  const fusedopt::RowSource sources[2] = {};
+  const int rules[2] = {0, 1};
+  fusedopt::DeviceStep step;
+  step.spans = spans;
+  step.span_count = 3;
+  step.sources = sources;
+  step.source_rules = rules;
+  step.source_count = 2;
+  FakeLauncher launcher{kernel, rule};
+  const char* const error = fusedopt::launch_update<const char*>(step, launcher);
+  return error == nullptr ? launcher.launched : -1 - launcher.launched;
+}
+
 API int left_error() { return last_error; }
 API int blocks_of_launch() { return std::exchange(launched_blocks, 0); }
 API int count_queries() { return std::exchange(queries, 0); }

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from .build import CACHE, CXX, ROOT, checksum, one_at_a_time, run
+from .build import build_alone
 
 SOURCE = Path(__file__).with_name("fake_runtime.cpp")
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", f"-I{ROOT}/csrc"]
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden"]
 CALLS = ["current_device", "driver_version", "processors", "resident_blocks", "launch"]
 RESIDENT = 200  # blocks on all multiprocessors of the fake device
 WAVES = 8
@@ -19,21 +19,10 @@ LACKS_CODE = 209
 DEVICES = itertools.count()
 
 
-@one_at_a_time
-def build_fake_runtime(name: str = "fake-runtime") -> Path:
-    key = checksum([SOURCE, ROOT / "csrc/cuda/launch.h"], FLAGS)
-    library = CACHE / f"{name}-{key}.so"
-    if not library.exists():
-        unfinished = library.with_suffix(".tmp")
-        run([*CXX, *FLAGS, SOURCE, "-o", unfinished])
-        unfinished.rename(library)
-    return library
-
-
 @pytest.fixture
 def fake() -> Iterator[ctypes.CDLL]:
     """The library, on a device of its own: what is known of others is kept."""
-    library = ctypes.CDLL(str(build_fake_runtime()))
+    library = ctypes.CDLL(str(build_alone("fake-runtime", SOURCE, FLAGS)))
     for name in ("launch", "launch_other"):
         getattr(library, name).restype = c_char_p
         getattr(library, name).argtypes = [c_int64]
@@ -99,3 +88,11 @@ def test_more_devices_than_are_remembered(fake: ctypes.CDLL) -> None:
         assert fake.launch(7) is None
         assert fake.blocks_of_launch() == 7
     assert fake.count_queries() == 2
+
+
+@pytest.mark.parametrize(("kernel", "rule"), [(0, -1), (2, -1), (-1, 0), (-1, 1)])
+def test_nothing_is_launched_where_one_kernel_is_lacking(
+    fake: ctypes.CDLL, kernel: int, rule: int
+) -> None:
+    assert fake.launches_without(-1, -1) == 5
+    assert fake.launches_without(kernel, rule) == -1

@@ -2,32 +2,20 @@
 
 from pathlib import Path
 
-from .build import CACHE, CXX, ROOT, checksum, host_flags, one_at_a_time, run
+from .build import build_alone, host_flags, run
 
 SOURCE = Path(__file__).with_name("quick_math.cpp")
-HEADERS = [ROOT / "csrc" / name for name in ("device/quick_math.h", "core/arithmetic.h")]
 # With approximations of reciprocals that are a unit off for every operand, which those of hardware
 # are not, compilers' own divisions and roots round some of these the wrong way as well.
 ROOTS_THAT_MAY_DIFFER = 3
 QUOTIENTS_THAT_MAY_DIFFER = 2
 
 
-@one_at_a_time
-def build_quick_math(name: str = "quick-math") -> Path:
-    flags = [*(flag for flag in host_flags() if flag != "-O3"), "-O2", f"-I{ROOT}/csrc"]
-    key = checksum([SOURCE, *HEADERS], flags)
-    program = CACHE / f"{name}-{key}"
-    if not program.exists():
-        unfinished = program.with_suffix(".tmp")
-        run([*CXX, *flags, SOURCE, "-o", unfinished])
-        unfinished.rename(program)
-    return program
-
-
 def test_every_root_and_the_hardest_quotients() -> None:
     """All 2^24 roots, 2^25 quotients next to a float or to the middle of two, and any numbers."""
     found = {}
-    lines = run([build_quick_math()]).splitlines()
+    flags = [*(flag for flag in host_flags() if flag != "-O3"), "-O2"]
+    lines = run([build_alone("quick-math", SOURCE, flags)]).splitlines()
     for line in [line for line in lines if line[0] != " "]:
         what, units, seen, wrong = line.split()
         found[what, int(units)] = int(seen), int(wrong)

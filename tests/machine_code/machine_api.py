@@ -7,25 +7,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from core.build import CACHE, CXX, ROOT, checksum, one_at_a_time, run
+from core.build import build_alone
 
 SOURCE = Path(__file__).with_name("machine_api.cpp")
 # Multiplications and additions round as the environment says, and are one instruction.
 FLAGS = ["-std=c++17", "-O1", "-frounding-math", "-ffp-contract=off"]
-FLAGS += ["-fPIC", "-shared", "-fvisibility=hidden", f"-I{ROOT}/csrc"]
+FLAGS += ["-fPIC", "-shared", "-fvisibility=hidden"]
 
 
-@one_at_a_time
-def build_machine_api(name: str = "machine-api") -> Path:
-    headers = sorted(
-        path for part in ("core", "device") for path in (ROOT / "csrc" / part).rglob("*.h")
-    )
-    library = CACHE / f"{name}-{checksum([SOURCE, *headers], FLAGS)}.so"
-    if not library.exists():
-        unfinished = library.with_suffix(".tmp")
-        run([*CXX, *FLAGS, SOURCE, "-o", unfinished])
-        unfinished.rename(library)
-    return library
+def build_machine_api() -> Path:
+    return build_alone("machine-api", SOURCE, FLAGS)
 
 
 class Launch(NamedTuple):
