@@ -62,7 +62,8 @@ class Fault:
         path.write_text(text.replace(self.old, self.new))
 
 
-# For a build with a fault these combinations and the baseline loops do, and compile in seconds.
+# For a build with a fault one rule, these combinations and the baseline loops do, and compile in
+# seconds.
 SMALL = (
     "Types<float, float, float>, Types<bfloat16, float, bfloat16>, "
     "Types<bfloat16, bfloat16, bfloat16>"
@@ -70,14 +71,18 @@ SMALL = (
 NO_LOOPS = "namespace fusedopt::cpu { struct Loops; const Loops* %s_loops() { return nullptr; } }\n"
 
 
-def make_small(csrc: Path, faults: Sequence[Fault]) -> None:
-    path = csrc / "core/dtype.h"
-    pattern = r"using Combinations = TypeList<.*?>>;"
-    text, count = re.subn(
-        pattern, f"using Combinations = TypeList<{SMALL}>;", path.read_text(), flags=re.DOTALL
-    )
-    assert count == 1, f"csrc/core/dtype.h has {count} times, not once: {pattern}"
-    path.write_text(text)
+def make_small(csrc: Path, rule: str, faults: Sequence[Fault]) -> None:
+    """With one rule, or with all."""
+    lists = {"core/dtype.h": ("Combinations", SMALL)}
+    if rule != "all":
+        lists["core/rules/list.h"] = ("Rules", rule)
+    for name, (types, members) in lists.items():
+        path = csrc / name
+        pattern = rf"using {types} = TypeList<.*?>;\n"
+        new = f"using {types} = TypeList<{members}>;\n"
+        text, count = re.subn(pattern, new, path.read_text(), flags=re.DOTALL)
+        assert count == 1, f"csrc/{name} has {count} times, not once: {pattern}"
+        path.write_text(text)
     for isa in ("avx2", "avx512"):
         if all(fault.file != f"cpu/{isa}.cpp" for fault in faults):
             (csrc / f"cpu/{isa}.cpp").write_text(NO_LOOPS % isa)
@@ -142,10 +147,10 @@ def build(
     target: str = "core.so",
     extra_flags: Sequence[str] = (),
     faults: Sequence[Fault] = (),
-    small: bool = False,
+    small: str | None = None,
 ) -> Path:
     """The target, a library or an executable, beside the object files it was linked from. Those
-    that no fault reaches come from a build without faults."""
+    that no fault reaches come from a build without faults. A small one has one rule, or "all"."""
     flags = [*host_flags(), *extra_flags]
     sources = [HERE / "core_api.cpp"]
     if target != "core.so":
@@ -160,15 +165,15 @@ def build(
         return folder / target
 
     if faults:
-        name_without = f"faultless-{Path(target).stem}"
+        name_without = f"faultless-{Path(target).stem}-{small}"
         faultless = build(name_without, target, extra_flags, small=small).parent
     with tempfile.TemporaryDirectory(prefix="making-", dir=CACHE) as scratch:
         csrc, work = Path(scratch, "csrc").resolve(), Path(scratch, "out")
         work.mkdir()
         for part in ("core", "cpu", "device"):
             shutil.copytree(ROOT / "csrc" / part, csrc / part)
-        if small:
-            make_small(csrc, faults)
+        if small is not None:
+            make_small(csrc, small, faults)
         for fault in faults:
             fault.apply(csrc)
 

@@ -22,7 +22,12 @@ def training(random: np.random.Generator, stream: str, size: int) -> np.ndarray:
     return np.where(random.random(size) < 1 / 2000, extreme(random, stream, size), values)
 
 
-FILLS = [usual, training, extreme]
+def tiny(random: np.random.Generator, stream: str, size: int) -> np.ndarray:
+    """So small that the inverse of a block's scale would overflow."""
+    return usual(random, stream, size) * 2.0**-136
+
+
+FILLS = [usual, training, extreme, tiny]
 
 
 @dataclass
@@ -54,8 +59,15 @@ class CodedStreams:
         fills: Sequence[Fill] = FILLS,
         seed: int = 0,
         arbitrary: bool = True,
+        kinds: Sequence[tuple[Fill, bool]] | None = None,
     ) -> None:
+        """Kinds: what each span is filled with, and whether its streams are aligned; otherwise as
+        it comes, so that neither goes with a size or a coding."""
         random = np.random.default_rng(seed)
+        if kinds is None:
+            turns = (random.permutation(len(spans)) for _ in range(2))
+            pairs = zip(*turns, strict=True)
+            kinds = [(fills[fill % len(fills)], turn % 2 == 0) for fill, turn in pairs]
         self._core, self._kernel, self._rows = core, kernel, rows
         self._of_span: list[dict[str, Part]] = []
         self._parts: list[Part] = []
@@ -67,9 +79,8 @@ class CodedStreams:
         end = self.EDGE
         for i, (code, size, *_) in enumerate(spans):
             parts = {}
-            # Half of the spans are aligned in all streams.
             for name, dtype, count in self._streams(code, size, int(self._blocks[i])):
-                shift = 0 if i % 2 else int(random.integers(0, 16))
+                shift = 0 if kinds[i][1] else int(random.integers(0, 16))
                 parts[name] = Part(i, name, end + shift * dtype.itemsize, dtype, count)
                 end = (parts[name].bytes.stop + 64 + 63) // 64 * 64
             self._of_span.append(parts)
@@ -113,7 +124,7 @@ class CodedStreams:
                 self.spans["states"][part.span, kernel.states.index(part.name)] = address
 
         for i in range(len(spans)):
-            self._fill(i, random, fills[i % len(fills)], arbitrary, arbitrary and i % 7 == 3)
+            self._fill(i, random, kinds[i][0], arbitrary, arbitrary and i % 7 == 3)
         self._is_float = np.zeros(total // 4, bool)
         for part in self._parts:
             if part.dtype == np.uint32:

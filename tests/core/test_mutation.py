@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from . import checks, coded, codes, core_checks
-from .faults import FAULTS, make, make_faultless
+from .faults import FAULTS, make, make_faultless, rule_of
 from .library import Core
 
 
-def build_ahead(check: str, name: str = "") -> Path:
-    return make(check, name) if name else make_faultless()
+def build_ahead(check: str, name: str = "", rule: str = "") -> Path:
+    return make(check, name) if name else make_faultless(rule)
 
 
 def run(check: str, core: Core) -> None:
@@ -29,9 +29,16 @@ def run(check: str, core: Core) -> None:
 pytestmark = pytest.mark.slow  # each fault takes seconds to compile
 
 
-@pytest.mark.parametrize("check", FAULTS)
-def test_no_fault_passes(check: str) -> None:
-    run(check, Core(make_faultless()))
+def rules_of(check: str) -> list[str]:
+    """Of the builds with its faults."""
+    return sorted({rule_of(check, name) for name in FAULTS[check]})
+
+
+@pytest.mark.parametrize(
+    ("check", "rule"), [(check, rule) for check in FAULTS for rule in rules_of(check)]
+)
+def test_no_fault_passes(check: str, rule: str) -> None:
+    run(check, Core(make_faultless(rule)))
 
 
 @pytest.mark.parametrize(

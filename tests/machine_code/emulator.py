@@ -1,6 +1,6 @@
 """The instructions that the step's kernels are made of, executed on the host.
 
-All threads of a block take each instruction together, as one wide warp would: between them the
+All threads of many blocks take each instruction together, as one wide warp would: between them the
 kernels only shuffle and vote within 32 lanes. Two instructions are not known to the bit: the quick
 reciprocals and roots (MUFU) are those rounded correctly, or moved by as many units in the last
 place as is asked for, and the check before a quick division (FCHK) sends more to the slow way than
@@ -15,7 +15,8 @@ import numpy as np
 from .machine_api import MachineApi
 from .sass import Instruction
 
-LANES = 256
+THREADS = 256  # of a block
+MOST_BLOCKS = 32  # that run at a time
 WARP = 32
 U32, U64, I32, F32, F64 = np.uint32, np.uint64, np.int32, np.float32, np.float64
 LOW = U64(0xFFFFFFFF)
@@ -24,7 +25,7 @@ ROUNDINGS = {"RM": 1, "RP": 2, "RZ": 3}
 # Where the argument and the number of blocks lie in constant memory.
 ARGUMENT = {"sm_90": 0x210, "sm_100": 0x380}
 GRID_SIZE = {"sm_90": 0xC, "sm_100": 0x370}
-MOST_INSTRUCTIONS = 400_000
+MOST_INSTRUCTIONS = 4_000_000
 WHOLE_WARP = 16  # after the numbers of barriers
 Key = tuple[int, int]
 """Of a kernel: its number, and of one of codings that of the format of states."""
@@ -78,8 +79,8 @@ def flushed(bits: np.ndarray) -> np.ndarray:
     return np.where(bits & U32(0x7F800000), bits, bits & U32(0x80000000))
 
 
-class Block:
-    """A block of a kernel's threads."""
+class Blocks:
+    """Blocks of a kernel's threads, which run together."""
 
     def __init__(
         self,
@@ -87,6 +88,7 @@ class Block:
         arch: str,
         api: MachineApi,
         memory: Memory,
+        count: int,
         ulps: int = 0,
         watch: Watch | None = None,
     ) -> None:
@@ -94,25 +96,26 @@ class Block:
         self.watch = watch
         self.place_of = {instruction.address: i for i, instruction in enumerate(code)}
         self.constants = np.zeros(1 << 16, np.uint8)
-        self.registers = np.zeros((256, LANES), U32)  # the last one is RZ
-        self.uniform = np.zeros((256, LANES), U32)  # the same for all lanes of a warp
-        self.predicates = np.zeros((8, LANES), bool)  # the last one is PT
-        self.uniform_predicates = np.zeros((8, LANES), bool)
-        self.next = np.zeros(LANES, np.int64)
-        self.done = np.zeros(LANES, bool)
-        self.waits_at = np.full(LANES, -1)
-        self.barriers = np.zeros((16, LANES), bool)
-        self.block = 0
+        self.lanes = lanes = count * THREADS
+        self.registers = np.zeros((256, lanes), U32)  # the last one is RZ
+        self.uniform = np.zeros((256, lanes), U32)  # the same for all lanes of a warp
+        self.predicates = np.zeros((8, lanes), bool)  # the last one is PT
+        self.uniform_predicates = np.zeros((8, lanes), bool)
+        self.next = np.zeros(lanes, np.int64)
+        self.done = np.zeros(lanes, bool)
+        self.waits_at = np.full(lanes, -1)
+        self.barriers = np.zeros((16, lanes), bool)
+        self.first = 0
         self.executed: set[int] = set()
         self._random = np.random.default_rng(0)
         self._decoded: dict[int, tuple[Read | None, Run]] = {}
 
-    def run(self, argument: bytes, block: int, blocks: int) -> None:
-        """Run all threads of a block to their ends."""
+    def run(self, argument: bytes, first: int, blocks: int) -> None:
+        """Run all threads to their ends, of the blocks from the first one on, of so many in all."""
         begin, size = ARGUMENT[self.arch], GRID_SIZE[self.arch]
         self.constants[begin : begin + len(argument)] = np.frombuffer(argument, np.uint8)
         self.constants[size : size + 4] = np.frombuffer(U32(blocks).tobytes(), np.uint8)
-        self.block = block
+        self.first = first
         self.registers[:] = 0
         self.uniform[:] = 0
         self.predicates[:7], self.predicates[7] = False, True
@@ -123,8 +126,9 @@ class Block:
             for _ in range(MOST_INSTRUCTIONS):
                 ready = ~self.done & (self.waits_at < 0)
                 if not ready.any():
-                    assert self.done.all(), "lanes wait for each other"
-                    return
+                    if self.done.all():
+                        return
+                    ready = self._release_warps()
                 # Those that are behind go first, so that lanes that have parted meet again.
                 place = int(self.next[ready].min())
                 active = ready & (self.next == place)
@@ -167,7 +171,7 @@ class Block:
         word = np.dtype(dtype).itemsize
 
         def read() -> np.ndarray:
-            begin = np.full(LANES, offset)
+            begin = np.full(self.lanes, offset)
             if base is not None:
                 begin = begin + self._raw(base)().astype(np.int64)
             places = begin[:, None] + np.arange(max(size, word))
@@ -180,7 +184,7 @@ class Block:
     def _raw(self, name: str) -> Read:
         """A register, whatever its bits mean."""
         if name in ("RZ", "URZ", "SRZ"):
-            return lambda: np.zeros(LANES, U32)
+            return lambda: np.zeros(self.lanes, U32)
         number = int(name.lstrip("UR"))
         if name[0] == "U":
             return lambda: self.uniform[number]
@@ -190,7 +194,7 @@ class Block:
         """Its 32 bits, in 64; the negative of one that carries is 2^32 minus it, also of zero."""
         if re.fullmatch(r"-?0x[0-9a-f]+", text):
             value = U64(int(text, 16) & 0xFFFFFFFF)
-            return lambda: np.full(LANES, value)
+            return lambda: np.full(self.lanes, value)
         sign, name = (text[0], text[1:]) if text[0] in "-~" else ("", text)
         raw = self._constant(name) if name.startswith("c[") else self._raw(name)
         if sign == "~":
@@ -211,7 +215,7 @@ class Block:
             raw = self._raw(name)
         else:
             value = FLOAT_NAN if name == "QNAN" else F32(float(name)).view(U32)
-            raw = lambda: np.full(LANES, value)  # noqa: E731
+            raw = lambda: np.full(self.lanes, value)  # noqa: E731
         if not (sign or absolute):
             return raw
         mask, flip = U32(0x7FFFFFFF if absolute else 0xFFFFFFFF), U32(0x80000000 if sign else 0)
@@ -223,7 +227,7 @@ class Block:
         factor = F64(-1 if sign else 1)
         if name[0] not in "RU":
             value = factor * F64(float(name))
-            return lambda: np.full(LANES, value)
+            return lambda: np.full(self.lanes, value)
         raw = self._pair(name)
 
         def read() -> np.ndarray:
@@ -236,7 +240,7 @@ class Block:
     def _pair(self, name: str) -> Read:
         """64 bits of two registers."""
         if name in ("RZ", "URZ"):
-            return lambda: np.zeros(LANES, U64)
+            return lambda: np.zeros(self.lanes, U64)
         if name[0] == "-":
             positive = self._pair(name[1:])
             return lambda: ~positive() + U64(1)
@@ -402,6 +406,19 @@ class Block:
             self.waits_at[expected] = -1
             self.barriers[barrier] = False
 
+    def _release_warps(self) -> Lanes:
+        """Those that go on when no warp waits for another one. Hardware never lets them; here they
+        do as long as they can, so that all take as many instructions together as possible."""
+        for barrier in range(len(self.barriers)):
+            expected = self.barriers[barrier] & ~self.done
+            waits = (self.waits_at == barrier) | ~expected
+            of_warp = waits.reshape(-1, WARP).all(1).repeat(WARP)
+            self.waits_at[expected & of_warp] = -1
+            self.barriers[barrier] &= ~of_warp
+        ready: Lanes = ~self.done & (self.waits_at < 0)
+        assert ready.any(), "lanes wait for each other"
+        return ready
+
     def _call(self, i: Instruction) -> Run:
         target = self.place_of[int(i.operands[0], 16)]
 
@@ -427,10 +444,11 @@ class Block:
     _r2ur = _mov
 
     def _s2r(self, i: Instruction) -> Run:
+        lane = np.arange(self.lanes, dtype=U32)
         values = {
-            "SR_TID.X": lambda: np.arange(LANES, dtype=U32),
-            "SR_LANEID": lambda: np.arange(LANES, dtype=U32) % U32(WARP),
-            "SR_CTAID.X": lambda: np.full(LANES, self.block, U32),
+            "SR_TID.X": lambda: lane % U32(THREADS),
+            "SR_LANEID": lambda: lane % U32(WARP),
+            "SR_CTAID.X": lambda: U32(self.first) + lane // U32(THREADS),
         }
         value = values[i.operands[1]]
         return lambda active: self._write(i.operands[0], value(), active)
@@ -439,7 +457,7 @@ class Block:
 
     def _cs2r(self, i: Instruction) -> Run:
         assert i.operands[1] == "SRZ" and len(i.opcode) == 1, str(i)
-        return lambda active: self._write_pair(i.operands[0], np.zeros(LANES, U64), active)
+        return lambda active: self._write_pair(i.operands[0], np.zeros(self.lanes, U64), active)
 
     def _ldc(self, i: Instruction) -> Run:
         size = {"64": 8, "128": 16, "U8": 1, "U16": 2}.get(i.opcode[-1], 4)
@@ -516,7 +534,7 @@ class Block:
         carried = [self._predicate(text) for text in rest[3:]] if extended else []
 
         def run(active: Lanes) -> None:
-            total = sum((value() for value in values), np.zeros(LANES, U64))
+            total = sum((value() for value in values), np.zeros(self.lanes, U64))
             self._write_sum(to, carries, total, carried, active)
 
         return run
@@ -607,7 +625,7 @@ class Block:
 
         def run(active: Lanes) -> None:
             values = [value().astype(U32) for value in inputs]
-            found = np.zeros(LANES, U32)
+            found = np.zeros(self.lanes, U32)
             for row in range(8):
                 if table >> row & 1:
                     bits = [v if row >> 2 - k & 1 else ~v for k, v in enumerate(values)]
@@ -636,7 +654,7 @@ class Block:
         low, selector, high = (self._integer(text) for text in i.operands[1:])
 
         def run(active: Lanes) -> None:
-            wide, chosen, found = high() << U64(32) | low(), selector(), np.zeros(LANES, U64)
+            wide, chosen, found = high() << U64(32) | low(), selector(), np.zeros(self.lanes, U64)
             for k in range(4):
                 which = chosen >> U64(4 * k) & U64(15)
                 byte = wide >> (which & U64(7)) * U64(8) & U64(255)
@@ -697,7 +715,7 @@ class Block:
 
         def run(active: Lanes) -> None:
             found = [value() for value in values]
-            total = sum(found[:added], np.zeros(LANES, U64))
+            total = sum(found[:added], np.zeros(self.lanes, U64))
             terms = [(each & LOW).astype(U32) for each in [total, *found[added:]]]
             if signed:
                 terms = [each.view(I32) for each in terms]
@@ -721,7 +739,7 @@ class Block:
 
         def run(active: Lanes) -> None:
             bits = value().astype(U32)
-            found = np.zeros(LANES, U32)
+            found = np.zeros(self.lanes, U32)
             for k in range(32):
                 found |= (bits >> U32(k) & U32(1)) << U32(31 - k)
             self._write(i.operands[0], found, active)
@@ -732,7 +750,7 @@ class Block:
         mask = self._integer(i.operands[3])
 
         def run(active: Lanes) -> None:
-            found = np.zeros(LANES, U64)
+            found = np.zeros(self.lanes, U64)
             for k in range(7):
                 found |= self.predicates[k].astype(U64) << U64(k)
             self._write(i.operands[0], found & mask(), active)
@@ -745,9 +763,9 @@ class Block:
 
         def run(active: Lanes) -> None:
             self._assert_whole(active)
-            other = np.arange(LANES) ^ int(distance()[0])
+            other = np.arange(self.lanes) ^ int(distance()[0])
             self._write(to, value()[other], active)
-            self._write_predicate(i.operands[0], np.ones(LANES, bool), active)
+            self._write_predicate(i.operands[0], np.ones(self.lanes, bool), active)
 
         return run
 
@@ -763,7 +781,7 @@ class Block:
         a, b = self._floats(i, i.operands[1:])
         flush, mode = "FTZ" in i.opcode, self._rounding(i)
         if mode != 0:
-            one = np.ones(LANES, F32)
+            one = np.ones(self.lanes, F32)
             return lambda active: self._write_float(
                 i.operands[0], self.api.fma(a(), one, b(), mode), active, flush
             )
@@ -791,7 +809,7 @@ class Block:
         """A way to load two halves."""
         assert i.operands[1:3] == ("-RZ", "RZ"), str(i)
         high, low = (int(np.float16(float(text)).view(np.uint16)) for text in i.operands[3:5])
-        value = np.full(LANES, high << 16 | low, U32)
+        value = np.full(self.lanes, high << 16 | low, U32)
         return lambda active: self._write(i.operands[0], value, active)
 
     def _f2fp(self, i: Instruction) -> Run:
@@ -864,7 +882,7 @@ class Block:
     _fmnmx3 = _fmnmx
 
     def _moved(self, bits: np.ndarray, finite: np.ndarray) -> np.ndarray:
-        by = self._random.integers(-self.ulps, self.ulps + 1, LANES)
+        by = self._random.integers(-self.ulps, self.ulps + 1, self.lanes)
         return np.where(finite, (bits.astype(np.int64) + by).astype(U32), bits)
 
     def _mufu(self, i: Instruction) -> Run:
@@ -947,7 +965,7 @@ class Block:
 
     def _dmul(self, i: Instruction) -> Run:
         a, b = (self._double(text) for text in i.operands[1:])
-        mode, zero = self._rounding(i), np.full(LANES, -0.0)
+        mode, zero = self._rounding(i), np.full(self.lanes, -0.0)
 
         def run(active: Lanes) -> None:
             found = self.api.fma(a(), b(), zero, mode) if mode else a() * b()
@@ -1012,8 +1030,9 @@ class Machine:
                 if not launch.formats >> place & 1:
                     continue
                 key = launch.kernel, place
-                block = Block(self.code[key], self.arch, self.api, memory, 1, watch)
                 count = launch.chunks if blocks is None else blocks
-                for number in range(count):
-                    block.run(launch.argument, number, count)
-                self.executed[key] |= block.executed
+                for first in range(0, count, MOST_BLOCKS):
+                    together = min(count - first, MOST_BLOCKS)
+                    some = Blocks(self.code[key], self.arch, self.api, memory, together, 1, watch)
+                    some.run(launch.argument, first, count)
+                    self.executed[key] |= some.executed

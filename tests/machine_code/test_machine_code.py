@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from core import checks, coded
-from core.coded_streams import CodedStreams
+from core.coded_streams import FILLS, CodedStreams, training
 from core.coding import Coding
 from core.library import Core, Kernel
 from core.memory import Fill, Streams, extreme, usual
@@ -22,13 +22,37 @@ from .emulator import Machine, Memory
 from .faults import faults
 
 slow = pytest.mark.slow
-CODED_SIZES = [4097, 300, 1, 700, 256]
+CODED_SIZES = [4097, 300, 1, 700, 3841]
 CODED_ROWS = [(9, 300), (5, 513), (9, 1000), (17, 896)]
 """How many, and how many elements each has, of spans with codes: more than a chunk of blocks."""
 FACTOR = 1 / 3  # which float32 does not hold
 LEAST_EXECUTED = 0.6  # of a kernel's instructions
 FAULT_EVERY = {"float32": 16, "coded": 64}  # instructions
 LEAST_FOUND = 0.7  # of the faults
+
+
+CodedSpan = tuple[Coding, int] | tuple[Coding, int, int]
+
+
+def coded_spans(
+    kernel: Kernel, codings: Sequence[Coding]
+) -> tuple[list[CodedSpan], list[tuple[Fill, bool]]]:
+    """Of each coding a chunk of whole blocks, aligned, with usual values; of a third of them, which
+    are others for the next kernel, blocks that are cut off, misaligned and with any values, too.
+    Also what each span is filled with, and whether it is aligned."""
+    spans: list[CodedSpan] = [(coding, 4096) for coding in codings]
+    kinds: list[tuple[Fill, bool]] = [(usual, True)] * len(codings)
+    for i, coding in enumerate(codings):
+        # Which does not go with any of a coding's three formats.
+        if codings is not coded.CODINGS or (i + i // 3 + i // 9 + kernel.index) % 3 == 0:
+            turn = len(spans)
+            spans.append((coding, CODED_SIZES[turn % len(CODED_SIZES)]))
+            kinds.append((FILLS[turn // 2 % len(FILLS)], turn % 2 == 0))
+    in_codes = [coding for coding in codings if coding.state == "int8"]
+    for coding, (count, row) in zip(in_codes, CODED_ROWS, strict=False):
+        spans.append((coding, count * row, row))
+        kinds.append((training, True))
+    return spans, kinds
 
 
 class Case:
@@ -55,13 +79,8 @@ class Case:
         more = [] if control is None else [control]
         self.memory: Any
         if kernel.dtypes[0] == "coded":
-            # Each format of states, of which there are three in turn, has all sizes, and aligned.
-            sizes = [CODED_SIZES[i // 3 % len(CODED_SIZES)] for i in range(len(codings))]
-            spans: list[Any] = list(zip(codings, sizes, strict=True))
-            in_codes = [coding for coding in codings if coding.state == "int8"]
-            for coding, (count, row) in zip(in_codes, CODED_ROWS, strict=False):
-                spans.append((coding, count * row, row))
-            self.memory = CodedStreams(core, kernel, spans, rows)
+            spans, kinds = coded_spans(kernel, codings)
+            self.memory = CodedStreams(core, kernel, spans, rows, kinds=kinds)
             self.want: Any = self.memory.expected()
             self.touched = Memory([self.memory.memory, self.rows, *more])
             return
