@@ -73,6 +73,6 @@ def test_nothing_leaks(isa: str) -> None:
 def test_a_leak_is_found() -> None:
     leak = "__attribute__((weak)) float leak(float a, float b) { return a * b; }"
     fault = Fault("cpu/avx512.cpp", '#include "update.h"\n', f'#include "update.h"\n{leak}\n')
-    library = build("fault-leak", extra_flags=["-O0"], faults=[fault], small=True)
+    library = build("fault-leak", extra_flags=["-O0"], faults=[fault], small="Adam")
     with pytest.raises(AssertionError, match="leak"):
         check("avx512", library.with_name("avx512.o"))
