@@ -194,13 +194,13 @@ class Gradients:
         slots = (before * sizes + numel * sizes + 64 + 63) // 64 * 64
         starts = np.cumsum(slots) - slots + before * sizes
 
-        self._memory = np.full(int(slots.sum()) + 128, 0xFF, np.uint8)
-        begin = 64 + -self._memory.ctypes.data % 64
+        self.memory = np.full(int(slots.sum()) + 128, 0xFF, np.uint8)
+        begin = 64 + -self.memory.ctypes.data % 64
         for start, b in zip(starts, bits, strict=True):
-            self._memory[begin + start : begin + start + b.nbytes] = b.view(np.uint8)
+            self.memory[begin + start : begin + start + b.nbytes] = b.view(np.uint8)
         chunks = -(-numel // chunk)
         self.spans = np.zeros(len(bits), GRADIENT)
-        self.spans["grad"] = self._memory.ctypes.data + begin + starts
+        self.spans["grad"] = self.memory.ctypes.data + begin + starts
         self.spans["numel"] = numel
         self.spans["first_chunk"] = np.cumsum(chunks) - chunks
         self.spans["dtype"] = [DTYPES.index(dtype) for dtype in self.dtypes]

@@ -1,5 +1,7 @@
 """Sources of rows of hyper-parameters, and counts of steps, as a device has them in its memory."""
 
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -11,6 +13,10 @@ STEPS = [*range(1, 6), 7, 10, 17, 64, 100, 255, 256, 999, 1000, 4096, 9999, 6553
 STEPS += [999999, 1000000]
 NUMBER, FLOAT32, FLOAT64, MIXED = range(4)
 """What the options of a row are made from."""
+
+
+Prepare = Callable[[np.ndarray, np.ndarray, bool, np.ndarray], None]
+"""prepare(sources, ranges, skip, rows)"""
 
 
 class Preparation:
@@ -69,6 +75,11 @@ class Preparation:
         self.sources["count"] = np.where(in_memory, self.counts.ctypes.data + 4 * self.place, 0)
         self.sources["taken"] = np.where(in_memory, 0, taken)
 
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        """What sources and ranges point to."""
+        return [self.counts, self._float32, self._float64]
+
     def rows(self, count: int) -> np.ndarray:
         """What the first sources have to make of the counts as they are now; others' places and
         those around all rows stay as they were."""
@@ -82,16 +93,18 @@ class Preparation:
             )
         return rows
 
-    def check(self, sources: int, ranges: int, skip: bool = False) -> None:
+    def check(
+        self, sources: int, ranges: int, skip: bool = False, prepare: Prepare | None = None
+    ) -> None:
+        """Prepare: instead of the core's prepare_rows."""
         what = f"{self.rule}: {sources} sources, {ranges} ranges, skip {skip}"
         want_rows, want_counts = self.rows(sources), self.counts.copy()
         if not skip:
             for places in self.places[:ranges]:
                 want_counts[places] += 1
         rows = np.full_like(want_rows, 0xAA)
-        self.core.prepare_rows(
-            self.rule, self.sources[:sources], self.ranges[:ranges], skip, rows[1:]
-        )
+        prepare = prepare or partial(self.core.prepare_rows, self.rule)
+        prepare(self.sources[:sources], self.ranges[:ranges], skip, rows[1:])
         wrong = np.flatnonzero(self.counts != want_counts)
         assert not len(wrong), (
             f"{what}: {len(wrong)} counts are wrong, first {wrong[0]}: "

@@ -1,18 +1,21 @@
-"""The instructions that the step's kernels are made of, executed on the host.
+"""The instructions that the kernels are made of, executed on the host.
 
-All threads of many blocks take each instruction together, as one wide warp would: between them the
-kernels only shuffle and vote within 32 lanes. Two instructions are not known to the bit: the quick
-reciprocals and roots (MUFU) are those rounded correctly, or moved by as many units in the last
-place as is asked for, and the check before a quick division (FCHK) sends more to the slow way than
-the hardware may. Indices of constant memory are taken to wrap at 16 bits.
+All threads of many blocks take each instruction together, as one wide warp would; they wait for
+each other where those of a warp or of a block have to. What memory looks like to those that do not
+wait is not shown by it.
+
+Two instructions are not known to the bit: the quick reciprocals and roots (MUFU) are those rounded
+correctly, or moved by as many units in the last place as is asked for, and the check before a quick
+division (FCHK) sends more to the slow way than the hardware may. Indices of constant memory are
+taken to wrap at 16 bits.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from .machine_api import MachineApi
+from .machine_api import NORM, PREPARE, Launch, MachineApi
 from .sass import Instruction
 
 THREADS = 256  # of a block
@@ -26,18 +29,22 @@ ROUNDINGS = {"RM": 1, "RP": 2, "RZ": 3}
 ARGUMENT = {"sm_90": 0x210, "sm_100": 0x380}
 GRID_SIZE = {"sm_90": 0xC, "sm_100": 0x370}
 MOST_INSTRUCTIONS = 4_000_000
-WHOLE_WARP = 16  # after the numbers of barriers
+WHOLE_WARP, WHOLE_BLOCK = 16, 17  # after the numbers of barriers
+SHARED_BYTES = 8192
 Key = tuple[int, int]
 """Of a kernel: its number, and of one of codings that of the format of states."""
 KERNEL = re.compile(
     r"(?P<coded>coded_)?step_kernel<(?P<types>(?P<variant>.*?<.*?>|[^,]*), (?P<format>.*?)) *>"
     r"\(fusedopt::LaunchArgs\)"
 )
+PREPARE_KERNEL = re.compile(r"prepare_kernel<(?P<rule>.*?)>\(fusedopt::PrepareArgs\)")
+NORM_KERNEL = re.compile(r"norm_kernel\(fusedopt::NormArgs\)")
 CODED = "fusedopt::Types<fusedopt::coded, fusedopt::coded, fusedopt::coded>"
 
 Lanes = np.ndarray  # a value, or whether, for each lane
 Read = Callable[[], np.ndarray]
 Run = Callable[[Lanes], None]
+Piece = tuple[Lanes, np.ndarray, np.ndarray]
 Watch = Callable[[int, Lanes, Lanes], None]
 """Called with the place of an instruction, the lanes that it is issued to, and those of them for
 which its predicate holds."""
@@ -56,18 +63,31 @@ class Memory:
     """What kernels may touch: arrays, at the addresses that they have."""
 
     def __init__(self, arrays: Sequence[np.ndarray]) -> None:
-        self._arrays = [array.view(np.uint8).reshape(-1) for array in arrays]
+        every = [array.view(np.uint8).reshape(-1) for array in arrays if array.size]
+        self._arrays = sorted(every, key=lambda array: array.ctypes.data)
+        self._begins = np.array([array.ctypes.data for array in self._arrays], U64)
 
-    def places(self, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """The array that all of these lie in, and the places of their bytes."""
+    def _pieces(self, addresses: np.ndarray, size: int) -> Iterator[Piece]:
+        """Those that lie in one array: which they are, the array, and the places of their bytes."""
         assert not (addresses % U64(size)).any(), "an address is misaligned"
-        for array in self._arrays:
-            begin = U64(array.ctypes.data)
-            if len(array) and begin <= addresses[0] < begin + U64(len(array)):
-                places = (addresses - begin).astype(np.int64)
-                assert places.min() >= 0 and places.max() + size <= len(array), "out of bounds"
-                return array, places[:, None] + np.arange(size)
-        raise AssertionError(f"nothing lies at {int(addresses[0]):#x}")
+        numbers = np.searchsorted(self._begins, addresses, "right") - 1
+        for number in np.unique(numbers):
+            assert number >= 0, f"nothing lies at {int(addresses.min()):#x}"
+            array, which = self._arrays[number], numbers == number
+            places = (addresses[which] - self._begins[number]).astype(np.int64)
+            assert places.max() + size <= len(array), "out of bounds"
+            yield which, array, places[:, None] + np.arange(size)
+
+    def load(self, addresses: np.ndarray, size: int) -> np.ndarray:
+        """So many bytes from each address on."""
+        loaded = np.empty((len(addresses), size), np.uint8)
+        for which, array, places in self._pieces(addresses, size):
+            loaded[which] = array[places]
+        return loaded
+
+    def store(self, addresses: np.ndarray, values: np.ndarray) -> None:
+        for which, array, places in self._pieces(addresses, values.shape[1]):
+            array[places] = values[which]
 
 
 def canonical(bits: np.ndarray) -> np.ndarray:
@@ -105,6 +125,7 @@ class Blocks:
         self.done = np.zeros(lanes, bool)
         self.waits_at = np.full(lanes, -1)
         self.barriers = np.zeros((16, lanes), bool)
+        self.shared = np.full((count, SHARED_BYTES), 0xFF, np.uint8)
         self.first = 0
         self.executed: set[int] = set()
         self._random = np.random.default_rng(0)
@@ -326,7 +347,7 @@ class Blocks:
         def run(active: Lanes) -> None:
             self.done |= active
             for barrier in np.unique(self.waits_at[self.waits_at >= 0]):
-                if barrier != WHOLE_WARP:
+                if barrier < len(self.barriers):
                     self._release(int(barrier))
 
         return run
@@ -396,8 +417,21 @@ class Blocks:
 
         return run
 
+    def _bar(self, i: Instruction) -> Run:
+        assert i.opcode[1] == "SYNC" and i.operands == ("0x0",), str(i)
+
+        def run(active: Lanes) -> None:
+            self.waits_at[active] = WHOLE_BLOCK
+            waits = (self.waits_at == WHOLE_BLOCK) | self.done
+            self.waits_at[waits.reshape(-1, THREADS).all(1).repeat(THREADS)] = -1
+
+        return run
+
     def _nop(self, i: Instruction) -> Run:
         return lambda active: None
+
+    # Nothing is held back from others here.
+    _membar = _errbar = _cgaerrbar = _cctl = _nop
 
     def _release(self, barrier: int) -> None:
         """Let lanes go on that wait, where all do that have to come."""
@@ -449,6 +483,7 @@ class Blocks:
             "SR_TID.X": lambda: lane % U32(THREADS),
             "SR_LANEID": lambda: lane % U32(WARP),
             "SR_CTAID.X": lambda: U32(self.first) + lane // U32(THREADS),
+            "SR_CgaCtaId": lambda: np.zeros(self.lanes, U32),
         }
         value = values[i.operands[1]]
         return lambda active: self._write(i.operands[0], value(), active)
@@ -489,8 +524,7 @@ class Blocks:
         dtype = np.dtype(f"{'i' if signed else 'u'}{min(size, 4)}")
 
         def run(active: Lanes) -> None:
-            array, places = self.memory.places(addresses()[active], size)
-            loaded = np.ascontiguousarray(array[places]).view(dtype)
+            loaded = self.memory.load(addresses()[active], size).view(dtype)
             words = loaded.astype(np.int64).astype(U64).astype(U32)
             for k in range(words.shape[1]):
                 self.registers[int(number) + k][active] = words[:, k]
@@ -504,9 +538,59 @@ class Blocks:
         words = [self._raw(each) for each in names]
 
         def run(active: Lanes) -> None:
-            array, places = self.memory.places(addresses()[active], size)
             values = np.stack([word()[active] for word in words], 1)
-            array[places] = np.ascontiguousarray(values).view(np.uint8)[:, :size]
+            self.memory.store(addresses()[active], values.view(np.uint8)[:, :size])
+
+        return run
+
+    def _shared_places(self, text: str, size: int) -> Read:
+        """Of the bytes of each lane, as of one array of all blocks' shared memory."""
+        match = re.fullmatch(r"\[(U?R\w+)\+?(-?0x[0-9a-f]+)?\]", text)
+        assert match is not None, text
+        base, offset = self._raw(match[1]), int(match[2] or "0", 16)
+        blocks = np.arange(self.lanes) // THREADS
+
+        def read() -> np.ndarray:
+            places = base().astype(np.int64) + offset
+            inside = (places >= 0) & (places + size <= SHARED_BYTES) & (places % size == 0)
+            of_all = np.where(inside, blocks * SHARED_BYTES + places, self.shared.size)
+            return of_all[:, None] + np.arange(size)
+
+        return read
+
+    def _lds(self, i: Instruction) -> Run:
+        size, number = self._size(i), int(i.operands[0][1:])
+        places, dtype = self._shared_places(i.operands[1], size), np.dtype(f"u{min(size, 4)}")
+
+        def run(active: Lanes) -> None:
+            words = self.shared.reshape(-1)[places()[active]].view(dtype).astype(U32)
+            for k in range(words.shape[1]):
+                self.registers[number + k][active] = words[:, k]
+
+        return run
+
+    def _sts(self, i: Instruction) -> Run:
+        size, number = self._size(i), int(i.operands[1][1:])
+        places, words = self._shared_places(i.operands[0], size), range(max(1, size // 4))
+
+        def run(active: Lanes) -> None:
+            values = np.stack([self.registers[number + k][active] for k in words], 1)
+            self.shared.reshape(-1)[places()[active]] = values.view(np.uint8)[:, :size]
+
+        return run
+
+    def _atomg(self, i: Instruction) -> Run:
+        assert i.opcode == ("ATOMG", "E", "ADD", "STRONG", "GPU"), str(i)
+        addresses, added = self._addresses(i.operands[2]), self._raw(i.operands[3])
+        to = int(i.operands[1][1:])
+
+        def run(active: Lanes) -> None:
+            where, by = addresses(), added()
+            for lane in np.flatnonzero(active):
+                one = where[lane : lane + 1]
+                old = self.memory.load(one, 4).view(U32)[0, 0]
+                self.memory.store(one, (old + by[lane : lane + 1]).view(np.uint8)[None])
+                self.registers[to, lane] = old
 
         return run
 
@@ -943,6 +1027,16 @@ class Blocks:
         return run
 
     def _f2i(self, i: Instruction) -> Run:
+        if i.opcode[1:3] == ("S64", "F64"):
+            wide = self._double(i.operands[1])
+
+            def run_double(active: Lanes) -> None:
+                found = np.trunc(wide())
+                assert (np.abs(found[active]) < 2.0**63).all(), "more than 64 bits have"
+                self._write_pair(i.operands[0], found.astype(np.int64).view(U64), active)
+
+            assert "TRUNC" in i.opcode, str(i)
+            return run_double
         (value,) = self._floats(i, i.operands[1:])
         low, high = (0, 2**32 - 1) if "U32" in i.opcode else (-(2**31), 2**31 - 1)
         assert "TRUNC" in i.opcode, str(i)
@@ -955,6 +1049,11 @@ class Blocks:
         return run
 
     def _f2f(self, i: Instruction) -> Run:
+        if i.opcode[1:] == ("F32", "F64"):
+            wide = self._double(i.operands[1])
+            return lambda active: self._write_float(
+                i.operands[0], wide().astype(F32), active, False
+            )
         assert i.opcode[1:] == ("F64", "F32"), str(i)
         (value,) = self._floats(i, i.operands[1:])
         return lambda active: self._write_double(i.operands[0], value().astype(F64), active)
@@ -994,11 +1093,17 @@ class Machine:
         self.symbols: dict[Key, str] = {}
         numbers = {name: number for number, name in enumerate(api.kernel_names())}
         formats = {name: number for number, name in enumerate(api.state_formats())}
+        rules = {name: number for number, name in enumerate(api.rules())}
         for symbol, code in kernels.items():
-            match = KERNEL.search(api.demangle(symbol))
-            if match is None:
+            name = api.demangle(symbol)
+            match = KERNEL.search(name)
+            if NORM_KERNEL.search(name):
+                key = NORM, 0
+            elif prepares := PREPARE_KERNEL.search(name):
+                key = PREPARE, rules[prepares["rule"]]
+            elif match is None:
                 continue
-            if match["coded"] is None:
+            elif match["coded"] is None:
                 key = numbers[match["types"]], 0
             else:
                 key = numbers[f"{match['variant']}, {CODED}"], formats[match["format"]]
@@ -1026,13 +1131,22 @@ class Machine:
             watch: told of each instruction.
         """
         for launch in self.api.launches(spans, rows, rows_in_memory, control):
-            for place in range(launch.formats.bit_length()):
-                if not launch.formats >> place & 1:
-                    continue
-                key = launch.kernel, place
-                count = launch.chunks if blocks is None else blocks
-                for first in range(0, count, MOST_BLOCKS):
-                    together = min(count - first, MOST_BLOCKS)
-                    some = Blocks(self.code[key], self.arch, self.api, memory, together, 1, watch)
-                    some.run(launch.argument, first, count)
-                    self.executed[key] |= some.executed
+            self.run(launch, memory, blocks, watch)
+
+    def run(
+        self,
+        launch: Launch,
+        memory: Memory,
+        blocks: int | None = None,
+        watch: Watch | None = None,
+    ) -> None:
+        for place in range(launch.formats.bit_length()):
+            if not launch.formats >> place & 1:
+                continue
+            key = launch.kernel, place
+            count = launch.blocks if blocks is None else blocks
+            for first in range(0, count, MOST_BLOCKS):
+                together = min(count - first, MOST_BLOCKS)
+                some = Blocks(self.code[key], self.arch, self.api, memory, together, 1, watch)
+                some.run(launch.argument, first, count)
+                self.executed[key] |= some.executed

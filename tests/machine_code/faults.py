@@ -1,9 +1,16 @@
 """Faults to plant in machine code: an immediate or a register of an instruction is another one."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import replace
+from typing import NamedTuple
 
+import numpy as np
+import pytest
+
+from . import emulator
+from .emulator import Machine, Watch
 from .sass import Instruction
 
 IMMEDIATE = re.compile(r"-?0x[0-9a-f]+")
@@ -44,3 +51,58 @@ def faults(
         found = list(changed(code[place]))
         if found:
             yield place, found[turn % len(found)]
+
+
+class Found(NamedTuple):
+    """Of the faults that were planted."""
+
+    wrong: int  # by what was written
+    other: int  # as other instructions were executed: what has become rare is done in another way
+    missed: list[str]
+
+    def __str__(self) -> str:
+        total = self.wrong + self.other + len(self.missed)
+        what = f"of {total}, {self.wrong} wrote something else, {self.other} took another way"
+        return "\n".join([what, *self.missed])
+
+    def assert_share(self, wrong: float, found: float) -> None:
+        """At least these shares of them. Not found are faults in steps that correct what the one
+        before has got wrong, and in bits that do not matter."""
+        total = self.wrong + self.other + len(self.missed)
+        assert total > 20, str(self)
+        assert self.wrong >= wrong * total and self.wrong + self.other >= found * total, str(self)
+
+
+def find_faults(
+    machine: Machine, every: int, check: Callable[[Machine, Watch], None], steps: int
+) -> Found:
+    """Plant them in all code that a check executes, one after the other, for so many instructions
+    at most: a fault may be a loop without end."""
+    machine = copy(machine)
+    machine.code, machine.executed = dict(machine.code), {key: set() for key in machine.code}
+    wrong, other, missed, issued = 0, 0, [], 0
+
+    def count(place: int, lanes: np.ndarray, active: np.ndarray) -> None:
+        nonlocal issued
+        issued += int(active.sum())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emulator, "MOST_INSTRUCTIONS", steps)
+        check(machine, count)
+        usually = issued
+        for key in [key for key, executed in machine.executed.items() if executed]:
+            code = machine.code[key]
+            for place, fault in faults(code, machine.executed[key], every):
+                machine.code[key] = [*code[:place], fault, *code[place + 1 :]]
+                issued = 0
+                try:
+                    check(machine, count)
+                except Exception:
+                    wrong += 1
+                else:
+                    if issued != usually:
+                        other += 1
+                    else:
+                        missed.append(f"{code[place]} as {fault}")
+            machine.code[key] = code
+    return Found(wrong, other, missed)

@@ -48,20 +48,34 @@ const std::vector<Packed>& kernels() {
   return table;
 }
 
+// Instead of the number of a step's kernel, and a rule's kernel before them.
+constexpr int kNorm = -1, kPrepare = -2;
+
 // Keeps the arguments instead of launching anything.
 struct Recorder {
   struct Launch {
     int kernel;
-    LaunchArgs args;
+    uint32_t blocks;
+    uint32_t formats;
+    std::vector<unsigned char> argument;
   };
 
-  int norm(const NormArgs&) { return 1; }
-  int prepare(int, const PrepareArgs&) { return 1; }
+  int norm(const NormArgs& args) {
+    const int64_t blocks = (args.chunks + kWarps - 1) / kWarps;
+    return keep(kNorm, uint32_t(std::max<int64_t>(blocks, 1)), 1, args);
+  }
+  int prepare(int rule, const PrepareArgs& args) { return keep(kPrepare, 1, 1u << rule, args); }
   int find_unready_prepare(int) { return 0; }
   int find_unready(int) { return 0; }
   PackSpans pack(int kernel) { return kernels()[kernel].pack; }
   int step(int kernel, const LaunchArgs& args) {
-    launches.push_back({kernel, args});
+    return keep(kernel, args.chunks, args.formats, args);
+  }
+
+  template <class Args>
+  int keep(int kernel, uint32_t blocks, uint32_t formats, const Args& args) {
+    const auto* bytes = reinterpret_cast<const unsigned char*>(&args);
+    launches.push_back({kernel, blocks, formats, {bytes, bytes + sizeof args}});
     return 0;
   }
 
@@ -87,7 +101,6 @@ void multiply_add(const Real* a, const Real* b, const Real* c, size_t count, int
 
 }  // namespace
 
-API size_t argument_bytes() { return sizeof(LaunchArgs); }
 API size_t kernel_count() { return kernels().size(); }
 // Its types, as the name of its symbol has them.
 API const char* kernel_name(int kernel) { return kernels()[kernel].name(); }
@@ -101,6 +114,15 @@ API const char* state_formats() {
   }();
   return text.c_str();
 }
+// The types of rules, each of which has a kernel that makes its rows, likewise.
+API const char* rules() {
+  static const std::string text = [] {
+    std::string names;
+    for_each_type(Rules{}, [&](auto rule) { names += demangled(typeid(rule).name()) + "\n"; });
+    return names;
+  }();
+  return text.c_str();
+}
 API const char* demangle(const char* symbol) {
   static std::string text;
   text = demangled(symbol);
@@ -108,12 +130,18 @@ API const char* demangle(const char* symbol) {
 }
 
 API size_t control_bytes() { return sizeof(Control); }
-API void make_control(double factor, int skip, Control* control) {
-  const float found_inf = float(skip);
-  FactorSource source;
-  source.factor = factor;
-  source.found_inf = &found_inf;
-  set_control(source, 0, *control);
+API size_t factor_bytes() { return sizeof(FactorSource); }
+API void make_factor(double factor, const float* grad_scale, const float* found_inf,
+                     double max_grad_norm, FactorSource* to) {
+  *to = FactorSource();
+  to->factor = factor;
+  to->grad_scale = grad_scale;
+  to->found_inf = found_inf;
+  to->clips = max_grad_norm > 0;
+  to->max_grad_norm = max_grad_norm;
+}
+API void make_control(const FactorSource* factor, double sum_of_squares, Control* control) {
+  set_control(*factor, sum_of_squares, *control);
 }
 
 // Records the launches of a step, with the rows in the arguments or, where asked for, in memory;
@@ -134,10 +162,44 @@ API size_t record(const Span* spans, size_t count, HyperRow* rows, int rows_in_m
   return recorder.launches.size();
 }
 API int launched_kernel(size_t launch) { return recorder.launches[launch].kernel; }
-API uint32_t launched_chunks(size_t launch) { return recorder.launches[launch].args.chunks; }
-// Which formats of states its spans have: a bit for each kernel that is launched.
-API uint32_t launched_formats(size_t launch) { return recorder.launches[launch].args.formats; }
-API const void* launched_arguments(size_t launch) { return &recorder.launches[launch].args; }
+API uint32_t launched_blocks(size_t launch) { return recorder.launches[launch].blocks; }
+// Which formats of states its spans have, or which rule: a bit for each kernel that is launched.
+API uint32_t launched_formats(size_t launch) { return recorder.launches[launch].formats; }
+API const void* launched_argument(size_t launch) {
+  return recorder.launches[launch].argument.data();
+}
+API size_t launched_bytes(size_t launch) { return recorder.launches[launch].argument.size(); }
+
+// Records the launches of a norm.
+API size_t record_norm(const GradSpan* gradients, size_t count, double* sums,
+                       const FactorSource* factor, Control* control) {
+  DeviceStep step;
+  step.gradients = gradients;
+  step.gradient_count = count;
+  step.sums = sums;
+  step.factor = *factor;
+  step.control = control;
+  recorder.launches.clear();
+  launch_norm<int>(step, recorder);
+  return recorder.launches.size();
+}
+// Records the launches that make rows from their sources and advance counts.
+API size_t record_prepare(int rule, const RowSource* sources, size_t source_count,
+                          const CountRange* counts, size_t count_ranges, const float* found_inf,
+                          HyperRow* rows) {
+  DeviceStep step;
+  const std::vector<int> source_rules(source_count, rule);
+  step.sources = sources;
+  step.source_rules = source_rules.data();
+  step.source_count = source_count;
+  step.counts = counts;
+  step.count_ranges = count_ranges;
+  step.factor.found_inf = found_inf;
+  step.device_rows = rows;
+  recorder.launches.clear();
+  launch_prepare<int>(step, recorder);
+  return recorder.launches.size();
+}
 
 API void fma32(const float* a, const float* b, const float* c, size_t count, int mode, float* to) {
   multiply_add(a, b, c, count, mode, to);

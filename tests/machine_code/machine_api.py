@@ -1,7 +1,6 @@
 """What headers say of launches, and arithmetic that numpy lacks: machine_api.cpp from Python."""
 
 import ctypes
-from collections.abc import Iterator
 from ctypes import c_char_p, c_double, c_int, c_size_t, c_uint32, c_void_p
 from pathlib import Path
 from typing import NamedTuple
@@ -19,10 +18,13 @@ def build_machine_api() -> Path:
     return build_alone("machine-api", SOURCE, FLAGS)
 
 
+NORM, PREPARE = -1, -2
+
+
 class Launch(NamedTuple):
-    kernel: int
-    formats: int  # of states, a bit for each of a kernel of codings
-    chunks: int
+    kernel: int  # or NORM, or PREPARE
+    formats: int  # of states, a bit for each of a kernel of codings; of PREPARE, of the rule
+    blocks: int
     argument: bytes
 
 
@@ -32,23 +34,32 @@ class MachineApi:
         self._library.kernel_name.restype = c_char_p
         self._library.demangle.restype = c_char_p
         self._library.demangle.argtypes = [c_char_p]
-        self._library.argument_bytes.restype = c_size_t
         self._library.kernel_count.restype = c_size_t
         self._library.record.restype = c_size_t
         self._library.record.argtypes = [c_void_p, c_size_t, c_void_p, c_int, c_void_p]
         self._library.control_bytes.restype = c_size_t
-        self._library.make_control.argtypes = [c_double, c_int, c_void_p]
+        self._library.make_control.argtypes = [c_void_p, c_double, c_void_p]
         self._library.launched_kernel.argtypes = [c_size_t]
         self._library.state_formats.restype = c_char_p
         self._library.launched_formats.argtypes = [c_size_t]
         self._library.launched_formats.restype = c_uint32
-        self._library.launched_chunks.argtypes = [c_size_t]
-        self._library.launched_chunks.restype = c_uint32
-        self._library.launched_arguments.argtypes = [c_size_t]
-        self._library.launched_arguments.restype = c_void_p
+        self._library.launched_blocks.argtypes = [c_size_t]
+        self._library.launched_blocks.restype = c_uint32
+        self._library.launched_argument.argtypes = [c_size_t]
+        self._library.launched_argument.restype = c_void_p
+        self._library.launched_bytes.argtypes = [c_size_t]
+        self._library.launched_bytes.restype = c_size_t
+        self._library.rules.restype = c_char_p
+        self._library.factor_bytes.restype = c_size_t
+        self._library.make_factor.argtypes = [c_double, c_void_p, c_void_p, c_double, c_void_p]
+        self._library.record_norm.restype = c_size_t
+        self._library.record_norm.argtypes = [c_void_p, c_size_t, *[c_void_p] * 3]
+        self._library.record_prepare.restype = c_size_t
+        self._library.record_prepare.argtypes = [
+            *(c_int, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_void_p)
+        ]
         for name in ("fma32", "fma64"):
             getattr(self._library, name).argtypes = [*[c_void_p] * 3, c_size_t, c_int, c_void_p]
-        self._bytes = int(self._library.argument_bytes())
 
     def kernel_names(self) -> list[str]:
         """The types of each kernel, as the names of symbols have them."""
@@ -59,13 +70,30 @@ class MachineApi:
         """Each of which a kernel of codings has a kernel of its own for."""
         return str(self._library.state_formats().decode()).split()
 
+    def rules(self) -> list[str]:
+        """Each of which has a kernel that makes its rows."""
+        return str(self._library.rules().decode()).split()
+
     def demangle(self, symbol: str) -> str:
         return str(self._library.demangle(symbol.encode()).decode())
 
-    def control(self, factor: float, skip: bool) -> np.ndarray:
+    def factor(
+        self,
+        factor: float = 1,
+        grad_scale: np.ndarray | None = None,
+        found_inf: np.ndarray | None = None,
+        max_grad_norm: float = 0,
+    ) -> np.ndarray:
+        """What a factor of gradients is made of; they are clipped where there is a largest norm."""
+        made = np.zeros(self._library.factor_bytes(), np.uint8)
+        addresses = [None if one is None else one.ctypes.data for one in (grad_scale, found_inf)]
+        self._library.make_factor(factor, *addresses, max_grad_norm, made.ctypes.data)
+        return made
+
+    def control(self, factor: np.ndarray, sum_of_squares: float = 0) -> np.ndarray:
         """What gradients are multiplied by, and whether the step is skipped, for a device."""
         made = np.zeros(self._library.control_bytes(), np.uint8)
-        self._library.make_control(factor, skip, made.ctypes.data)
+        self._library.make_control(factor.ctypes.data, sum_of_squares, made.ctypes.data)
         return made
 
     def launches(
@@ -74,18 +102,54 @@ class MachineApi:
         rows: np.ndarray,
         rows_in_memory: bool = False,
         control: np.ndarray | None = None,
-    ) -> Iterator[Launch]:
+    ) -> list[Launch]:
         """What a step over these spans launches."""
         count = self._library.record(
             *(spans.ctypes.data, len(spans), rows.ctypes.data, rows_in_memory),
             None if control is None else control.ctypes.data,
         )
-        for number in range(count):
-            argument = ctypes.string_at(self._library.launched_arguments(number), self._bytes)
-            kernel = int(self._library.launched_kernel(number))
-            formats = int(self._library.launched_formats(number))
-            chunks = int(self._library.launched_chunks(number))
-            yield Launch(kernel, formats, chunks, argument)
+        return self._recorded(count)
+
+    def norm(
+        self,
+        gradients: np.ndarray,
+        sums: np.ndarray,
+        factor: np.ndarray,
+        control: np.ndarray,
+    ) -> list[Launch]:
+        """What the norm of gradients launches, which leaves it and what follows in control."""
+        count = self._library.record_norm(
+            *(gradients.ctypes.data, len(gradients), sums.ctypes.data),
+            *(factor.ctypes.data, control.ctypes.data),
+        )
+        return self._recorded(count)
+
+    def prepare(
+        self,
+        rule: int,
+        sources: np.ndarray,
+        counts: np.ndarray,
+        found_inf: np.ndarray,
+        rows: np.ndarray,
+    ) -> list[Launch]:
+        """What making rows from their sources, and advancing counts, launches."""
+        count = self._library.record_prepare(
+            *(rule, sources.ctypes.data, len(sources), counts.ctypes.data, len(counts)),
+            *(found_inf.ctypes.data, rows.ctypes.data),
+        )
+        return self._recorded(count)
+
+    def _recorded(self, count: int) -> list[Launch]:
+        library = self._library
+        return [
+            Launch(
+                int(library.launched_kernel(number)),
+                int(library.launched_formats(number)),
+                int(library.launched_blocks(number)),
+                ctypes.string_at(library.launched_argument(number), library.launched_bytes(number)),
+            )
+            for number in range(count)
+        ]
 
     def fma(self, a: np.ndarray, b: np.ndarray, c: np.ndarray, mode: int) -> np.ndarray:
         """Rounded once: to nearest, down, up or towards zero."""

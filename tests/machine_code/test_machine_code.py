@@ -1,11 +1,10 @@
-"""The machine code of the step's kernels, emulated: the bits that the CPU gets.
+"""The machine code of the kernels, emulated: the bits that the CPU gets.
 
-What is not covered: `prepare` and `norm`, which have barriers, and what only a device has: its
-scheduler, its memory's order, and the time that anything takes.
+What is not covered is what only a device has: its scheduler, its memory's order, and the time that
+anything takes.
 """
 
 from collections.abc import Callable, Sequence
-from copy import copy
 from functools import partial
 from typing import Any
 
@@ -17,9 +16,8 @@ from core.coding import Coding
 from core.library import Core, Kernel
 from core.memory import Fill, Streams, extreme, usual
 
-from . import emulator
-from .emulator import Machine, Memory
-from .faults import faults
+from .emulator import Machine, Memory, Watch
+from .faults import find_faults
 
 slow = pytest.mark.slow
 CODED_SIZES = [4097, 300, 1, 700, 3841]
@@ -143,8 +141,9 @@ def test_few_blocks_take_all_chunks(machine: Machine, core: Core) -> None:
 def test_rows_and_a_factor_in_memory(machine: Machine, core: Core) -> None:
     """Of the device, where a capturable step or clipping has worked them out. A step that is
     skipped there changes nothing."""
-    control = machine.api.control(FACTOR, skip=False)
-    skips = machine.api.control(FACTOR, skip=True)
+    api = machine.api
+    control = api.control(api.factor(FACTOR))
+    skips = api.control(api.factor(FACTOR, found_inf=np.ones(1, np.float32)))
     for kernel in [*core.kernels[::2], *core.coded_kernels[::2]]:
         case = Case(core, kernel, control=control)
         case.check(machine, rows_in_memory=True, control=control)
@@ -163,7 +162,7 @@ def test_most_instructions_have_been_executed(machine: Machine, core: Core) -> N
     for kernel in [*kernels[::4], core.coded_kernels[0]]:
         Case(core, kernel, usual).check(machine, rows_in_memory=True)
         Case(core, kernel).check(machine)
-        control = machine.api.control(FACTOR, skip=False)
+        control = machine.api.control(machine.api.factor(FACTOR))
         Case(core, kernel, control=control).check(machine, control=control)
         for key in (key for key in machine.code if key[0] == kernel.index):
             code = machine.code[key]
@@ -177,46 +176,14 @@ def test_most_instructions_have_been_executed(machine: Machine, core: Core) -> N
 @slow
 @pytest.mark.parametrize("kind", ["float32", "coded"])
 def test_planted_faults_are_found(
-    kind: str,
-    machine_of: Callable[[str], Machine],
-    core: Core,
-    monkeypatch: pytest.MonkeyPatch,
+    kind: str, machine_of: Callable[[str], Machine], core: Core
 ) -> None:
-    """By what they write, or as other instructions are executed: what has become rare by a fault is
-    done again in another way. But for those in steps that correct what the one before has got
-    wrong, and in bits that do not matter."""
-    monkeypatch.setattr(emulator, "MOST_INSTRUCTIONS", 50_000)  # a fault may be a loop without end
-    machine = copy(machine_of("sm_90"))
-    machine.code, machine.executed = dict(machine.code), {key: set() for key in machine.code}
     dtypes = (kind,) * 4
     kernel = next(k for k in [*core.kernels, *core.coded_kernels] if k.dtypes == dtypes)
     case = Case(core, kernel, codings=coded.SOME_CODINGS * 3)
-    wrong, other, missed = 0, 0, []
-    issued = 0
 
-    def count(place: int, lanes: np.ndarray, active: np.ndarray) -> None:
-        nonlocal issued
-        issued += int(active.sum())
+    def check(machine: Machine, watch: Watch) -> None:
+        case.check(machine, watch=watch)
 
-    case.check(machine, watch=count)
-    usually = issued
-    for key in [key for key, executed in machine.executed.items() if executed]:
-        code = machine.code[key]
-        for place, fault in faults(code, machine.executed[key], FAULT_EVERY[kind]):
-            machine.code[key] = [*code[:place], fault, *code[place + 1 :]]
-            issued = 0
-            try:
-                case.check(machine, watch=count)
-            except Exception:
-                wrong += 1
-            else:
-                if issued != usually:
-                    other += 1
-                else:
-                    missed.append(f"{code[place]} as {fault}")
-        machine.code[key] = code
-    total = wrong + other + len(missed)
-    what = f"of {total}, {wrong} wrote something else, {other} were executed in another way"
-    assert total > 20 and wrong >= LEAST_WRONG * total, "\n".join([what, *missed])
-    assert wrong + other >= LEAST_FOUND * total, "\n".join([what, *missed])
-    print(what)
+    found = find_faults(machine_of("sm_90"), FAULT_EVERY[kind], check, 50_000)
+    found.assert_share(LEAST_WRONG, LEAST_FOUND)
