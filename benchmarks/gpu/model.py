@@ -39,7 +39,7 @@ from core.coded_streams import CodedStreams  # noqa: E402
 from core.coding import Coding  # noqa: E402
 from core.library import Core, Kernel  # noqa: E402
 from core.memory import Fill, Streams, usual  # noqa: E402
-from machine_code.emulator import LANES, WARP, Machine, Memory  # noqa: E402
+from machine_code.emulator import THREADS, WARP, Machine, Memory  # noqa: E402
 from machine_code.machine_api import MachineApi, build_machine_api  # noqa: E402
 from machine_code.sass import find_disassembler, read_kernels  # noqa: E402
 
@@ -215,7 +215,7 @@ class Measured:
     @property
     def blocks(self) -> int:
         """That a multiprocessor holds."""
-        return min(MOST_BLOCKS, REGISTERS // (-(-self.registers // 8) * 8 * LANES))
+        return min(MOST_BLOCKS, REGISTERS // (-(-self.registers // 8) * 8 * THREADS))
 
     @property
     def bytes_per_cycle(self) -> float:
@@ -229,7 +229,7 @@ class Measured:
     def share(self, device: Device) -> float:
         """Of the speed of a copy."""
         memory = device.copy * 1e12 / self.bytes  # elements a second
-        warps = self.blocks * LANES / WARP
+        warps = self.blocks * THREADS / WARP
         fill = min(MOST_OF_ISSUE, warps / 4 * self.instructions / self.cycles)
         pipes = {"special": device.special, "doubles": device.doubles, "other": 64}
         bounds = [
@@ -268,8 +268,8 @@ class Kernels:
             memory = Streams(kernel, [size], fill=fill)
             arrays = memory.arrays
         else:
-            spans = [(case.coding, 0), (case.coding, size)]  # the first one lies askew
-            memory = CodedStreams(self.core, kernel, spans, rows, [fill], arbitrary=False)
+            spans, kinds = [(case.coding, size)], [(fill, True)]
+            memory = CodedStreams(*(self.core, kernel, spans, rows), arbitrary=False, kinds=kinds)
             arrays = [memory.memory]
         issued = Issued()
         step = partial(
