@@ -1,6 +1,7 @@
 """Counts and options on the device, and what a step there costs."""
 
 import copy
+import gc
 import io
 from collections.abc import Callable
 from typing import Any
@@ -245,6 +246,25 @@ def test_the_current_stream_is_used(cuda: str) -> None:
         assert not stream.query()
     stream.synchronize()
     assert bool((p == -1).all()) and float(optimizer.grad_norm) == 1024
+
+
+@real_gpu
+def test_an_optimizer_dies_after_a_step_on_another_stream(cuda: str) -> None:
+    """What is allocated then is not the memory that the step is still to use."""
+    p = nn.Parameter(torch.zeros(1000, device=cuda))
+    optimizer = fusedopt.SGD([p], lr=1.0, max_grad_norm=1e9)
+    p.grad = torch.ones_like(p)
+    optimizer.step()  # allocates on the stream that others allocate on below
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(50_000_000)
+        optimizer.step()
+    del optimizer
+    gc.collect()
+    others = [torch.full((1 << k,), 0xFF, dtype=torch.uint8, device=cuda) for k in range(5, 18)]
+    torch.cuda.synchronize()
+    del others
+    assert bool((p == -2).all())
 
 
 @real_gpu
