@@ -335,17 +335,21 @@ def kernels_of(module: Path, archs: Sequence[str]) -> dict[str, Kernels]:
 
 
 def measure_all(kernels: Mapping[str, Kernels], names: Sequence[str]) -> list[Json]:
-    """What is measured of each kernel and architecture, with usual gradients and with zeros."""
-    return [
-        {
-            "kernel": name,
-            "arch": arch,
-            "usual": asdict(of_arch.measure(CASES[name], usual)),
-            "zeros": asdict(of_arch.measure(CASES[name], zeros)),
-        }
-        for name in names
-        for arch, of_arch in kernels.items()
-    ]
+    """What is measured of each kernel and architecture, with usual gradients and with zeros, and
+    the shares of a copy's speed that are predicted of devices with usual ones."""
+    results = []
+    for name in names:
+        for arch, of_arch in kernels.items():
+            usually, with_zeros = (of_arch.measure(CASES[name], fill) for fill in (usual, zeros))
+            devices = {key: device for key, device in DEVICES.items() if device.arch == arch}
+            shares = {key: round(usually.share(device), 3) for key, device in devices.items()}
+            results.append(
+                {
+                    **{"kernel": name, "arch": arch, "shares": shares},
+                    **{"usual": asdict(usually), "zeros": asdict(with_zeros)},
+                }
+            )
+    return results
 
 
 def table(results: Sequence[Json]) -> str:

@@ -47,6 +47,27 @@ def share_of_copy(case: Json, name: str) -> float | None:
     return times_copy * step_bytes / copied
 
 
+# What benchmarks/gpu/model.py calls the kernels of these optimizers.
+KERNELS = {
+    "AdamW": "AdamW float32",
+    "SGD": "SGD with momentum float32",
+    "RMSprop": "RMSprop float32",
+    "AdamW-bf16": "AdamW bfloat16",
+    "AdamW-master": "AdamW bfloat16 + master, float32 states",
+}
+LARGE = 1 << 20  # elements of a tensor, with which only the kernel counts
+
+
+def predicted_share(case: Json, device: str, predictions: list[Json]) -> float | None:
+    """The share of a copy's bandwidth that was predicted of large tensors on this GPU."""
+    kernel = KERNELS.get(case["optimizer"])
+    if kernel is None or case["parameters"] < LARGE * case["tensors"]:
+        return None
+    shares = [one["shares"].items() for one in predictions if one["kernel"] == kernel]
+    found = (share for each in shares for name, share in each if name in device.split())
+    return next(found, None)
+
+
 def of_what(case: Json) -> str:
     """The scenario's name, and its note if it has one."""
     note = case.get("note")

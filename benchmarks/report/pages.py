@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
@@ -18,6 +19,7 @@ from benchmarks.report.case import (
     duration,
     of_what,
     percent,
+    predicted_share,
     ratio,
     share_of_copy,
     times,
@@ -25,13 +27,15 @@ from benchmarks.report.case import (
 )
 from benchmarks.report.tables import GPU_TIMES, absent, table, target_table, training_rows
 
+PREDICTED = Path(__file__).parents[1] / "results" / "predicted.json"
 MARKER, GPU_MARKER = "benchmark", "gpu-benchmark"
 README_COLUMNS = ("torch-fused", "torch-foreach", "torch-forloop", "deepspeed-cpu", FLAT)
 STORAGE_SCENARIO = "1x64Mi"
 AS_GOOD = 1.02  # another's time up to so many times fusedopt's counts as no longer
 NO_GPU = "The CUDA kernels have not been measured on a GPU yet, so there are no figures here.\n"
 GPU_RATIOS = """\
-The columns behind `of the copy` are wall times as multiples of fusedopt's.
+`predicted` is the share of a copy's bandwidth that was expected from the kernel's machine code
+(docs/cuda.md). The columns behind it are wall times as multiples of fusedopt's.
 """
 
 
@@ -186,15 +190,18 @@ def gpu_block(runs: list[Json]) -> str:
 def gpu_summary(results: Json) -> str:
     """One GPU's table: fusedopt's times, and the others' relative to them."""
     cases, others = measured_cases(results)
+    device, predictions = results["provenance"]["device"], json.loads(PREDICTED.read_text())
     rows = [
         [
             case["optimizer"],
             of_what(case),
             *(duration(median(case[timed][OURS])) for timed in (DEVICE, WALL, HOST)),
             percent(share_of_copy(case, OURS)),
+            percent(predicted_share(case, device, predictions)),
             *(times(ratio(case, name, OURS)) for name in others),
         ]
         for case in cases
     ]
-    head = ["step of", "tensors", "on the device", "wall", "host", "of the copy", *others]
+    head = ["step of", "tensors", "on the device", "wall", "host", "of the copy", "predicted"]
+    head += others
     return f"\n{table(head, rows, left=2)}\n{where(results)}.\n"

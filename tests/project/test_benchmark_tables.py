@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.measure.scenarios import OPTIMIZERS
 from benchmarks.report import __main__ as report
 from benchmarks.report import compare
-from benchmarks.report.case import COPY, DEVICE, FLOOR, HOST, OURS, WALL
+from benchmarks.report.case import COPY, DEVICE, FLOOR, HOST, KERNELS, OURS, WALL
 from benchmarks.report.compare import comparison
-from benchmarks.report.pages import NO_GPU, with_blocks
+from benchmarks.report.pages import NO_GPU, PREDICTED, gpu_summary, with_blocks
 from benchmarks.report.tables import markdown, target_table
 from benchmarks.report.targets import target_rows
 
@@ -60,6 +61,25 @@ def test_targets_of_a_gpu(gpu_results: dict[str, Any]) -> None:
     assert found["AdamW 1x1Gi (of invented memory) vs torch-fused"][0] == "1.22x"
     within = "AdamW 1000x1Ki, fusedopt-graph, wall time"
     assert found[within] == ["-", "at most 20 us", "NO |"]
+
+
+def test_predicted_shares_stand_beside_those_measured(gpu_results: dict[str, Any]) -> None:
+    small = gpu_case("AdamW", "1000x1Ki", {OURS: 1e-5, COPY: 1e-5}, tensors=1_000_000)
+    gpu_results["cases"].append(small)
+    for device, share in (("NVIDIA H200", "95%"), ("NVIDIA Invented", "-")):
+        gpu_results["provenance"]["device"] = device
+        lines = gpu_summary(gpu_results).splitlines()
+        rows = [line.split(" | ") for line in lines if line.startswith("|")]
+        place = next(row for row in rows if "predicted" in row).index("predicted")
+        assert [row[place] for row in rows if "1x1Gi" in row[1]] == [share, share]
+        assert [row[place] for row in rows if "1000x1Ki" in row[1]] == ["-"]
+
+
+def test_kernels_that_are_predicted_have_their_bytes() -> None:
+    predictions = json.loads(PREDICTED.read_text())
+    for optimizer, kernel in KERNELS.items():
+        found = {one["usual"]["bytes"] for one in predictions if one["kernel"] == kernel}
+        assert found == {OPTIMIZERS[optimizer].bytes_per_parameter}, optimizer
 
 
 def cpu_results(**seconds: list[float]) -> dict[str, Any]:
