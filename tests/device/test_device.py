@@ -268,6 +268,24 @@ def test_an_optimizer_dies_after_a_step_on_another_stream(cuda: str) -> None:
 
 
 @real_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"capturable": True}], ids=str)
+def test_parameters_on_two_gpus(options: dict[str, Any], cuda: str) -> None:
+    """As on one."""
+    spread = [nn.Parameter(p.detach().to(f"cuda:{i % 2}")) for i, p in enumerate(make_params())]
+    ours = fusedopt.AdamW(spread, lr=0.1, **options)
+    on_one = fusedopt.AdamW(on(cuda, make_params()), lr=0.1, **options)
+    for number in range(3):
+        for optimizer in (ours, on_one):
+            set_grads(params_of(optimizer), number)
+            optimizer.step()
+    for a, b in zip(params_of(ours), params_of(on_one), strict=True):
+        # Norms are added up device by device.
+        close = 1e-6 if "max_grad_norm" in options else 0
+        torch.testing.assert_close(a.to(cuda), b, rtol=close, atol=close)
+
+
+@real_gpu
 @pytest.mark.slow
 def test_more_elements_than_an_int32_counts_on_cuda(cuda: str) -> None:
     numel = 2**31 + 100
