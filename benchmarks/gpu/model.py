@@ -334,6 +334,12 @@ def kernels_of(module: Path, archs: Sequence[str]) -> dict[str, Kernels]:
     }
 
 
+def shares_of(arch: str, measured: Measured) -> dict[str, float]:
+    """Of a copy's speed, by the names of an architecture's devices."""
+    devices = {name: device for name, device in DEVICES.items() if device.arch == arch}
+    return {name: round(measured.share(device), 3) for name, device in devices.items()}
+
+
 def measure_all(kernels: Mapping[str, Kernels], names: Sequence[str]) -> list[Json]:
     """What is measured of each kernel and architecture, with usual gradients and with zeros, and
     the shares of a copy's speed that are predicted of devices with usual ones."""
@@ -341,11 +347,9 @@ def measure_all(kernels: Mapping[str, Kernels], names: Sequence[str]) -> list[Js
     for name in names:
         for arch, of_arch in kernels.items():
             usually, with_zeros = (of_arch.measure(CASES[name], fill) for fill in (usual, zeros))
-            devices = {key: device for key, device in DEVICES.items() if device.arch == arch}
-            shares = {key: round(usually.share(device), 3) for key, device in devices.items()}
             results.append(
                 {
-                    **{"kernel": name, "arch": arch, "shares": shares},
+                    **{"kernel": name, "arch": arch, "shares": shares_of(arch, usually)},
                     **{"usual": asdict(usually), "zeros": asdict(with_zeros)},
                 }
             )
@@ -391,7 +395,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit status 1 if the table is old")
     options = parser.parse_args(arguments)
     if options.check:
-        shown = show(PAGE, MARKER, table(json.loads(RESULTS.read_text())), check=True)
+        results = json.loads(RESULTS.read_text())
+        if any(
+            one["shares"] != shares_of(one["arch"], Measured(**one["usual"])) for one in results
+        ):
+            sys.exit(f"{RESULTS}: shares are not those of what was counted")
+        shown = show(PAGE, MARKER, table(results), check=True)
         print(f"{PAGE}: the table {'is' if shown else 'is not'} that of {RESULTS}")
         return 0 if shown else 1
     module = options.module

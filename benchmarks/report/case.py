@@ -58,14 +58,21 @@ KERNELS = {
 LARGE = 1 << 20  # elements of a tensor, with which only the kernel counts
 
 
+# And these GPUs: others of the same name have another clock or memory.
+PREDICTED_DEVICES = {
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H200": "H200",
+    "NVIDIA B200": "B200",
+}
+
+
 def predicted_share(case: Json, device: str, predictions: list[Json]) -> float | None:
     """The share of a copy's bandwidth that was predicted of large tensors on this GPU."""
-    kernel = KERNELS.get(case["optimizer"])
-    if kernel is None or case["parameters"] < LARGE * case["tensors"]:
+    kernel, name = KERNELS.get(case["optimizer"]), PREDICTED_DEVICES.get(device)
+    if case["parameters"] < LARGE * case["tensors"]:
         return None
-    shares = [one["shares"].items() for one in predictions if one["kernel"] == kernel]
-    found = (share for each in shares for name, share in each if name in device.split())
-    return next(found, None)
+    shares = (one["shares"] for one in predictions if one["kernel"] == kernel)
+    return next((each[name] for each in shares if name in each), None)
 
 
 def of_what(case: Json) -> str:

@@ -35,5 +35,13 @@ bool is_capturing(c10::Device device) {
   return cuda::is_capturing(stream_of(device));
 }
 
+// Memory that the current stream of its device uses, which may be another one than it was allocated
+// on: given back, it is used again only when that stream has done what it was told until then.
+void note_use(const at::Tensor& memory) {
+  const c10::Device device = memory.device();
+  if (!device.is_cuda()) return;
+  memory.record_stream(c10::impl::VirtualGuardImpl(device.type()).getStream(device));
+}
+
 }  // namespace
 }  // namespace fusedopt

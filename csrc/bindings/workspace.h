@@ -47,6 +47,11 @@ class Workspace {
       const size_t size = room->rows * sizeof(HyperRow) + room->chunks * sizeof(double);
       room->memory = at::empty({int64_t(size)}, options);
     }
+    // What is captured is replayed on any stream, while the optimizer lives.
+    if (!is_capturing(device)) {
+      note_use(room->control);
+      note_use(room->memory);
+    }
     char* const memory = static_cast<char*>(room->memory.mutable_data_ptr());
     return {static_cast<Control*>(room->control.mutable_data_ptr()),
             reinterpret_cast<HyperRow*>(memory),
@@ -112,8 +117,9 @@ class Workspace {
     if (!norm_device_) return std::nullopt;
     const auto options = at::TensorOptions(at::kFloat).device(*norm_device_);
     if (norm_) return at::full({}, *norm_, options);
-    return room(*norm_device_)
-        ->control.narrow(0, offsetof(Control, grad_norm), sizeof(float))
+    const at::Tensor& control = room(*norm_device_)->control;
+    if (!is_capturing(*norm_device_)) note_use(control);
+    return control.narrow(0, offsetof(Control, grad_norm), sizeof(float))
         .view(at::kFloat)
         .reshape({})
         .clone();

@@ -158,7 +158,7 @@ class Launcher {
   explicit Launcher(cudaStream_t stream) : stream_(stream) {}
 
   const char* norm(const NormArgs& args) {
-    return CudaLaunches::launch<norm_kernel>(args, (args.chunks + kWarps - 1) / kWarps, stream_);
+    return CudaLaunches::launch<norm_kernel>(args, norm_blocks(args), stream_);
   }
   const char* find_unready_prepare(int rule) { return prepares()[rule].find_unready(); }
   const char* prepare(int rule, const PrepareArgs& args) {

@@ -26,6 +26,8 @@ struct NormArgs {
 };
 static_assert(sizeof(NormArgs) <= kMaxArgumentBytes, "more than a launch takes");
 
+inline int64_t norm_blocks(const NormArgs& args) { return (args.chunks + kWarps - 1) / kWarps; }
+
 // What one thread of a warp has to add up in a chunk of count elements, into the sums of its lanes.
 template <class Grad>
 FUSEDOPT_HD void add_squares(const Grad* grad, int64_t count, uint32_t thread, double* lanes) {

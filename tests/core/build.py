@@ -72,10 +72,7 @@ NO_LOOPS = "namespace fusedopt::cpu { struct Loops; const Loops* %s_loops() { re
 
 
 def make_small(csrc: Path, rule: str, faults: Sequence[Fault]) -> None:
-    """With one rule, or with all."""
-    lists = {"core/dtype.h": ("Combinations", SMALL)}
-    if rule != "all":
-        lists["core/rules/list.h"] = ("Rules", rule)
+    lists = {"core/dtype.h": ("Combinations", SMALL), "core/rules/list.h": ("Rules", rule)}
     for name, (types, members) in lists.items():
         path = csrc / name
         pattern = rf"using {types} = TypeList<.*?>;\n"
@@ -150,7 +147,7 @@ def build(
     small: str | None = None,
 ) -> Path:
     """The target, a library or an executable, beside the object files it was linked from. Those
-    that no fault reaches come from a build without faults. A small one has one rule, or "all"."""
+    that no fault reaches come from a build without faults. A small one has one rule."""
     flags = [*host_flags(), *extra_flags]
     sources = [HERE / "core_api.cpp"]
     if target != "core.so":

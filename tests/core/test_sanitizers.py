@@ -22,9 +22,10 @@ OVERRUNS = {
     "norm": Fault("device/norm.h", "if (at + j < count) add_square", "add_square"),
     "coded tile": Fault("core/blocks.h", "left < kBlock ? left : kBlock", "kBlock"),
     "coded loop": Fault("cpu/update_coded.h", "stop - i >= kBlock", "stop > i"),
-    "codes of the tile": Fault(
-        "device/update_coded.h", "i < place.count; i", "i <= place.count; i"
+    "wide lanes of the tile": Fault(
+        "device/update_coded.h", "block.count == kBlock && place.first", "place.first"
     ),
+    "part of the tile": Fault("device/update_coded.h", "i < place.count; i", "i <= place.count; i"),
 }
 
 

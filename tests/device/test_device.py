@@ -256,12 +256,17 @@ def test_an_optimizer_dies_after_a_step_on_another_stream(cuda: str) -> None:
     p.grad = torch.ones_like(p)
     optimizer.step()  # allocates on the stream that others allocate on below
     torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        torch.cuda._sleep(50_000_000)
+    gc.collect()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(1_000_000_000)
         optimizer.step()
     del optimizer
     gc.collect()
-    others = [torch.full((1 << k,), 0xFF, dtype=torch.uint8, device=cuda) for k in range(5, 18)]
+    # All that is free of the pieces that its memory was made of.
+    others = [torch.full((512,), 0xFF, dtype=torch.uint8, device=cuda) for _ in range(8192)]
+    torch.cuda.current_stream().synchronize()
+    assert not stream.query()
     torch.cuda.synchronize()
     del others
     assert bool((p == -2).all())

@@ -37,9 +37,10 @@ def machine_of(api: MachineApi) -> Callable[[str], Machine]:
     @cache
     def make(arch: str) -> Machine:
         machine = Machine(read_kernels(disassembler, Path(_C.__file__), arch), arch, api)
-        numbers = {kernel for kernel, _ in machine.code}
-        every = {*range(len(api.kernel_names())), NORM, PREPARE}
-        assert numbers == every, "a kernel is missing"
+        coded = enumerate("coded" in name for name in api.kernel_names())
+        of_steps = {(k, f) for k, c in coded for f in range(len(api.state_formats()) if c else 1)}
+        of_rules = {(PREPARE, rule) for rule in range(len(api.rules()))}
+        assert set(machine.code) == of_steps | of_rules | {(NORM, 0)}, "a kernel is missing"
         return machine
 
     return make

@@ -1,8 +1,8 @@
 """The instructions that the kernels are made of, executed on the host.
 
 All threads of many blocks take each instruction together, as one wide warp would; they wait for
-each other where those of a warp or of a block have to. What memory looks like to those that do not
-wait is not shown by it.
+each other where those of a warp or of a block have to. Or one warp after the other runs until it
+has to wait, in an order that is drawn at random. Each thread sees at once what others have written.
 
 Two instructions are not known to the bit: the quick reciprocals and roots (MUFU) are those rounded
 correctly, or moved by as many units in the last place as is asked for, and the check before a quick
@@ -30,7 +30,7 @@ ARGUMENT = {"sm_90": 0x210, "sm_100": 0x380}
 GRID_SIZE = {"sm_90": 0xC, "sm_100": 0x370}
 MOST_INSTRUCTIONS = 4_000_000
 WHOLE_WARP, WHOLE_BLOCK = 16, 17  # after the numbers of barriers
-SHARED_BYTES = 8192
+SHARED_BYTES = 0x400 + 2048 + 16  # what the norm has, behind what is reserved
 Key = tuple[int, int]
 """Of a kernel: its number, and of one of codings that of the format of states."""
 KERNEL = re.compile(
@@ -111,9 +111,12 @@ class Blocks:
         count: int,
         ulps: int = 0,
         watch: Watch | None = None,
+        order: int | None = None,
     ) -> None:
+        """Ulps: how far off quick reciprocals and roots are. Order: a seed, of that in which warps
+        run one by one; None: all run together."""
         self.code, self.arch, self.api, self.memory, self.ulps = code, arch, api, memory, ulps
-        self.watch = watch
+        self.watch, self.order = watch, order
         self.place_of = {instruction.address: i for i, instruction in enumerate(code)}
         self.constants = np.zeros(1 << 16, np.uint8)
         self.lanes = lanes = count * THREADS
@@ -126,9 +129,10 @@ class Blocks:
         self.waits_at = np.full(lanes, -1)
         self.barriers = np.zeros((16, lanes), bool)
         self.shared = np.full((count, SHARED_BYTES), 0xFF, np.uint8)
+        self.shared[::2] = 0  # neither is what a kernel may take it for
         self.first = 0
         self.executed: set[int] = set()
-        self._random = np.random.default_rng(0)
+        self._random, self._warp = np.random.default_rng(order or 0), 0
         self._decoded: dict[int, tuple[Read | None, Run]] = {}
 
     def run(self, argument: bytes, first: int, blocks: int) -> None:
@@ -150,6 +154,8 @@ class Blocks:
                     if self.done.all():
                         return
                     ready = self._release_warps()
+                if self.order is not None:
+                    ready = self._one_warp(ready)
                 # Those that are behind go first, so that lanes that have parted meet again.
                 place = int(self.next[ready].min())
                 active = ready & (self.next == place)
@@ -440,9 +446,18 @@ class Blocks:
             self.waits_at[expected] = -1
             self.barriers[barrier] = False
 
+    def _one_warp(self, ready: Lanes) -> Lanes:
+        """The one that ran before, until it cannot go on; then any other one."""
+        of_warps = ready.reshape(-1, WARP).any(1)
+        if not of_warps[self._warp]:
+            self._warp = int(self._random.choice(np.flatnonzero(of_warps)))
+        chosen = np.zeros_like(ready)
+        chosen.reshape(-1, WARP)[self._warp] = True
+        return ready & chosen
+
     def _release_warps(self) -> Lanes:
-        """Those that go on when no warp waits for another one. Hardware never lets them; here they
-        do as long as they can, so that all take as many instructions together as possible."""
+        """Those whose own warp has arrived. In hardware no warp waits for another one here; in the
+        emulator they do while they can, so that more lanes take an instruction together."""
         for barrier in range(len(self.barriers)):
             expected = self.barriers[barrier] & ~self.done
             waits = (self.waits_at == barrier) | ~expected
@@ -523,59 +538,67 @@ class Blocks:
         signed = i.opcode[-1] in ("S8", "S16")
         dtype = np.dtype(f"{'i' if signed else 'u'}{min(size, 4)}")
 
+        return self._load(number, dtype, lambda active: self.memory.load(addresses()[active], size))
+
+    def _load(self, number: str, dtype: np.dtype, read: Callable[[Lanes], np.ndarray]) -> Run:
+        """Into registers from this one on; read() gives the bytes of each lane."""
+
         def run(active: Lanes) -> None:
-            loaded = self.memory.load(addresses()[active], size).view(dtype)
-            words = loaded.astype(np.int64).astype(U64).astype(U32)
+            words = read(active).view(dtype).astype(np.int64).astype(U64).astype(U32)
             for k in range(words.shape[1]):
                 self.registers[int(number) + k][active] = words[:, k]
 
         return run
 
     def _stg(self, i: Instruction) -> Run:
-        addresses, size, name = self._addresses(i.operands[0]), self._size(i), i.operands[1]
+        addresses, bytes_of = self._addresses(i.operands[0]), self._stored(i)
+        return lambda active: self.memory.store(addresses()[active], bytes_of(active))
+
+    def _stored(self, i: Instruction) -> Callable[[Lanes], np.ndarray]:
+        """The bytes that each lane stores."""
+        size, name = self._size(i), i.operands[1]
         count = max(1, size // 4)
         names = ["RZ"] * count if name == "RZ" else [f"R{int(name[1:]) + k}" for k in range(count)]
         words = [self._raw(each) for each in names]
 
-        def run(active: Lanes) -> None:
+        def read(active: Lanes) -> np.ndarray:
             values = np.stack([word()[active] for word in words], 1)
-            self.memory.store(addresses()[active], values.view(np.uint8)[:, :size])
+            found: np.ndarray = values.view(np.uint8)[:, :size]
+            return found
 
-        return run
+        return read
 
-    def _shared_places(self, text: str, size: int) -> Read:
-        """Of the bytes of each lane, as of one array of all blocks' shared memory."""
+    def _shared_places(self, text: str, size: int) -> Callable[[Lanes], np.ndarray]:
+        """Of the bytes of each lane, in one array of all blocks' shared memory."""
         match = re.fullmatch(r"\[(U?R\w+)\+?(-?0x[0-9a-f]+)?\]", text)
         assert match is not None, text
         base, offset = self._raw(match[1]), int(match[2] or "0", 16)
         blocks = np.arange(self.lanes) // THREADS
 
-        def read() -> np.ndarray:
-            places = base().astype(np.int64) + offset
-            inside = (places >= 0) & (places + size <= SHARED_BYTES) & (places % size == 0)
-            of_all = np.where(inside, blocks * SHARED_BYTES + places, self.shared.size)
-            return of_all[:, None] + np.arange(size)
+        def read(active: Lanes) -> np.ndarray:
+            places = (base().astype(np.int64) + offset)[active]
+            assert not (places % size).any(), "an address of shared memory is misaligned"
+            inside = (places >= 0x400) & (places + size <= SHARED_BYTES)
+            assert inside.all(), "out of the bounds of shared memory"
+            of_all: np.ndarray = (blocks[active] * SHARED_BYTES + places)[:, None] + np.arange(size)
+            return of_all
 
         return read
 
     def _lds(self, i: Instruction) -> Run:
-        size, number = self._size(i), int(i.operands[0][1:])
-        places, dtype = self._shared_places(i.operands[1], size), np.dtype(f"u{min(size, 4)}")
-
-        def run(active: Lanes) -> None:
-            words = self.shared.reshape(-1)[places()[active]].view(dtype).astype(U32)
-            for k in range(words.shape[1]):
-                self.registers[number + k][active] = words[:, k]
-
-        return run
+        assert i.opcode[-1] not in ("S8", "S16"), str(i)
+        size, number = self._size(i), i.operands[0][1:]
+        places, memory = self._shared_places(i.operands[1], size), self.shared.reshape(-1)
+        return self._load(
+            number, np.dtype(f"u{min(size, 4)}"), lambda active: memory[places(active)]
+        )
 
     def _sts(self, i: Instruction) -> Run:
-        size, number = self._size(i), int(i.operands[1][1:])
-        places, words = self._shared_places(i.operands[0], size), range(max(1, size // 4))
+        places, memory = self._shared_places(i.operands[0], self._size(i)), self.shared.reshape(-1)
+        bytes_of = self._stored(i)
 
         def run(active: Lanes) -> None:
-            values = np.stack([self.registers[number + k][active] for k in words], 1)
-            self.shared.reshape(-1)[places()[active]] = values.view(np.uint8)[:, :size]
+            memory[places(active)] = bytes_of(active)
 
         return run
 
@@ -847,7 +870,9 @@ class Blocks:
 
         def run(active: Lanes) -> None:
             self._assert_whole(active)
-            other = np.arange(self.lanes) ^ int(distance()[0])
+            distances = np.unique(distance()[active])
+            assert len(distances) == 1 and i.operands[4] == "0x1f", str(i)
+            other = np.arange(self.lanes) ^ int(distances[0])
             self._write(to, value()[other], active)
             self._write_predicate(i.operands[0], np.ones(self.lanes, bool), active)
 
@@ -1139,14 +1164,24 @@ class Machine:
         memory: Memory,
         blocks: int | None = None,
         watch: Watch | None = None,
+        order: int | None = None,
     ) -> None:
-        for place in range(launch.formats.bit_length()):
-            if not launch.formats >> place & 1:
+        """A launch, of so many blocks or as many as it wants. Order: as Blocks take it."""
+        for place in range(launch.members.bit_length()):
+            if not launch.members >> place & 1:
                 continue
-            key = launch.kernel, place
+            key, api = (launch.kernel, place), self.api
             count = launch.blocks if blocks is None else blocks
             for first in range(0, count, MOST_BLOCKS):
                 together = min(count - first, MOST_BLOCKS)
-                some = Blocks(self.code[key], self.arch, self.api, memory, together, 1, watch)
+                some = Blocks(self.code[key], self.arch, api, memory, together, 1, watch, order)
                 some.run(launch.argument, first, count)
                 self.executed[key] |= some.executed
+
+    def executed_share(self, key: Key) -> float:
+        """Of the instructions of a kernel, but for those behind its end, where what is rare is:
+        slow ways through divisions and roots, and warps whose lanes have parted."""
+        code = self.code[key]
+        end = max(i for i, one in enumerate(code) if one.opcode[0] == "EXIT")
+        places = {i for i in range(end) if code[i].opcode[0] not in ("NOP", "BRA")}
+        return len(self.executed[key] & places) / len(places)

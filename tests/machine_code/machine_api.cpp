@@ -48,7 +48,7 @@ const std::vector<Packed>& kernels() {
   return table;
 }
 
-// Instead of the number of a step's kernel, and a rule's kernel before them.
+// The numbers of kernels that are not a step's.
 constexpr int kNorm = -1, kPrepare = -2;
 
 // Keeps the arguments instead of launching anything.
@@ -56,13 +56,12 @@ struct Recorder {
   struct Launch {
     int kernel;
     uint32_t blocks;
-    uint32_t formats;
+    uint32_t members;
     std::vector<unsigned char> argument;
   };
 
   int norm(const NormArgs& args) {
-    const int64_t blocks = (args.chunks + kWarps - 1) / kWarps;
-    return keep(kNorm, uint32_t(std::max<int64_t>(blocks, 1)), 1, args);
+    return keep(kNorm, uint32_t(std::max<int64_t>(norm_blocks(args), 1)), 1, args);
   }
   int prepare(int rule, const PrepareArgs& args) { return keep(kPrepare, 1, 1u << rule, args); }
   int find_unready_prepare(int) { return 0; }
@@ -73,9 +72,9 @@ struct Recorder {
   }
 
   template <class Args>
-  int keep(int kernel, uint32_t blocks, uint32_t formats, const Args& args) {
+  int keep(int kernel, uint32_t blocks, uint32_t members, const Args& args) {
     const auto* bytes = reinterpret_cast<const unsigned char*>(&args);
-    launches.push_back({kernel, blocks, formats, {bytes, bytes + sizeof args}});
+    launches.push_back({kernel, blocks, members, {bytes, bytes + sizeof args}});
     return 0;
   }
 
@@ -164,7 +163,7 @@ API size_t record(const Span* spans, size_t count, HyperRow* rows, int rows_in_m
 API int launched_kernel(size_t launch) { return recorder.launches[launch].kernel; }
 API uint32_t launched_blocks(size_t launch) { return recorder.launches[launch].blocks; }
 // Which formats of states its spans have, or which rule: a bit for each kernel that is launched.
-API uint32_t launched_formats(size_t launch) { return recorder.launches[launch].formats; }
+API uint32_t launched_members(size_t launch) { return recorder.launches[launch].members; }
 API const void* launched_argument(size_t launch) {
   return recorder.launches[launch].argument.data();
 }
@@ -185,8 +184,8 @@ API size_t record_norm(const GradSpan* gradients, size_t count, double* sums,
 }
 // Records the launches that make rows from their sources and advance counts.
 API size_t record_prepare(int rule, const RowSource* sources, size_t source_count,
-                          const CountRange* counts, size_t count_ranges, const float* found_inf,
-                          HyperRow* rows) {
+                          const CountRange* counts, size_t count_ranges, const FactorSource* factor,
+                          Control* control, HyperRow* rows) {
   DeviceStep step;
   const std::vector<int> source_rules(source_count, rule);
   step.sources = sources;
@@ -194,7 +193,8 @@ API size_t record_prepare(int rule, const RowSource* sources, size_t source_coun
   step.source_count = source_count;
   step.counts = counts;
   step.count_ranges = count_ranges;
-  step.factor.found_inf = found_inf;
+  step.factor = *factor;
+  step.control = control;
   step.device_rows = rows;
   recorder.launches.clear();
   launch_prepare<int>(step, recorder);

@@ -23,7 +23,7 @@ NORM, PREPARE = -1, -2
 
 class Launch(NamedTuple):
     kernel: int  # or NORM, or PREPARE
-    formats: int  # of states, a bit for each of a kernel of codings; of PREPARE, of the rule
+    members: int  # a bit for each: formats of states, or the rule that PREPARE is for
     blocks: int
     argument: bytes
 
@@ -41,8 +41,8 @@ class MachineApi:
         self._library.make_control.argtypes = [c_void_p, c_double, c_void_p]
         self._library.launched_kernel.argtypes = [c_size_t]
         self._library.state_formats.restype = c_char_p
-        self._library.launched_formats.argtypes = [c_size_t]
-        self._library.launched_formats.restype = c_uint32
+        self._library.launched_members.argtypes = [c_size_t]
+        self._library.launched_members.restype = c_uint32
         self._library.launched_blocks.argtypes = [c_size_t]
         self._library.launched_blocks.restype = c_uint32
         self._library.launched_argument.argtypes = [c_size_t]
@@ -56,7 +56,7 @@ class MachineApi:
         self._library.record_norm.argtypes = [c_void_p, c_size_t, *[c_void_p] * 3]
         self._library.record_prepare.restype = c_size_t
         self._library.record_prepare.argtypes = [
-            *(c_int, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_void_p)
+            *(c_int, c_void_p, c_size_t, c_void_p, c_size_t, *[c_void_p] * 3)
         ]
         for name in ("fma32", "fma64"):
             getattr(self._library, name).argtypes = [*[c_void_p] * 3, c_size_t, c_int, c_void_p]
@@ -129,13 +129,15 @@ class MachineApi:
         rule: int,
         sources: np.ndarray,
         counts: np.ndarray,
-        found_inf: np.ndarray,
+        factor: np.ndarray,
+        control: np.ndarray,
         rows: np.ndarray,
     ) -> list[Launch]:
-        """What making rows from their sources, and advancing counts, launches."""
+        """What making rows from their sources, and advancing counts, launches; it also sets control
+        where gradients are not clipped."""
         count = self._library.record_prepare(
             *(rule, sources.ctypes.data, len(sources), counts.ctypes.data, len(counts)),
-            *(found_inf.ctypes.data, rows.ctypes.data),
+            *(factor.ctypes.data, control.ctypes.data, rows.ctypes.data),
         )
         return self._recorded(count)
 
@@ -144,7 +146,7 @@ class MachineApi:
         return [
             Launch(
                 int(library.launched_kernel(number)),
-                int(library.launched_formats(number)),
+                int(library.launched_members(number)),
                 int(library.launched_blocks(number)),
                 ctypes.string_at(library.launched_argument(number), library.launched_bytes(number)),
             )

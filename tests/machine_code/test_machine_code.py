@@ -6,6 +6,7 @@ anything takes.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -26,24 +27,24 @@ CODED_ROWS = [(9, 300), (5, 513), (9, 1000), (17, 896)]
 FACTOR = 1 / 3  # which float32 does not hold
 LEAST_EXECUTED = 0.6  # of a kernel's instructions
 FAULT_EVERY = {"float32": 16, "coded": 96}  # instructions
-LEAST_WRONG, LEAST_FOUND = 0.5, 0.8  # of the faults
+LEAST_FOUND = {"float32": (0.7, 0.0), "coded": (0.6, 0.1)}  # of the faults; took a slow way
 
 
 CodedSpan = tuple[Coding, int] | tuple[Coding, int, int]
 
 
 def coded_spans(
-    kernel: Kernel, codings: Sequence[Coding]
+    codings: Sequence[Coding], third: int | None = None
 ) -> tuple[list[CodedSpan], list[tuple[Fill, bool]]]:
-    """Of each coding a chunk of whole blocks, aligned, with usual values; of a third of them, which
-    are others for the next kernel, blocks that are cut off, misaligned and with any values, too.
-    Also what each span is filled with, and whether it is aligned."""
+    """Of each coding a chunk of whole blocks, aligned, with usual values; of all or a third of them
+    blocks that are cut off, misaligned and with any values, too. Also what spans are filled with,
+    and whether they are aligned."""
     spans: list[CodedSpan] = [(coding, 4096) for coding in codings]
     kinds: list[tuple[Fill, bool]] = [(usual, True)] * len(codings)
     for i, coding in enumerate(codings):
-        # Which does not go with any of a coding's three formats.
-        if codings is not coded.CODINGS or (i + i // 3 + i // 9 + kernel.index) % 3 == 0:
-            turn = len(spans)
+        # Thirds do not go with any of a coding's three formats.
+        if third is None or (i + i // 3 + i // 9) % 3 == third % 3:
+            turn = len(spans) + (third or 0)
             spans.append((coding, CODED_SIZES[turn % len(CODED_SIZES)]))
             kinds.append((FILLS[turn // 2 % len(FILLS)], turn % 2 == 0))
     in_codes = [coding for coding in codings if coding.state == "int8"]
@@ -63,9 +64,10 @@ class Case:
         fill: Fill = extreme,
         zero: bool = False,
         control: np.ndarray | None = None,
-        codings: Sequence[Coding] = coded.CODINGS,
+        codings: Sequence[Coding] | None = None,
     ) -> None:
-        """Control: that of a factor of gradients, which rows have none of then."""
+        """Control: that of a factor of gradients, which rows have none of then. Codings: None: all,
+        with other spans for each variant."""
         # Of all options: rows of usual ones have code of their own.
         count = len(checks.options_of(core, kernel))
         self.rows = checks.make_rows(
@@ -77,7 +79,8 @@ class Case:
         more = [] if control is None else [control]
         self.memory: Any
         if kernel.dtypes[0] == "coded":
-            spans, kinds = coded_spans(kernel, codings)
+            third = None if codings is not None else kernel.variant
+            spans, kinds = coded_spans(codings or coded.CODINGS, third)
             self.memory = CodedStreams(core, kernel, spans, rows, kinds=kinds)
             self.want: Any = self.memory.expected()
             self.touched = Memory([self.memory.memory, self.rows, *more])
@@ -115,6 +118,25 @@ def test_every_kernel(machine: Machine, core: Core) -> None:
     and all magnitudes, with each quick reciprocal and root up to one unit off."""
     for kernel in core.kernels:
         Case(core, kernel).check(machine)
+
+
+def test_every_coding_has_every_kind_of_span(core: Core) -> None:
+    """In some kernel."""
+    codings, formats = set(), set()
+    for kernel in core.coded_kernels:
+        spans, kinds = coded_spans(coded.CODINGS, kernel.variant)
+        for (coding, size, *_), (fill, aligned) in list(zip(spans, kinds, strict=True))[
+            len(coded.CODINGS) :
+        ]:
+            codings.add(coding)
+            formats |= {(coding.state, fill, aligned), (coding.param, fill), (coding.grad, fill)}
+            formats |= {(coding.state, size)} if size in CODED_SIZES else set()
+    states, params, grads = (
+        {getattr(coding, of) for coding in coded.CODINGS} for of in ("state", "param", "grad")
+    )
+    assert codings == set(coded.CODINGS)
+    assert formats >= set(product(states, FILLS, (False, True))) | set(product(states, CODED_SIZES))
+    assert formats >= set(product(params, FILLS)) | set(product(grads, FILLS))
 
 
 @slow
@@ -165,11 +187,7 @@ def test_most_instructions_have_been_executed(machine: Machine, core: Core) -> N
         control = machine.api.control(machine.api.factor(FACTOR))
         Case(core, kernel, control=control).check(machine, control=control)
         for key in (key for key in machine.code if key[0] == kernel.index):
-            code = machine.code[key]
-            # Behind the end are the rare ways through divisions and roots.
-            end = max(i for i, one in enumerate(code) if one.opcode[0] == "EXIT")
-            places = {i for i in range(end) if code[i].opcode[0] not in ("NOP", "BRA")}
-            share = len(machine.executed[key] & places) / len(places)
+            share = machine.executed_share(key)
             assert share >= LEAST_EXECUTED, f"{kernel}: {share:.0%}"
 
 
@@ -186,4 +204,6 @@ def test_planted_faults_are_found(
         case.check(machine, watch=watch)
 
     found = find_faults(machine_of("sm_90"), FAULT_EVERY[kind], check, 50_000)
-    found.assert_share(LEAST_WRONG, LEAST_FOUND)
+    # Others are in steps that correct what the one before has got wrong, in bits that do not matter
+    # and, of codes, in what makes a block rare, which is then done again in another way.
+    found.assert_share(*LEAST_FOUND[kind])

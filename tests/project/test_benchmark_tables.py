@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.measure.scenarios import OPTIMIZERS
 from benchmarks.report import __main__ as report
-from benchmarks.report import compare
+from benchmarks.report import compare, pages
 from benchmarks.report.case import COPY, DEVICE, FLOOR, HOST, KERNELS, OURS, WALL
 from benchmarks.report.compare import comparison
 from benchmarks.report.pages import NO_GPU, PREDICTED, gpu_summary, with_blocks
@@ -63,15 +63,28 @@ def test_targets_of_a_gpu(gpu_results: dict[str, Any]) -> None:
     assert found[within] == ["-", "at most 20 us", "NO |"]
 
 
-def test_predicted_shares_stand_beside_those_measured(gpu_results: dict[str, Any]) -> None:
+def test_predicted_shares_stand_beside_those_measured(
+    gpu_results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    invented = [
+        {"kernel": KERNELS["AdamW"], "shares": {"H100": 0.1, "H200": 0.2}},
+        {"kernel": KERNELS["AdamW"], "shares": {"B200": 0.3}},
+        {"kernel": KERNELS["SGD"], "shares": {"H100": 0.4, "H200": 0.5}},
+    ]
+    monkeypatch.setattr(pages, "PREDICTED", tmp_path / "predicted.json")
+    pages.PREDICTED.write_text(json.dumps(invented))
     small = gpu_case("AdamW", "1000x1Ki", {OURS: 1e-5, COPY: 1e-5}, tensors=1_000_000)
     gpu_results["cases"].append(small)
-    for device, share in (("NVIDIA H200", "95%"), ("NVIDIA Invented", "-")):
+    for device, shares in {
+        "NVIDIA H200": ["20%", "50%"],
+        "NVIDIA B200": ["30%", "-"],
+        "NVIDIA H100 PCIe": ["-", "-"],
+    }.items():
         gpu_results["provenance"]["device"] = device
         lines = gpu_summary(gpu_results).splitlines()
         rows = [line.split(" | ") for line in lines if line.startswith("|")]
         place = next(row for row in rows if "predicted" in row).index("predicted")
-        assert [row[place] for row in rows if "1x1Gi" in row[1]] == [share, share]
+        assert [row[place] for row in rows if "1x1Gi" in row[1]] == shares
         assert [row[place] for row in rows if "1000x1Ki" in row[1]] == ["-"]
 
 
