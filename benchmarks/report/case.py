@@ -55,15 +55,13 @@ KERNELS = {
     "AdamW-bf16": "AdamW bfloat16",
     "AdamW-master": "AdamW bfloat16 + master, float32 states",
 }
-LARGE = 1 << 20  # elements of a tensor, with which only the kernel counts
-
-
 # And these GPUs: others of the same name have another clock or memory.
 PREDICTED_DEVICES = {
     "NVIDIA H100 80GB HBM3": "H100",
     "NVIDIA H200": "H200",
     "NVIDIA B200": "B200",
 }
+LARGE = 1 << 20  # elements of a tensor, with which only the kernel counts
 
 
 def predicted_share(case: Json, device: str, predictions: list[Json]) -> float | None:
