@@ -181,8 +181,8 @@ setup(
         cpp_extension.CppExtension(
             "fusedopt._C",
             [
-                "csrc/bindings/module.cpp",
-                *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
+                *sorted(str(path) for path in Path("csrc/bindings").rglob("*.cpp")),
+                *sorted(str(path) for path in Path("csrc/cpu").rglob("*.cpp")),
             ],
             depends=HEADERS,
             extra_compile_args={"cxx": ["-std=c++20", *HOST_FLAGS]},

@@ -5,7 +5,7 @@
 
 import sys
 
-from fusedopt import _memory_report
+from fusedopt import _memory_report, nn
 from fusedopt._extension import _C
 from fusedopt._flat import FlatParameters
 from fusedopt._memory_report import MemoryReport, memory_report
@@ -24,6 +24,7 @@ __all__ = [
     "RMSprop",
     "isa",
     "memory_report",
+    "nn",
 ]
 
 # Pickles of version 0.1 name the modules that classes were in then. Now they name the package.

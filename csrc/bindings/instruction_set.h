@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
 //
-// Which instruction set CPU steps use, and how their work is shared by threads.
+// Which instruction set the CPU uses, and how their work is shared by threads.
 #pragma once
 
 #include <string>
@@ -10,9 +10,10 @@
 #include "torch.h"
 
 namespace fusedopt {
-namespace {
 
-cpu::Isa active_isa = cpu::best_isa();
+inline cpu::Isa active_isa = cpu::best_isa();  // one for steps and losses
+
+namespace {
 
 // What every processor of the architecture has.
 #if defined(__aarch64__)
@@ -21,13 +22,13 @@ constexpr const char* kBaselineName = "neon";
 constexpr const char* kBaselineName = "baseline";
 #endif
 
-const char* isa_name(cpu::Isa isa) {
+inline const char* isa_name(cpu::Isa isa) {
   return isa == cpu::Isa::avx512 ? "avx512" : isa == cpu::Isa::avx2 ? "avx2" : kBaselineName;
 }
 
-std::string get_isa() { return isa_name(active_isa); }
+inline std::string get_isa() { return isa_name(active_isa); }
 
-void set_isa(const std::string& name) {
+inline void set_isa(const std::string& name) {
   for (auto isa : {cpu::Isa::baseline, cpu::Isa::avx2, cpu::Isa::avx512}) {
     if (name != isa_name(isa)) continue;
     if (!cpu::supported(isa))
@@ -45,8 +46,8 @@ void set_isa(const std::string& name) {
 constexpr int64_t kManyElements = 65536;
 constexpr int64_t kShareGrain = 256;
 
-void run_in_parallel(int64_t size, int64_t grain, void* context,
-                     void (*body)(void*, int64_t, int64_t)) {
+inline void run_in_parallel(int64_t size, int64_t grain, void* context,
+                            void (*body)(void*, int64_t, int64_t)) {
   at::parallel_for(0, size, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 

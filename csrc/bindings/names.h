@@ -5,43 +5,15 @@
 #pragma once
 
 #include <array>
-#include <optional>
 #include <sstream>
 #include <string>
 
 #include "../core/registry.h"
+#include "dtypes.h"
 #include "torch.h"
 
 namespace fusedopt {
 namespace {
-
-std::optional<DType> dtype_of(at::ScalarType type) {
-  switch (c10::toRealValueType(type)) {
-    case at::kFloat:
-      return DType::float32;
-    case at::kDouble:
-      return DType::float64;
-    case at::kBFloat16:
-      return DType::bfloat16;
-    case at::kHalf:
-      return DType::float16;
-    default:
-      return std::nullopt;
-  }
-}
-
-at::ScalarType scalar_type(DType dtype) {
-  switch (dtype) {
-    case DType::float32:
-      return at::kFloat;
-    case DType::float64:
-      return at::kDouble;
-    case DType::bfloat16:
-      return at::kBFloat16;
-    default:
-      return at::kHalf;
-  }
-}
 
 // The index of a combination of dtypes, -1 where it is not in the list.
 int combination(DType param, DType grad, DType state) {

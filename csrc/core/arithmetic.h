@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
 //
-// Arithmetic that gives the same bits everywhere: roots, multiply-adds, powers.
+// Arithmetic that gives the same bits everywhere: roots, multiply-adds, powers, exp and log.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "macros.h"
 
@@ -71,6 +72,95 @@ FUSEDOPT_HD double one_minus_power(double base, long long exponent) {
     multiply(base, base_low, base, base_low);
   }
   return (1 - power) - power_low;
+}
+
+// exp and log, without libm, whose bits differ between systems and devices.
+
+// exp(x) of x <= 0, at most 0.89 ulp from the exact value, also where that is a denormal; of a
+// positive x it is no use. x = n ln 2 + r with |r| <= ln 2 / 2; the polynomial is a minimax one for
+// (exp(r) - 1 - r) / r^2. Adding 1.5 * 2^23 + 159 to n rounds it, and leaves in the lower bits of
+// the sum what becomes the exponent of 2^(n + 32), a normal number for every n. Only the
+// multiplication by 2^-32 can round to a denormal.
+FUSEDOPT_HD float exponential(float x) {
+  const float least = -105.0f;  // exp is 0 there, as below
+  x = least > x ? least : x;    // NaN stays
+  const float shift = 0x1.8p23f + 159;
+  const float shifted = multiply_add(x, 0x1.715476p0f, shift);  // 1 / ln 2
+  const float n = shifted - shift;
+  const float nearly = multiply_add(n, -0x1.62e4p-1f, x);  // exact, of the first bits of ln 2
+  const float rest = n * -0x1.7f7d1cp-20f;
+  const float r = nearly + rest;
+  float tail = 0x1.6db440p-10f;
+  tail = multiply_add(tail, r, 0x1.123b64p-7f);
+  tail = multiply_add(tail, r, 0x1.55545ep-5f);
+  tail = multiply_add(tail, r, 0x1.55548ep-3f);
+  tail = multiply_add(tail, r, 0.5f);
+  const float power = 1.0f + (nearly + multiply_add(tail, r * r, rest));
+  uint32_t bits;
+  memcpy(&bits, &shifted, sizeof bits);
+  bits <<= 23;
+  float scale;
+  memcpy(&scale, &bits, sizeof scale);
+  return power * scale * 0x1p-32f;
+}
+
+FUSEDOPT_HD double exponential(double x) {
+  const double least = -746.0;
+  x = least > x ? least : x;
+  const double shift = 0x1.8p52 + 1087;  // 2^(n + 64)
+  const double shifted = multiply_add(x, 0x1.71547652b82fep0, shift);
+  const double n = shifted - shift;
+  const double nearly = multiply_add(n, -0x1.62e42fefp-1, x);
+  const double rest = n * -0x1.473de6af278edp-34;
+  const double r = nearly + rest;
+  double tail = 0x1.af856c42f1819p-26;
+  tail = multiply_add(tail, r, 0x1.28b0358cadd65p-22);
+  tail = multiply_add(tail, r, 0x1.71dddfdf38d07p-19);
+  tail = multiply_add(tail, r, 0x1.a01996ae128cap-16);
+  tail = multiply_add(tail, r, 0x1.a01a01bad85c6p-13);
+  tail = multiply_add(tail, r, 0x1.6c16c1859ae7dp-10);
+  tail = multiply_add(tail, r, 0x1.111111110d65cp-7);
+  tail = multiply_add(tail, r, 0x1.555555555007cp-5);
+  tail = multiply_add(tail, r, 0x1.5555555555561p-3);
+  tail = multiply_add(tail, r, 0x1.000000000000bp-1);
+  const double power = 1.0 + (nearly + multiply_add(tail, r * r, rest));
+  uint64_t bits;
+  memcpy(&bits, &shifted, sizeof bits);
+  bits <<= 52;
+  double scale;
+  memcpy(&scale, &bits, sizeof scale);
+  return power * scale * 0x1p-64;
+}
+
+// At most 1 ulp from the exact value. x = 2^k (1 + f) with 1 + f between the roots of 1/2 and of 2;
+// with s = f / (2 + f) is log(1 + f) = 2s + s^3 * (2/3 + 2/5 s^2 ...), and 2s = f - s f. Of 0 and
+// of denormals it is -Inf, of negative numbers NaN.
+FUSEDOPT_HD double logarithm(double x) {
+  int64_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  const int64_t root_of_half = 0x3fe6a09e667f3bcd;
+  const int64_t exponent = (bits - root_of_half) >> 52;
+  bits -= int64_t(uint64_t(exponent) << 52);
+  double mantissa;
+  memcpy(&mantissa, &bits, sizeof mantissa);
+  const double k = double(int32_t(exponent));
+  const double f = mantissa - 1.0;
+  const double s = f / (2.0 + f);
+  const double z = s * s;
+  double tail = 0x1.2b662c09ad932p-3;
+  tail = multiply_add(tail, z, 0x1.39fd33e74cec3p-3);
+  tail = multiply_add(tail, z, 0x1.7462be2db290dp-3);
+  tail = multiply_add(tail, z, 0x1.c71c62c211a6ap-3);
+  tail = multiply_add(tail, z, 0x1.2492492e0f0b5p-2);
+  tail = multiply_add(tail, z, 0x1.99999999951bep-2);
+  tail = multiply_add(tail, z, 0x1.5555555555558p-1);
+  const double half_square = 0.5 * f * f;
+  const double small =
+      multiply_add(k, 0x1.473de6af278edp-34, s * multiply_add(tail, z, half_square));
+  const double result = multiply_add(k, 0x1.62e42fefp-1, f - (half_square - small));
+  const double infinity = __builtin_huge_val();
+  const double of_special = x < 0 ? __builtin_nan("") : x < 0x1p-1022 ? -infinity : x;
+  return (x >= 0x1p-1022) & (x < infinity) ? result : of_special;
 }
 
 }  // namespace fusedopt

@@ -34,13 +34,15 @@ constexpr int kWarp = 32;
 template <class Grad>
 constexpr int kQuadElements = int(16 / sizeof(Grad));
 
-// Adds up values[0], values[stride] ... into values[0]; count is a power of two.
-template <int count>
-FUSEDOPT_HD void tree_sum(double* values, int stride = 1) {
-  FUSEDOPT_UNROLL
-  for (int half = count / 2; half > 0; half /= 2) {
+// Adds up values[0], values[stride] ... into values[0]; count is a power of two. By recursion, so
+// that the host's compiler knows each half's size.
+template <int count, class T>
+FUSEDOPT_HD void tree_sum(T* values, int stride = 1) {
+  if constexpr (count > 1) {
+    constexpr int half = count / 2;
     FUSEDOPT_UNROLL
     for (int i = 0; i < half; ++i) values[i * stride] += values[(i + half) * stride];
+    tree_sum<half>(values, stride);
   }
 }
 

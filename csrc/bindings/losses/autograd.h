@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+//
+// How a loss, whose gradient is there with it, takes part in autograd: by a Node of its own.
+#pragma once
+
+#include "../torch.h"
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdouble-promotion"
+#include <ATen/FunctionalTensorWrapper.h>
+#include <ATen/OpMathType.h>
+#include <ATen/autocast_mode.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/library.h>
+#pragma GCC diagnostic pop
+
+namespace fusedopt {
+namespace {
+
+using at::Tensor;
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+// Shared by a std::shared_ptr until torch 2.12, by torch's own pointer since.
+using NodePointer = decltype(torch::autograd::Edge::function);
+
+template <class Pointer, class T, class... Args>
+auto make_node_for(Args&&... args) {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>)
+    return std::make_shared<T>(std::forward<Args>(args)...);
+  else
+    return c10::make_intrusive<T>(std::forward<Args>(args)...);
+}
+template <class T, class... Args>
+auto make_node(Args&&... args) {
+  return make_node_for<NodePointer, T>(std::forward<Args>(args)...);
+}
+
+// Of torch::Reduction.
+constexpr int64_t kNone = 0, kMean = 1, kSum = 2;
+
+bool is_traced(const Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->is_python_dispatch() || tensor.is_meta() ||
+         at::functionalization::impl::isFunctionalTensor(tensor) ||
+         c10::impl::TorchDispatchModeTLS::any_modes_set();
+}
+
+// Takes the place of a gradient's derivative, which would be taken for zero without.
+struct NoSecondDerivative : Node {
+  NoSecondDerivative(const char* loss, torch::autograd::edge_list edges)
+      : Node(std::move(edges)), loss(loss) {}
+  variable_list apply(variable_list&&) override {
+    TORCH_CHECK(false, "fusedopt: ", loss, " has no second derivative; torch.nn.functional.", loss,
+                " has one");
+  }
+  const char* loss;
+};
+
+// A loss in the graph of autograd. Its gradient is that of a loss whose own gradient is 1.
+struct LossBackward : Node {
+  explicit LossBackward(const char* loss) : loss(loss) {}
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    variable_list results(num_outputs());
+    if (!grads[0].defined()) return results;
+    {
+      const at::AutoGradMode off(false);
+      fill(grads[0], results);
+    }
+    if (!at::GradMode::is_enabled()) return results;
+    const auto node = make_node<NoSecondDerivative>(loss, next_edges());
+    for (auto& result : results)
+      if (result.defined()) {
+        result = result.detach();
+        torch::autograd::set_history(result, node);
+      }
+    return results;
+  }
+
+  virtual void fill(const Tensor& grad, variable_list& results) = 0;
+
+  const char* loss;
+};
+
+// The product with the gradient of a loss, which is a number or, along dim, one of each row. What
+// was worked out is returned as it is where it would be multiplied by one; it is never changed, as
+// a second backward pass needs it.
+Tensor scaled(const Tensor& gradient, const Tensor& grad, int64_t dim = -1) {
+  if (!is_traced(grad) && grad.is_cpu()) {
+    const bool is_one = grad.dim() == 0 ? grad.item<double>() == 1 : grad.eq(1).all().item<bool>();
+    if (is_one) return gradient;
+  }
+  if (grad.dim() == 0 || dim < 0) return gradient.mul(grad);
+  return gradient.mul(grad.unsqueeze(dim)).to(gradient.scalar_type());
+}
+
+bool wants_gradient(const Tensor& tensor) {
+  return at::GradMode::is_enabled() && tensor.defined() && tensor.requires_grad();
+}
+
+void refuse_forward_mode(const char* loss, const Tensor& tensor) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !tensor.defined() || !tensor._fw_grad(0).defined(), "fusedopt: ", loss,
+      " has no forward-mode derivative; torch.nn.functional.", loss, " has one");
+}
+
+bool is_computed(at::ScalarType type) {
+  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
+}
+
+bool widens(const Tensor& input) {
+  return at::isReducedFloatingType(input.scalar_type()) &&
+         at::autocast::is_autocast_enabled(input.device().type());
+}
+
+}  // namespace
+}  // namespace fusedopt

@@ -1,0 +1,410 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+//
+// Cross-entropy as an operator: its arguments, its memory, and its gradient.
+#pragma once
+
+#include "../../cpu/losses/losses.h"
+#include "../dtypes.h"
+#include "../instruction_set.h"
+#include "autograd.h"
+
+namespace fusedopt {
+namespace {
+
+int64_t class_dim(const Tensor& input) { return input.dim() == 1 ? 0 : 1; }
+
+bool has_probabilities(const Tensor& input, const Tensor& target) {
+  return input.sym_sizes() == target.sym_sizes();
+}
+
+bool is_class_index(at::ScalarType type) {
+  return type == at::kLong || type == at::kByte || type == at::kInt;
+}
+
+// Whether these are as torch wants them, and this loss takes them.
+bool can_take(const Tensor& input, const Tensor& target, const Tensor& weight) {
+  if (input.dim() == 0 || !is_computed(input.scalar_type())) return false;
+  if (target.device() != input.device()) return false;
+  const auto& sizes = input.sym_sizes();
+  const int64_t dim = class_dim(input);
+  if (sizes[dim] == 0) return false;
+  if (has_probabilities(input, target)) {
+    if (!is_computed(target.scalar_type())) return false;
+  } else {
+    if (!is_class_index(target.scalar_type()) || target.dim() != input.dim() - 1) return false;
+    for (int64_t i = 0, j = 0; i < input.dim(); ++i)
+      if (i != dim && sizes[i] != target.sym_sizes()[j++]) return false;
+  }
+  if (!weight.defined()) return true;
+  const auto type = input.scalar_type();
+  const bool same = weight.scalar_type() == type ||
+                    (at::isReducedFloatingType(type) && weight.scalar_type() == at::kFloat);
+  return same && weight.dim() == 1 && weight.sym_size(0) == sizes[dim] &&
+         weight.device() == input.device();
+}
+
+// Without weights, as torch has it: log_softmax's class dimension last.
+Tensor class_last(const Tensor& tensor) {
+  return tensor.dim() < 3 ? tensor : tensor.movedim(1, -1);
+}
+
+// As many elements as the input has; those of a row lie side by side.
+Tensor empty_gradient(const Tensor& input) {
+  if (input.dim() < 3) return at::empty_symint(input.sym_sizes(), input.options());
+  std::vector<c10::SymInt> sizes(input.sym_sizes().begin(), input.sym_sizes().end());
+  const c10::SymInt classes = sizes[1];
+  sizes.erase(sizes.begin() + 1);
+  sizes.push_back(classes);
+  return at::empty_symint(sizes, input.options()).movedim(-1, 1);
+}
+
+std::vector<c10::SymInt> row_sizes(const Tensor& input) {
+  std::vector<c10::SymInt> sizes(input.sym_sizes().begin(), input.sym_sizes().end());
+  sizes.erase(sizes.begin() + class_dim(input));
+  return sizes;
+}
+
+Tensor empty_loss(const Tensor& input, int64_t reduction, bool widen) {
+  const auto options = widen ? input.options().dtype(at::kFloat) : input.options();
+  return reduction == kNone ? at::empty_symint(row_sizes(input), options) : at::empty({}, options);
+}
+
+Tensor empty_lse(const Tensor& input, bool with_lse) {
+  const bool half = at::isReducedFloatingType(input.scalar_type());
+  const auto options = half ? input.options().dtype(at::kFloat) : input.options();
+  return with_lse ? at::empty_symint(row_sizes(input), options) : at::empty({0}, options);
+}
+
+// Whether the rows of a matrix are such as the loops walk along.
+std::optional<cpu::Rows> find_rows(const Tensor& tensor) {
+  const Tensor last = class_last(tensor);
+  const int64_t dims = last.dim() - 1;
+  if (last.stride(dims) != 1 && last.size(dims) != 1) return std::nullopt;
+  const int64_t bytes = tensor.element_size();
+  cpu::Rows rows;
+  rows.first = static_cast<unsigned char*>(const_cast<void*>(tensor.const_data_ptr()));
+  // Dimensions that follow one another without a gap, from the inside, are one.
+  int64_t found = 0, sizes[2] = {1, 1}, strides[2] = {0, 0};
+  for (int64_t i = dims - 1; i >= 0; --i) {
+    if (last.size(i) == 1) continue;
+    if (found > 0 && last.stride(i) == sizes[found - 1] * strides[found - 1]) {
+      sizes[found - 1] *= last.size(i);
+    } else {
+      if (found == 2) return std::nullopt;
+      sizes[found] = last.size(i);
+      strides[found++] = last.stride(i);
+    }
+  }
+  rows.inner = found == 2 ? sizes[0] : std::max<int64_t>(1, tensor.numel());
+  rows.inner_bytes = strides[0] * bytes;
+  rows.outer_bytes = strides[1] * bytes;
+  return rows;
+}
+
+bool overlaps_itself(const Tensor& tensor) {
+  return at::has_internal_overlap(tensor) == at::MemOverlap::Yes;
+}
+
+struct CrossEntropyOptions {
+  int64_t reduction, ignore_index;
+  double label_smoothing, z_loss;
+};
+
+// What a loss over rows is divided by, of the rows of all its parts.
+struct Divisors {
+  double weight = 0, valid = 0;
+};
+
+Tensor converted_targets(const Tensor& target) { return target.to(at::kLong).contiguous(); }
+
+Tensor converted_weight(const Tensor& weight, const Tensor& input) {
+  if (!weight.defined()) return weight;
+  return weight.to(at::toOpMathType(input.scalar_type())).contiguous();
+}
+
+Divisors check_targets(const Tensor& targets, int64_t classes, int64_t ignore_index,
+                       const Tensor& weight) {
+  const auto* first = targets.const_data_ptr<int64_t>();
+  const bool is_double = weight.defined() && weight.scalar_type() == at::kDouble;
+  const auto found = cpu::check_targets(first, targets.numel(), classes, ignore_index,
+                                        weight.defined() ? weight.const_data_ptr() : nullptr,
+                                        is_double ? DType::float64 : DType::float32);
+  if (found.first_wrong < targets.numel())
+    TORCH_CHECK_INDEX(false, "Target ", first[found.first_wrong],
+                      " is out of bounds. It is that of row ", found.first_wrong, " of ",
+                      targets.numel(), "; expected at least 0 and less than ", classes,
+                      " classes, or ignore_index=", ignore_index);
+  return {found.weight, double(found.valid)};
+}
+
+struct RowResults {
+  double* losses;
+  Tensor lse;  // or undefined
+};
+
+// Losses and gradients of rows, whose targets have been checked. Returns the sum of the losses.
+double run_cross_entropy(const Tensor& logits, const cpu::Rows& rows, const cpu::Rows& gradient,
+                         const Tensor& targets, const Tensor& probabilities, const Tensor& weight,
+                         const CrossEntropyOptions& options, const Divisors& divisors,
+                         const RowResults& results) {
+  cpu::CrossEntropyWork work;
+  const int64_t classes = logits.size(class_dim(logits));
+  work.loss.classes = classes;
+  work.loss.smoothing = std::max(0.0, options.label_smoothing);
+  work.loss.z_loss = options.z_loss;
+  if (options.reduction == kMean) {
+    work.loss.factor = 1 / divisors.weight;
+    work.loss.z_factor = 1 / divisors.valid;
+  }
+  work.rows = logits.numel() / classes;
+  work.logits = rows;
+  work.gradient = gradient;
+  work.targets = targets.defined() ? targets.const_data_ptr<int64_t>() : nullptr;
+  work.ignore_index = options.ignore_index;
+  if (probabilities.defined()) work.probabilities = *find_rows(probabilities);
+  work.weights = weight.defined() ? weight.const_data_ptr() : nullptr;
+  work.losses = results.losses;
+  work.lse = results.lse.defined() ? results.lse.mutable_data_ptr() : nullptr;
+  return cpu::cross_entropy(work, *dtype_of(logits.scalar_type()), active_isa,
+                            at::get_num_threads(), run_in_parallel);
+}
+
+void fill_loss(const Tensor& loss, const double* losses, double sum,
+               const CrossEntropyOptions& options, const Divisors& divisors) {
+  if (options.reduction != kNone) {
+    const bool no_row = options.reduction == kMean && divisors.valid == 0;
+    loss.fill_(no_row ? std::numeric_limits<double>::quiet_NaN() : sum);
+    return;
+  }
+  const auto as_double = at::from_blob(const_cast<double*>(losses), loss.sizes(), at::kDouble);
+  loss.copy_(as_double);
+}
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_cpu(const Tensor& input, const Tensor& target,
+                                                     const std::optional<Tensor>& weight_or_none,
+                                                     int64_t reduction, int64_t ignore_index,
+                                                     double label_smoothing, double z_loss,
+                                                     bool widen, bool with_lse, bool with_gradient,
+                                                     Tensor in_place) {
+  const CrossEntropyOptions options{reduction, ignore_index, label_smoothing, z_loss};
+  const Tensor weight = converted_weight(weight_or_none.value_or(Tensor()), input);
+  const int64_t classes = input.size(class_dim(input));
+  const int64_t count = input.numel() / classes;
+  Tensor targets, probabilities;
+  Divisors divisors{double(count), double(count)};
+  if (has_probabilities(input, target)) {
+    probabilities = class_last(target).contiguous();
+    if (probabilities.dim() > 2) probabilities = probabilities.movedim(-1, 1);
+  } else {
+    targets = converted_targets(target);
+    divisors = check_targets(targets, classes, ignore_index, weight);
+  }
+  const Tensor loss = empty_loss(input, reduction, widen);
+  const Tensor lse = empty_lse(input, with_lse);
+  // Rows that cannot be walked along are copied, and the copy becomes the gradient.
+  Tensor logits = input, gradient;
+  auto rows = find_rows(input);
+  if (!rows) {
+    logits = empty_gradient(input).copy_(input);
+    rows = find_rows(logits);
+  }
+  cpu::Rows gradient_rows;
+  if (in_place.defined() || with_gradient) {
+    const bool copied = !logits.is_same(input);
+    gradient = copied || in_place.defined() ? logits : empty_gradient(input);
+    gradient_rows = gradient.is_same(logits) ? *rows : *find_rows(gradient);
+  }
+  const std::unique_ptr<double[]> losses(new double[count]);
+  const double sum =
+      run_cross_entropy(logits, *rows, gradient_rows, targets, probabilities, weight, options,
+                        divisors, {losses.get(), with_lse ? lse : Tensor()});
+  if (in_place.defined() && !logits.is_same(input)) in_place.copy_(logits);
+  fill_loss(loss, losses.get(), sum, options, divisors);
+  if (!with_gradient) gradient = at::empty({0}, input.options());
+  return {loss, lse, gradient};
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& input, const Tensor& target,
+                                               const std::optional<Tensor>& weight,
+                                               int64_t reduction, int64_t ignore_index,
+                                               double label_smoothing, double z_loss, bool widen,
+                                               bool with_lse, bool with_gradient) {
+  return cross_entropy_cpu(input, target, weight, reduction, ignore_index, label_smoothing, z_loss,
+                           widen, with_lse, with_gradient, Tensor());
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward_meta(const Tensor& input, const Tensor&,
+                                                const std::optional<Tensor>&, int64_t reduction,
+                                                int64_t, double, double, bool widen, bool with_lse,
+                                                bool with_gradient) {
+  return {empty_loss(input, reduction, widen), empty_lse(input, with_lse),
+          with_gradient ? empty_gradient(input) : at::empty({0}, input.options())};
+}
+
+std::tuple<Tensor, Tensor> forward_in_place_cpu(Tensor& input, const Tensor& target,
+                                                const std::optional<Tensor>& weight,
+                                                int64_t reduction, int64_t ignore_index,
+                                                double label_smoothing, double z_loss, bool widen,
+                                                bool with_lse) {
+  const auto result = cross_entropy_cpu(input, target, weight, reduction, ignore_index,
+                                        label_smoothing, z_loss, widen, with_lse, false, input);
+  return {std::get<0>(result), std::get<1>(result)};
+}
+
+std::tuple<Tensor, Tensor> forward_in_place_meta(Tensor& input, const Tensor&,
+                                                 const std::optional<Tensor>&, int64_t reduction,
+                                                 int64_t, double, double, bool widen,
+                                                 bool with_lse) {
+  return {empty_loss(input, reduction, widen), empty_lse(input, with_lse)};
+}
+
+constexpr const char* kForward = "fusedopt::_cross_entropy";
+constexpr const char* kForwardInPlace = "fusedopt::_cross_entropy_";
+
+struct CrossEntropyBackward : LossBackward {
+  CrossEntropyBackward() : LossBackward("cross_entropy") {}
+
+  void fill(const Tensor& grad, variable_list& results) override {
+    if (task_should_compute_output(0)) {
+      const Tensor saved = gradient.unpack();
+      results[0] = scaled(saved, grad, reduction == kNone ? class_axis : -1);
+    }
+    if (num_outputs() < 2 || !task_should_compute_output(1)) return;
+    // Of a probability: weight (1 - label_smoothing) (lse - logit).
+    const Tensor logits = input.unpack();
+    Tensor result = (lse.unpack().unsqueeze(class_axis) - logits) * (1 - label_smoothing);
+    const Tensor weights = weight.unpack();
+    if (weights.defined()) {
+      std::vector<int64_t> sizes(logits.dim(), 1);
+      sizes[class_axis] = -1;
+      result = result * weights.reshape(sizes);
+    }
+    if (reduction == kMean) result = result * (class_count / c10::SymFloat(logits.sym_numel()));
+    result = result * (reduction == kNone ? grad.unsqueeze(class_axis) : grad);
+    results[1] = result.to(target_type);
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    gradient.reset_data();
+    input.reset_data();
+    lse.reset_data();
+    weight.reset_data();
+  }
+
+  std::string name() const override { return "FusedCrossEntropyBackward"; }
+
+  SavedVariable gradient;
+  int64_t reduction = kMean, class_axis = 0;
+  // For the gradient of probabilities.
+  SavedVariable input, lse, weight;
+  double label_smoothing = 0;
+  c10::SymFloat class_count = 0.0;
+  at::ScalarType target_type = at::kFloat;
+};
+
+// What is wrong with the arguments is said by torch.
+[[noreturn]] void refuse_cross_entropy(const Tensor& input, const Tensor& target,
+                                       const std::optional<Tensor>& weight, int64_t reduction,
+                                       int64_t ignore_index, double label_smoothing) {
+  const at::AutoGradMode off(false);
+  at::cross_entropy_loss(input, target, weight, reduction, ignore_index, label_smoothing);
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      false, "fusedopt: cross_entropy takes logits of float32, float64, bfloat16 or float16, got ",
+      input.scalar_type(), " with a target of ", target.scalar_type(),
+      "; torch.nn.functional.cross_entropy takes these");
+}
+
+std::tuple<Tensor, Tensor> cross_entropy(const Tensor& input, const Tensor& target,
+                                         const std::optional<Tensor>& weight_or_none,
+                                         int64_t reduction, int64_t ignore_index,
+                                         double label_smoothing, double z_loss, bool with_lse,
+                                         bool in_place) {
+  const Tensor weight = weight_or_none.value_or(Tensor());
+  if (!can_take(input, target, weight))
+    refuse_cross_entropy(input, target, weight_or_none, reduction, ignore_index, label_smoothing);
+  const bool probable = has_probabilities(input, target);
+  TORCH_CHECK(!probable || ignore_index < 0,
+              "ignore_index is not supported for floating point target");
+  TORCH_CHECK(label_smoothing <= 1.0,
+              "label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
+  TORCH_CHECK_NOT_IMPLEMENTED(input.is_cpu() || is_traced(input),
+                              "fusedopt: cross_entropy has no kernel for ", input.device(),
+                              " yet; torch.nn.functional.cross_entropy has one");
+  for (const Tensor* each : {&input, &target, &weight}) refuse_forward_mode("cross_entropy", *each);
+  TORCH_CHECK(!wants_gradient(weight),
+              "fusedopt: cross_entropy has no gradient for its weights; expected a weight that "
+              "requires none");
+  if (probable && target.scalar_type() != input.scalar_type()) {
+    const auto type = at::promote_types(input.scalar_type(), target.scalar_type());
+    TORCH_CHECK(!in_place || type == input.scalar_type(),
+                "fusedopt: cross_entropy with inplace=True does not take probabilities");
+    return fusedopt::cross_entropy(input.to(type), target.to(type), weight_or_none, reduction,
+                                   ignore_index, label_smoothing, z_loss, with_lse, in_place);
+  }
+  const bool of_input = wants_gradient(input), of_target = probable && wants_gradient(target);
+  const bool widen = widens(input);
+  if (in_place) {
+    TORCH_CHECK(!probable,
+                "fusedopt: cross_entropy with inplace=True does not take probabilities as target; "
+                "leave inplace out");
+    TORCH_CHECK(!(of_input && input.is_leaf()),
+                "fusedopt: cross_entropy with inplace=True would overwrite a leaf that requires a "
+                "gradient; leave inplace out");
+    TORCH_CHECK(!overlaps_itself(input),
+                "fusedopt: cross_entropy with inplace=True got logits of which several lie at one "
+                "address, as expand() makes them; leave inplace out, or clone() them");
+    TORCH_CHECK(
+        !(of_input && input.is_view() && input._base().is_leaf() && input._base().requires_grad()),
+        "fusedopt: cross_entropy with inplace=True would overwrite a view of a leaf that "
+        "requires a gradient; leave inplace out");
+  }
+  decltype(make_node<CrossEntropyBackward>()) node;
+  if (of_input || of_target) {
+    node = make_node<CrossEntropyBackward>();
+    if (probable)
+      node->set_next_edges(torch::autograd::collect_next_edges(input, target));
+    else
+      node->set_next_edges(torch::autograd::collect_next_edges(input));
+  }
+  Tensor loss, lse, gradient;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const Tensor logits = input.detach();
+    if (in_place) {
+      static const auto op = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow(kForwardInPlace, "")
+                                 .typed<decltype(forward_in_place_cpu)>();
+      gradient = logits;
+      std::tie(loss, lse) = op.call(gradient, target, weight_or_none, reduction, ignore_index,
+                                    label_smoothing, z_loss, widen, with_lse);
+    } else {
+      static const auto op = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow(kForward, "")
+                                 .typed<decltype(forward_cpu)>();
+      std::tie(loss, lse, gradient) =
+          op.call(logits, target.detach(), weight_or_none, reduction, ignore_index, label_smoothing,
+                  z_loss, widen, with_lse || of_target, of_input);
+    }
+  }
+  if (in_place && !input.is_inference()) torch::autograd::impl::bump_version(input);
+  if (node) {
+    torch::autograd::set_history(loss, node);
+    if (of_input) node->gradient = SavedVariable(gradient, false);
+    node->reduction = reduction;
+    node->class_axis = class_dim(input);
+    if (of_target) {
+      node->input = SavedVariable(input, false);
+      node->lse = SavedVariable(lse, false);
+      if (weight.defined()) node->weight = SavedVariable(weight, false);
+      node->label_smoothing = std::max(0.0, label_smoothing);
+      node->class_count = c10::SymFloat(input.sym_size(class_dim(input)));
+      node->target_type = target.scalar_type();
+    }
+  }
+  return {loss, lse};
+}
+
+}  // namespace
+}  // namespace fusedopt

@@ -1,0 +1,342 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+//
+// Cross-entropy of a linear layer as an operator, from the logits of some rows at a time.
+#pragma once
+
+#include "cross_entropy.h"
+
+namespace fusedopt {
+namespace {
+
+// The chunks' memory is this part of that of all logits at most, but for the rows that products
+// need to be quick, and not more than so many bytes.
+constexpr int64_t kLogitParts = 10;
+constexpr int64_t kLeastRows = 16;
+constexpr int64_t kMostLogitBytes = int64_t(1) << 30;
+// Columns of a chunk's gradient that are widened at a time.
+constexpr int64_t kWidenedColumns = 4096;
+
+int64_t rows_of_chunk(int64_t chunk_size, int64_t rows, int64_t row_bytes) {
+  if (chunk_size > 0) return std::min(chunk_size, std::max<int64_t>(1, rows));
+  const int64_t most = std::max<int64_t>(1, kMostLogitBytes / row_bytes);
+  const int64_t wanted = std::max(kLeastRows, (rows + kLogitParts - 1) / kLogitParts);
+  const int64_t chunks = (rows + wanted - 1) / wanted;
+  return std::min(most, std::max<int64_t>(1, (rows + chunks - 1) / std::max<int64_t>(1, chunks)));
+}
+
+struct LinearArguments {
+  Tensor input, linear_weight, target, bias, weight;
+  CrossEntropyOptions options;
+  int64_t chunk_size;
+};
+
+struct LinearGradients {
+  Tensor input, linear_weight, bias;  // undefined where none is wanted
+  bool any() const { return input.defined() || linear_weight.defined() || bias.defined(); }
+};
+
+// Adds the product of a chunk's gradient and its input to a gradient of float32, or its own dtype.
+void add_product(const Tensor& sum, const Tensor& gradient, const Tensor& input, bool first) {
+  if (sum.scalar_type() == gradient.scalar_type()) {
+    at::addmm_out(const_cast<Tensor&>(sum), sum, gradient.t(), input, first ? 0 : 1, 1);
+    return;
+  }
+  const Tensor widened = input.to(sum.scalar_type());
+  for (int64_t at = 0; at < gradient.size(1); at += kWidenedColumns) {
+    const int64_t count = std::min(kWidenedColumns, gradient.size(1) - at);
+    Tensor part = sum.narrow(0, at, count);
+    at::addmm_out(part, part, gradient.narrow(1, at, count).t().to(sum.scalar_type()), widened,
+                  first ? 0 : 1, 1);
+  }
+}
+
+// The losses of all rows, and the gradients. With row_grad, gradients of rows are multiplied by it.
+double run_chunks(const LinearArguments& a, const Divisors& divisors, const Tensor& targets,
+                  const Tensor& probabilities, const Tensor& weight, const Tensor& row_grad,
+                  double* losses, const Tensor& lse, const LinearGradients& gradients) {
+  const int64_t rows = a.input.size(0), classes = a.linear_weight.size(0);
+  const int64_t chunk = rows_of_chunk(a.chunk_size, rows, classes * a.input.element_size());
+  const Tensor buffer = at::empty({std::min(chunk, rows), classes}, a.input.options());
+  Tensor sum_of_weight = gradients.linear_weight, sum_of_bias = gradients.bias;
+  const bool half = at::isReducedFloatingType(a.input.scalar_type());
+  if (half && chunk < rows && sum_of_weight.defined())
+    sum_of_weight = at::empty_like(sum_of_weight, sum_of_weight.options().dtype(at::kFloat));
+  if (half && sum_of_bias.defined())
+    sum_of_bias = at::empty_like(sum_of_bias, sum_of_bias.options().dtype(at::kFloat));
+  double sum = 0;
+  for (int64_t at = 0; at < rows; at += chunk) {
+    const int64_t count = std::min(chunk, rows - at);
+    const Tensor input = a.input.narrow(0, at, count);
+    Tensor logits = buffer.narrow(0, 0, count);
+    if (a.bias.defined())
+      at::addmm_out(logits, a.bias, input, a.linear_weight.t());
+    else
+      at::mm_out(logits, input, a.linear_weight.t());
+    const cpu::Rows walked = *find_rows(logits);
+    sum += run_cross_entropy(
+        logits, walked, gradients.any() ? walked : cpu::Rows(),
+        targets.defined() ? targets.narrow(0, at, count) : targets,
+        probabilities.defined() ? probabilities.narrow(0, at, count) : probabilities, weight,
+        a.options, divisors, {losses + at, lse.defined() ? lse.narrow(0, at, count) : Tensor()});
+    if (row_grad.defined()) logits.mul_(row_grad.narrow(0, at, count).unsqueeze(1));
+    if (gradients.input.defined()) {
+      Tensor part = gradients.input.narrow(0, at, count);
+      at::mm_out(part, logits, a.linear_weight);
+    }
+    if (sum_of_weight.defined()) add_product(sum_of_weight, logits, input, at == 0);
+    if (sum_of_bias.defined()) {
+      const Tensor of_chunk = logits.sum(0, false, sum_of_bias.scalar_type());
+      at == 0 ? sum_of_bias.copy_(of_chunk) : sum_of_bias.add_(of_chunk);
+    }
+  }
+  for (const auto& [from, to] : {std::pair{sum_of_weight, gradients.linear_weight},
+                                 std::pair{sum_of_bias, gradients.bias}}) {
+    if (!to.defined()) continue;
+    if (rows == 0) to.zero_();
+    if (rows != 0 && !from.is_same(to)) to.copy_(from);
+  }
+  return sum;
+}
+
+Tensor empty_like_if(bool wanted, const Tensor& tensor) {
+  return wanted ? at::empty_symint(tensor.sym_sizes(), tensor.options())
+                : at::empty({0}, tensor.options());
+}
+
+Tensor defined_if(bool wanted, const Tensor& tensor) { return wanted ? tensor : Tensor(); }
+
+using LinearResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// A tensor with the shape, dtype and device of all logits, and no memory.
+Tensor logits_like(const Tensor& input, const Tensor& linear_weight) {
+  return at::empty_symint({input.sym_size(0), linear_weight.sym_size(0)},
+                          input.options().device(at::kMeta));
+}
+
+void prepare_targets(const LinearArguments& a, Tensor& targets, Tensor& probabilities,
+                     Tensor& weight, Divisors& divisors) {
+  const int64_t rows = a.input.size(0), classes = a.linear_weight.size(0);
+  weight = converted_weight(a.weight, a.input);
+  divisors = {double(rows), double(rows)};
+  if (a.target.dim() == 2) {
+    probabilities = a.target.to(a.input.scalar_type()).contiguous();
+  } else {
+    targets = converted_targets(a.target);
+    divisors = check_targets(targets, classes, a.options.ignore_index, weight);
+  }
+}
+
+LinearResults linear_cpu(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+                         const std::optional<Tensor>& bias, const std::optional<Tensor>& weight,
+                         int64_t reduction, int64_t ignore_index, double label_smoothing,
+                         double z_loss, bool widen, bool with_lse, int64_t chunk_size,
+                         bool of_input, bool of_weight, bool of_bias) {
+  const LinearArguments a{input,
+                          linear_weight,
+                          target,
+                          bias.value_or(Tensor()),
+                          weight.value_or(Tensor()),
+                          {reduction, ignore_index, label_smoothing, z_loss},
+                          chunk_size};
+  Tensor targets, probabilities, converted;
+  Divisors divisors;
+  prepare_targets(a, targets, probabilities, converted, divisors);
+  const int64_t rows = input.size(0);
+  const auto options = widen ? input.options().dtype(at::kFloat) : input.options();
+  const Tensor loss = reduction == kNone ? at::empty({rows}, options) : at::empty({}, options);
+  const Tensor lse = empty_lse(at::empty({with_lse ? rows : 0, 1}, input.options()), with_lse);
+  const Tensor grad_input = empty_like_if(of_input, input);
+  const Tensor grad_weight = empty_like_if(of_weight, linear_weight);
+  const Tensor grad_bias = empty_like_if(of_bias, a.bias.defined() ? a.bias : input);
+  const std::unique_ptr<double[]> losses(new double[rows]);
+  const double sum =
+      run_chunks(a, divisors, targets, probabilities, converted, Tensor(), losses.get(),
+                 defined_if(with_lse, lse),
+                 {defined_if(of_input, grad_input), defined_if(of_weight, grad_weight),
+                  defined_if(of_bias, grad_bias)});
+  fill_loss(loss, losses.get(), sum, a.options, divisors);
+  return {loss, lse, grad_input, grad_weight, grad_bias};
+}
+
+LinearResults linear_meta(const Tensor& input, const Tensor& linear_weight, const Tensor&,
+                          const std::optional<Tensor>& bias, const std::optional<Tensor>&,
+                          int64_t reduction, int64_t, double, double, bool widen, bool with_lse,
+                          int64_t, bool of_input, bool of_weight, bool of_bias) {
+  const Tensor rows = at::empty_symint({input.sym_size(0), 1}, input.options());
+  return {empty_loss(rows, reduction, widen), empty_lse(rows, with_lse),
+          empty_like_if(of_input, input), empty_like_if(of_weight, linear_weight),
+          empty_like_if(of_bias, bias && bias->defined() ? *bias : input)};
+}
+
+// The gradients where each row's loss has one of its own: from logits that are worked out again.
+std::tuple<Tensor, Tensor, Tensor> linear_rows_cpu(
+    const Tensor& grad, const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& weight, int64_t ignore_index,
+    double label_smoothing, double z_loss, int64_t chunk_size, bool of_input, bool of_weight,
+    bool of_bias) {
+  const LinearArguments a{input,
+                          linear_weight,
+                          target,
+                          bias.value_or(Tensor()),
+                          weight.value_or(Tensor()),
+                          {kNone, ignore_index, label_smoothing, z_loss},
+                          chunk_size};
+  Tensor targets, probabilities, converted;
+  Divisors divisors;
+  prepare_targets(a, targets, probabilities, converted, divisors);
+  const Tensor grad_input = empty_like_if(of_input, input);
+  const Tensor grad_weight = empty_like_if(of_weight, linear_weight);
+  const Tensor grad_bias = empty_like_if(of_bias, a.bias.defined() ? a.bias : input);
+  const std::unique_ptr<double[]> losses(new double[input.size(0)]);
+  run_chunks(a, divisors, targets, probabilities, converted, grad, losses.get(), Tensor(),
+             {defined_if(of_input, grad_input), defined_if(of_weight, grad_weight),
+              defined_if(of_bias, grad_bias)});
+  return {grad_input, grad_weight, grad_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_rows_meta(const Tensor&, const Tensor& input,
+                                                    const Tensor& linear_weight, const Tensor&,
+                                                    const std::optional<Tensor>& bias,
+                                                    const std::optional<Tensor>&, int64_t, double,
+                                                    double, int64_t, bool of_input, bool of_weight,
+                                                    bool of_bias) {
+  return {empty_like_if(of_input, input), empty_like_if(of_weight, linear_weight),
+          empty_like_if(of_bias, bias && bias->defined() ? *bias : input)};
+}
+
+struct LinearCrossEntropyBackward : LossBackward {
+  LinearCrossEntropyBackward() : LossBackward("linear_cross_entropy") {}
+
+  void fill(const Tensor& grad, variable_list& results) override {
+    if (reduction != kNone) {
+      for (int i = 0; i < 3; ++i)
+        if (of[i] && task_should_compute_output(i))
+          results[i] = scaled(gradients[i].unpack(), grad);
+      return;
+    }
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("fusedopt::_linear_cross_entropy_rows", "")
+                               .typed<decltype(linear_rows_cpu)>();
+    bool wanted[3];
+    for (int i = 0; i < 3; ++i) wanted[i] = of[i] && task_should_compute_output(i);
+    const auto optional = [](const SavedVariable& saved) {
+      const Tensor tensor = saved.unpack();
+      return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
+    };
+    const auto [of_input, of_weight, of_bias] =
+        op.call(grad.contiguous(), input.unpack(), linear_weight.unpack(), target.unpack(),
+                optional(bias), optional(weight), ignore_index, label_smoothing, z_loss, chunk_size,
+                wanted[0], wanted[1], wanted[2]);
+    if (wanted[0]) results[0] = of_input;
+    if (wanted[1]) results[1] = of_weight;
+    if (wanted[2]) results[2] = of_bias;
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& gradient : gradients) gradient.reset_data();
+    for (auto* saved : {&input, &linear_weight, &target, &bias, &weight}) saved->reset_data();
+  }
+
+  std::string name() const override { return "FusedLinearCrossEntropyBackward"; }
+
+  SavedVariable gradients[3];
+  bool of[3] = {};
+  int64_t reduction = kMean;
+  // For the gradients of single rows.
+  SavedVariable input, linear_weight, target, bias, weight;
+  int64_t ignore_index = 0, chunk_size = 0;
+  double label_smoothing = 0, z_loss = 0;
+};
+
+std::tuple<Tensor, Tensor> linear_cross_entropy(const Tensor& input, const Tensor& linear_weight,
+                                                const Tensor& target,
+                                                const std::optional<Tensor>& bias_or_none,
+                                                const std::optional<Tensor>& weight_or_none,
+                                                int64_t reduction, int64_t ignore_index,
+                                                double label_smoothing, double z_loss,
+                                                bool with_lse, int64_t chunk_size) {
+  const auto device = input.device().type();
+  const auto casts = [&](const Tensor& tensor) {
+    return tensor.defined() && at::autocast::is_eligible(tensor, device) &&
+           tensor.scalar_type() != at::kDouble;
+  };
+  Tensor x = input, w = linear_weight, bias = bias_or_none.value_or(Tensor());
+  const bool autocast = at::autocast::is_autocast_enabled(device);
+  if (autocast) {
+    const auto type = at::autocast::get_autocast_dtype(device);
+    for (Tensor* each : {&x, &w, &bias})
+      if (casts(*each)) *each = at::autocast::cached_cast(type, *each, device);
+  }
+  const Tensor weight = weight_or_none.value_or(Tensor());
+  const bool same =
+      w.scalar_type() == x.scalar_type() && w.device() == x.device() &&
+      (!bias.defined() || (bias.scalar_type() == x.scalar_type() && bias.device() == x.device()));
+  // What the linear layer would have to say, torch says.
+  if (!same) at::linear(x.detach(), w.detach(), defined_if(bias.defined(), bias).detach());
+  TORCH_CHECK(same, "fusedopt: linear_cross_entropy got an input of ", x.scalar_type(),
+              " and a linear_weight of ", w.scalar_type(), "; expected one dtype and device");
+  const Tensor like = logits_like(x, w);
+  const auto on_meta = [](const Tensor& tensor) {
+    return tensor.defined()
+               ? at::empty_symint(tensor.sym_sizes(), tensor.options().device(at::kMeta))
+               : tensor;
+  };
+  if (target.device() != x.device() || (weight.defined() && weight.device() != x.device()) ||
+      !can_take(like, on_meta(target), on_meta(weight)))
+    refuse_cross_entropy(at::linear(x.detach(), w.detach()), target, weight_or_none, reduction,
+                         ignore_index, label_smoothing);
+  TORCH_CHECK(label_smoothing <= 1.0,
+              "label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
+  TORCH_CHECK_NOT_IMPLEMENTED(x.is_cpu() || is_traced(x),
+                              "fusedopt: linear_cross_entropy has no kernel for ", x.device(),
+                              " yet; torch.nn.functional.cross_entropy has one");
+  const Tensor* const all[] = {&x, &w, &bias, &target, &weight};
+  for (const Tensor* each : all) refuse_forward_mode("linear_cross_entropy", *each);
+  TORCH_CHECK(!wants_gradient(weight),
+              "fusedopt: linear_cross_entropy has no gradient for its weights of classes; expected "
+              "a weight that requires none");
+  const bool of[3] = {wants_gradient(x), wants_gradient(w), wants_gradient(bias)};
+  const bool widen = autocast && at::isReducedFloatingType(x.scalar_type());
+  decltype(make_node<LinearCrossEntropyBackward>()) node;
+  if (of[0] || of[1] || of[2]) {
+    node = make_node<LinearCrossEntropyBackward>();
+    node->set_next_edges(torch::autograd::collect_next_edges(x, w, bias));
+  }
+  const bool now = reduction != kNone;
+  Tensor loss, lse, gradients[3];
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("fusedopt::_linear_cross_entropy", "")
+                               .typed<decltype(linear_cpu)>();
+    std::tie(loss, lse, gradients[0], gradients[1], gradients[2]) =
+        op.call(x.detach(), w.detach(), target.detach(),
+                bias.defined() ? std::optional<Tensor>(bias.detach()) : std::nullopt,
+                weight_or_none, reduction, ignore_index, label_smoothing, z_loss, widen, with_lse,
+                chunk_size, now && of[0], now && of[1], now && of[2]);
+  }
+  if (!node) return {loss, lse};
+  torch::autograd::set_history(loss, node);
+  node->reduction = reduction;
+  for (int i = 0; i < 3; ++i) {
+    node->of[i] = of[i];
+    if (now && of[i]) node->gradients[i] = SavedVariable(gradients[i], false);
+  }
+  if (!now) {
+    node->input = SavedVariable(x, false);
+    node->linear_weight = SavedVariable(w, false);
+    node->target = SavedVariable(target, false);
+    if (bias.defined()) node->bias = SavedVariable(bias, false);
+    if (weight.defined()) node->weight = SavedVariable(weight, false);
+    node->ignore_index = ignore_index;
+    node->chunk_size = chunk_size;
+    node->label_smoothing = label_smoothing;
+    node->z_loss = z_loss;
+  }
+  return {loss, lse};
+}
+
+}  // namespace
+}  // namespace fusedopt

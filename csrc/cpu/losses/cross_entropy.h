@@ -1,0 +1,321 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+//
+// The loops of cross-entropy over rows of logits. Included once by each instruction set's file, as
+// update.h is.
+
+namespace fusedopt {
+namespace cpu {
+namespace FUSEDOPT_ISA {
+namespace {
+
+// Rows of at most so many classes are worked out many at a time, as one alone has not enough to do
+// for a vector.
+constexpr int kShortRow = 64;
+
+// Lanes of a maximum, of which any order gives the same.
+constexpr int kMaximumLanes = 64;
+
+template <int64_t count, class T>
+inline __attribute__((always_inline)) void tree_maximum(T* lanes) {
+  if constexpr (count > 1) {
+    constexpr int64_t half = count / 2;
+    for (int64_t i = 0; i < half; ++i) lanes[i] = larger_of(lanes[i + half], lanes[i]);
+    tree_maximum<half>(lanes);
+  }
+}
+
+template <class Element>
+inline __attribute__((always_inline)) auto maximum_of(const Element* logits, int64_t count) {
+  using T = typename ElementTraits<Element>::Compute;
+  T lanes[kMaximumLanes];
+  for (int64_t i = 0; i < kMaximumLanes; ++i) lanes[i] = lowest(T());
+  int64_t i = 0;
+  for (; i + kMaximumLanes <= count; i += kMaximumLanes)
+    for (int64_t lane = 0; lane < kMaximumLanes; ++lane)
+      lanes[lane] = larger_of(T(widen(logits[i + lane])), lanes[lane]);
+  for (int64_t lane = 0; i + lane < count; ++lane)
+    lanes[lane] = larger_of(T(widen(logits[i + lane])), lanes[lane]);
+  tree_maximum<kMaximumLanes>(lanes);
+  return lanes[0];
+}
+
+// The shares t_i that do not hang on a target, of the classes [begin, begin + count) of a row.
+template <class Element, class T>
+inline __attribute__((always_inline)) void fill_shares(const CrossEntropyWork& work, int64_t row,
+                                                       int64_t begin, int64_t count, T* shares) {
+  const T common = T(work.loss.common_share());
+  if (work.targets != nullptr) {
+    for (int64_t i = 0; i < count; ++i) shares[i] = common;
+  } else {
+    const T own = T(work.loss.target_share());
+    const auto* given = static_cast<const Element*>(work.probabilities.at(row)) + begin;
+    for (int64_t i = 0; i < count; ++i) shares[i] = multiply_add(T(widen(given[i])), own, common);
+  }
+  if (work.weights == nullptr) return;
+  const T* weights = static_cast<const T*>(work.weights) + begin;
+  for (int64_t i = 0; i < count; ++i) shares[i] *= weights[i];
+}
+
+// Works out the exponentials of a chunk. They are kept only where there is a place for them, which
+// may be that of the logits.
+template <bool keeps, bool has_shares, class Element, class T>
+inline __attribute__((always_inline)) void begin_chunk(const Element* logits, T* kept,
+                                                       int64_t count, const T* shares,
+                                                       ChunkTerms<T>& terms) {
+  const T maximum = maximum_of(logits, count);
+  T sums[kLossSlots], distances[kLossSlots], all_shares[kLossSlots];
+  for (int64_t i = 0; i < kLossSlots; ++i) sums[i] = 0;
+  if (has_shares)
+    for (int64_t i = 0; i < kLossSlots; ++i) distances[i] = all_shares[i] = 0;
+  for (int64_t first = 0; first < count; first += kLossSlots) {
+    const auto add_up = [&](int64_t slots) __attribute__((always_inline)) {
+#pragma GCC ivdep
+      for (int64_t i = 0; i < slots; ++i) {
+        const T below = T(widen(logits[first + i])) - maximum;
+        const T kept_value = exponential(below);
+        if (keeps) kept[first + i] = kept_value;
+        sums[i] += kept_value;
+        if (has_shares) {
+          distances[i] -= shares[first + i] * below;
+          all_shares[i] += shares[first + i];
+        }
+      }
+    };
+    if (count - first >= kLossSlots) {
+      add_up(kLossSlots);
+    } else {
+      add_up(count - first);
+    }
+  }
+  tree_sum<kLossSlots>(sums);
+  terms = {maximum, sums[0], 0, 0};
+  if (has_shares) {
+    tree_sum<kLossSlots>(distances);
+    tree_sum<kLossSlots>(all_shares);
+    terms.distance = distances[0];
+    terms.share = all_shares[0];
+  }
+}
+
+template <bool has_shares, class Element, class T>
+inline __attribute__((always_inline)) void end_chunk(const T* kept, Element* gradient,
+                                                     int64_t count, const T* shares, T factor,
+                                                     T scale) {
+  if (has_shares) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i)
+      narrow(multiply_add(kept[i], scale, -(shares[i] * factor)), gradient[i]);
+  } else {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) narrow(kept[i] * scale, gradient[i]);
+  }
+}
+
+template <class Element>
+struct CrossEntropyRows {
+  using T = typename ElementTraits<Element>::Compute;
+  static constexpr bool keeps_in_place = std::is_same<Element, T>::value;
+
+  // Where the exponentials of a row are kept.
+  static T* kept_of(const CrossEntropyWork& work, int64_t row, void* scratch) {
+    return static_cast<T*>(keeps_in_place ? work.gradient.at(row) : scratch);
+  }
+  static int64_t width(const CrossEntropyWork& work, int64_t chunk) {
+    const int64_t left = work.loss.classes - chunk * kLossChunk;
+    return left < kLossChunk ? left : kLossChunk;
+  }
+
+  static __attribute__((noinline)) void begin_chunks(const CrossEntropyWork& work, int64_t row,
+                                                     int64_t begin, int64_t end, void* terms,
+                                                     void* scratch) {
+    const auto* logits = static_cast<const Element*>(work.logits.at(row));
+    auto* of_chunks = static_cast<ChunkTerms<T>*>(terms);
+    alignas(64) T shares[kLossChunk];
+    const bool keeps = work.gradient.first != nullptr, has_shares = work.has_terms();
+    T* const kept = keeps ? kept_of(work, row, scratch) : nullptr;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t at = i * kLossChunk;
+      const int64_t count = width(work, i);
+      if (has_shares) fill_shares<Element>(work, row, at, count, shares);
+      if (keeps && has_shares)
+        begin_chunk<true, true>(logits + at, kept + at, count, shares, of_chunks[i]);
+      else if (keeps)
+        begin_chunk<true, false>(logits + at, kept + at, count, shares, of_chunks[i]);
+      else if (has_shares)
+        begin_chunk<false, true>(logits + at, kept, count, shares, of_chunks[i]);
+      else
+        begin_chunk<false, false>(logits + at, kept, count, shares, of_chunks[i]);
+    }
+  }
+
+  static double target_share(const CrossEntropyWork& work, int64_t target) {
+    const double share = work.loss.target_share();
+    return work.weights == nullptr ? share
+                                   : share * double(static_cast<const T*>(work.weights)[target]);
+  }
+
+  static void note(const CrossEntropyWork& work, int64_t row, const RowLoss& result) {
+    work.losses[row] = result.loss;
+    if (work.lse != nullptr) static_cast<T*>(work.lse)[row] = T(result.lse);
+  }
+
+  // target_logit as it was: in place, it is overwritten by now.
+  static RowLoss loss_of(const CrossEntropyWork& work, int64_t row, const RowTerms& terms,
+                         double target_logit) {
+    if (work.targets == nullptr || work.ignores(row))
+      return row_loss(work.loss, terms, false, 0, 0);
+    return row_loss(work.loss, terms, true, target_logit, target_share(work, work.targets[row]));
+  }
+
+  static void no_loss(const CrossEntropyWork& work, int64_t row) {
+    work.losses[row] = 0;
+    if (work.gradient.first != nullptr)
+      memset(work.gradient.at(row), 0, size_t(work.loss.classes) * sizeof(Element));
+  }
+
+  static double target_logit(const CrossEntropyWork& work, int64_t row) {
+    if (work.targets == nullptr || work.ignores(row)) return 0;
+    return double(widen(static_cast<const Element*>(work.logits.at(row))[work.targets[row]]));
+  }
+
+  static void finish_row(const CrossEntropyWork& work, int64_t row, const void* terms,
+                         double target_logit, RowLoss& result, double& maximum) {
+    const auto* of_chunks = static_cast<const ChunkTerms<T>*>(terms);
+    const RowTerms of_row =
+        row_terms<T>([=](int64_t i) -> const ChunkTerms<T>& { return of_chunks[i]; },
+                     loss_chunks(work.loss.classes));
+    maximum = of_row.maximum;
+    result = loss_of(work, row, of_row, target_logit);
+    note(work, row, result);
+  }
+
+  static void end_row_at_target(const CrossEntropyWork& work, int64_t row, const RowLoss& result,
+                                T kept, T scale, T share) {
+    const T expected = multiply_add(share, T(work.loss.factor), T(result.expected));
+    narrow(multiply_add(kept, scale, -expected),
+           static_cast<Element*>(work.gradient.at(row))[work.targets[row]]);
+  }
+
+  static __attribute__((noinline)) void end_chunks(const CrossEntropyWork& work, int64_t row,
+                                                   int64_t begin, int64_t end, const void* terms,
+                                                   const void* scratch, const RowLoss& result,
+                                                   double maximum) {
+    const auto* of_chunks = static_cast<const ChunkTerms<T>*>(terms);
+    const T* const kept = kept_of(work, row, const_cast<void*>(scratch));
+    auto* gradient = static_cast<Element*>(work.gradient.at(row));
+    alignas(64) T shares[kLossChunk];
+    const bool has_shares = work.has_terms();
+    const int64_t target = work.targets == nullptr ? -1 : work.targets[row];
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t at = i * kLossChunk;
+      const int64_t count = width(work, i);
+      const T scale = T(result.scale * weight_of(of_chunks[i], maximum));
+      const bool has_target = target >= at && target < at + count;
+      const T target_kept = has_target ? kept[target] : T(0);
+      if (has_shares) {
+        fill_shares<Element>(work, row, at, count, shares);
+        end_chunk<true>(kept + at, gradient + at, count, shares, T(work.loss.factor), scale);
+      } else {
+        end_chunk<false>(kept + at, gradient + at, count, shares, T(0), scale);
+      }
+      if (has_target)
+        end_row_at_target(work, row, result, target_kept, scale,
+                          has_shares ? shares[target - at] : T(0));
+    }
+  }
+
+  // One row, from its logits in the cache to its gradient.
+  static void long_row(const CrossEntropyWork& work, int64_t row, void* terms, void* scratch) {
+    const int64_t chunks = loss_chunks(work.loss.classes);
+    const double logit = target_logit(work, row);
+    RowLoss result;
+    double maximum;
+    if (work.skips(row)) return no_loss(work, row);
+    begin_chunks(work, row, 0, chunks, terms, scratch);
+    finish_row(work, row, terms, logit, result, maximum);
+    if (work.ignores(row)) return no_loss(work, row);
+    if (work.gradient.first != nullptr)
+      end_chunks(work, row, 0, chunks, terms, scratch, result, maximum);
+  }
+
+  // Many rows of few classes: what takes longest, the exponentials, goes through all at once.
+  static __attribute__((noinline)) void short_rows(const CrossEntropyWork& work, int64_t begin,
+                                                   int64_t end) {
+    constexpr int64_t kTile = 1024;
+    const int64_t classes = work.loss.classes;
+    const int64_t most = kTile / classes;
+    const int places = tree_places(classes);
+    const bool has_shares = work.has_terms(), keeps = work.gradient.first != nullptr;
+    alignas(64) T tile[kTile], shares[kShortRow], slots[kShortRow];
+    RowTerms terms[kTile];
+    double logits_of_targets[kTile];
+    for (int64_t first = begin; first < end; first += most) {
+      const int64_t rows = end - first < most ? end - first : most;
+      for (int64_t r = 0; r < rows; ++r) {
+        const auto* logits = static_cast<const Element*>(work.logits.at(first + r));
+        T* below = tile + r * classes;
+        T maximum = lowest(T());
+        for (int64_t i = 0; i < classes; ++i) maximum = larger_of(T(widen(logits[i])), maximum);
+        for (int64_t i = 0; i < classes; ++i) below[i] = T(widen(logits[i])) - maximum;
+        terms[r] = {double(maximum), 0, 0, 0};
+        logits_of_targets[r] = target_logit(work, first + r);
+        if (!has_shares) continue;
+        fill_shares<Element>(work, first + r, 0, classes, shares);
+        const auto sum_of = [&](auto value) {
+          for (int64_t i = 0; i < places; ++i) slots[i] = i < classes ? T(value(i)) : T(0);
+          return double(small_tree_sum(slots, places));
+        };
+        terms[r].distance = sum_of([&](int64_t i) { return T(0) - shares[i] * below[i]; });
+        terms[r].share = sum_of([&](int64_t i) { return shares[i]; });
+      }
+      for (int64_t i = 0; i < rows * classes; ++i) tile[i] = exponential(tile[i]);
+      for (int64_t r = 0; r < rows; ++r) {
+        const T* kept = tile + r * classes;
+        for (int64_t i = 0; i < places; ++i) slots[i] = 0;
+        for (int64_t i = 0; i < classes; ++i) slots[i] = kept[i];
+        terms[r].sum = double(small_tree_sum(slots, places));
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t row = first + r;
+        if (work.skips(row)) {
+          no_loss(work, row);
+          continue;
+        }
+        const RowLoss result = loss_of(work, row, terms[r], logits_of_targets[r]);
+        note(work, row, result);
+        if (work.ignores(row)) no_loss(work, row);
+        if (!keeps || work.ignores(row)) continue;
+        const T* kept = tile + r * classes;
+        auto* gradient = static_cast<Element*>(work.gradient.at(row));
+        const T scale = T(result.scale);
+        if (has_shares) {
+          fill_shares<Element>(work, row, 0, classes, shares);
+          end_chunk<true>(kept, gradient, classes, shares, T(work.loss.factor), scale);
+        } else {
+          end_chunk<false>(kept, gradient, classes, shares, T(0), scale);
+        }
+        if (work.targets != nullptr)
+          end_row_at_target(work, row, result, kept[work.targets[row]], scale,
+                            has_shares ? shares[work.targets[row]] : T(0));
+      }
+    }
+  }
+
+  static void rows(const CrossEntropyWork& work, int64_t begin, int64_t end) {
+    if (work.loss.classes <= kShortRow) return short_rows(work, begin, end);
+    const int64_t chunks = loss_chunks(work.loss.classes);
+    const std::unique_ptr<ChunkTerms<T>[]> terms(new ChunkTerms<T>[chunks]);
+    std::unique_ptr<T[]> scratch;
+    if (work.gradient.first != nullptr && !keeps_in_place) scratch.reset(new T[work.loss.classes]);
+    for (int64_t row = begin; row < end; ++row) long_row(work, row, terms.get(), scratch.get());
+  }
+
+  static constexpr CrossEntropyLoops loops = {rows,       begin_chunks, finish_row,
+                                              end_chunks, target_logit, no_loss};
+};
+
+}  // namespace
+}  // namespace FUSEDOPT_ISA
+}  // namespace cpu
+}  // namespace fusedopt
