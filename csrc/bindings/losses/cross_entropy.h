@@ -8,6 +8,7 @@
 #include "../dtypes.h"
 #include "../instruction_set.h"
 #include "autograd.h"
+#include "memory.h"
 
 namespace fusedopt {
 namespace {
@@ -206,13 +207,13 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_cpu(const Tensor& input, const 
   Tensor logits = input, gradient;
   auto rows = find_rows(input);
   if (!rows) {
-    logits = empty_gradient(input).copy_(input);
+    logits = on_large_pages(empty_gradient(input)).copy_(input);
     rows = find_rows(logits);
   }
   cpu::Rows gradient_rows;
   if (in_place.defined() || with_gradient) {
     const bool copied = !logits.is_same(input);
-    gradient = copied || in_place.defined() ? logits : empty_gradient(input);
+    gradient = copied || in_place.defined() ? logits : on_large_pages(empty_gradient(input));
     gradient_rows = gradient.is_same(logits) ? *rows : *find_rows(gradient);
   }
   const std::unique_ptr<double[]> losses(new double[count]);

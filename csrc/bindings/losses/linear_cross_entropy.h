@@ -100,7 +100,7 @@ double run_chunks(const LinearArguments& a, const Divisors& divisors, const Tens
 }
 
 Tensor empty_like_if(bool wanted, const Tensor& tensor) {
-  return wanted ? at::empty_symint(tensor.sym_sizes(), tensor.options())
+  return wanted ? on_large_pages(at::empty_symint(tensor.sym_sizes(), tensor.options()))
                 : at::empty({0}, tensor.options());
 }
 

@@ -8,6 +8,7 @@
 #include "../dtypes.h"
 #include "../instruction_set.h"
 #include "autograd.h"
+#include "memory.h"
 
 namespace fusedopt {
 namespace {
@@ -30,8 +31,8 @@ std::tuple<Tensor, Tensor> mse_cpu(const Tensor& input, const Tensor& target, in
                                    bool widen, bool with_gradient) {
   const bool alike = lie_alike(input, target);
   const Tensor x = alike ? input : input.contiguous(), y = alike ? target : target.contiguous();
-  const Tensor gradient =
-      with_gradient ? empty_mse_gradient(input, target) : at::empty({0}, input.options());
+  const Tensor gradient = with_gradient ? on_large_pages(empty_mse_gradient(input, target))
+                                        : at::empty({0}, input.options());
   const int64_t numel = input.numel();
   const std::unique_ptr<double[]> sums(new double[norm_chunks(numel)]);
   const cpu::MseWork work{x.const_data_ptr(),

@@ -115,11 +115,10 @@ inline __attribute__((always_inline)) void end_chunk(const T* kept, Element* gra
 template <class Element>
 struct CrossEntropyRows {
   using T = typename ElementTraits<Element>::Compute;
-  static constexpr bool keeps_in_place = std::is_same<Element, T>::value;
 
   // Where the exponentials of a row are kept.
   static T* kept_of(const CrossEntropyWork& work, int64_t row, void* scratch) {
-    return static_cast<T*>(keeps_in_place ? work.gradient.at(row) : scratch);
+    return static_cast<T*>(scratch != nullptr ? scratch : work.gradient.at(row));
   }
   static int64_t width(const CrossEntropyWork& work, int64_t chunk) {
     const int64_t left = work.loss.classes - chunk * kLossChunk;
@@ -190,11 +189,9 @@ struct CrossEntropyRows {
     note(work, row, result);
   }
 
-  static void end_row_at_target(const CrossEntropyWork& work, int64_t row, const RowLoss& result,
-                                T kept, T scale, T share) {
-    const T expected = multiply_add(share, T(work.loss.factor), T(result.expected));
-    narrow(multiply_add(kept, scale, -expected),
-           static_cast<Element*>(work.gradient.at(row))[work.targets[row]]);
+  static T at_target(const CrossEntropyWork& work, const RowLoss& result, T kept, T scale,
+                     T share) {
+    return multiply_add(kept, scale, -multiply_add(share, T(work.loss.factor), T(result.expected)));
   }
 
   static __attribute__((noinline)) void end_chunks(const CrossEntropyWork& work, int64_t row,
@@ -213,15 +210,16 @@ struct CrossEntropyRows {
       const T scale = T(result.scale * weight_of(of_chunks[i], maximum));
       const bool has_target = target >= at && target < at + count;
       const T target_kept = has_target ? kept[target] : T(0);
+      Element* const to = gradient + at;
       if (has_shares) {
         fill_shares<Element>(work, row, at, count, shares);
-        end_chunk<true>(kept + at, gradient + at, count, shares, T(work.loss.factor), scale);
+        end_chunk<true>(kept + at, to, count, shares, T(work.loss.factor), scale);
       } else {
-        end_chunk<false>(kept + at, gradient + at, count, shares, T(0), scale);
+        end_chunk<false>(kept + at, to, count, shares, T(0), scale);
       }
       if (has_target)
-        end_row_at_target(work, row, result, target_kept, scale,
-                          has_shares ? shares[target - at] : T(0));
+        narrow(at_target(work, result, target_kept, scale, has_shares ? shares[target - at] : T(0)),
+               to[target - at]);
     }
   }
 
@@ -296,8 +294,9 @@ struct CrossEntropyRows {
           end_chunk<false>(kept, gradient, classes, shares, T(0), scale);
         }
         if (work.targets != nullptr)
-          end_row_at_target(work, row, result, kept[work.targets[row]], scale,
-                            has_shares ? shares[work.targets[row]] : T(0));
+          narrow(at_target(work, result, kept[work.targets[row]], scale,
+                           has_shares ? shares[work.targets[row]] : T(0)),
+                 gradient[work.targets[row]]);
       }
     }
   }
@@ -307,7 +306,8 @@ struct CrossEntropyRows {
     const int64_t chunks = loss_chunks(work.loss.classes);
     const std::unique_ptr<ChunkTerms<T>[]> terms(new ChunkTerms<T>[chunks]);
     std::unique_ptr<T[]> scratch;
-    if (work.gradient.first != nullptr && !keeps_in_place) scratch.reset(new T[work.loss.classes]);
+    if (work.gradient.first != nullptr && !std::is_same<Element, T>::value)
+      scratch.reset(new T[work.loss.classes]);
     for (int64_t row = begin; row < end; ++row) long_row(work, row, terms.get(), scratch.get());
   }
 

@@ -112,7 +112,8 @@ double cross_entropy(const CrossEntropyWork& work, DType dtype, Isa isa, int thr
     if (dtype == DType::float64) {
       share_rows<double>(work, loops, false, parallel_for);
     } else {
-      share_rows<float>(work, loops, dtype != DType::float32, parallel_for);
+      share_rows<float>(work, loops, dtype != DType::float32 && work.gradient.first != nullptr,
+                        parallel_for);
     }
   } else {
     in_pieces(parallel_for, work.rows, (kLogitGrain + classes - 1) / classes,

@@ -43,8 +43,8 @@ struct CrossEntropyWork {
   bool has_terms() const { return targets == nullptr || loss.smoothing != 0; }
 };
 
-// Whole rows, or parts of one: first the chunks, then the row, then the chunks again. Half
-// precision keeps its exponentials in a scratch row of float32; others have no need of one.
+// Whole rows, or parts of one: first the chunks, then the row, then the chunks again. Exponentials
+// are kept in the gradient, or in a scratch row of float32 where it is in half precision.
 struct CrossEntropyLoops {
   void (*rows)(const CrossEntropyWork& work, int64_t begin, int64_t end);
   void (*begin_chunks)(const CrossEntropyWork& work, int64_t row, int64_t begin, int64_t end,

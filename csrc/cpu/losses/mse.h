@@ -20,14 +20,17 @@ inline __attribute__((always_inline)) double mse_chunk(const MseWork& work, int6
   const T twice_factor = T(2 * work.factor);
   const int64_t count = end - begin;
   double lanes[width] = {};
-  const auto add_up = [&](int64_t i, int64_t lane) __attribute__((always_inline)) {
-    const T difference = squared_error(T(widen(input[i])), T(widen(target[i])), lanes[lane]);
-    if (has_gradient) narrow(squared_error_gradient(difference, twice_factor), gradient[i]);
+  const auto add_up = [&](int64_t first, int64_t size, Element* to) __attribute__((always_inline)) {
+#pragma GCC ivdep
+    for (int64_t lane = 0; lane < size; ++lane) {
+      const T difference =
+          squared_error(T(widen(input[first + lane])), T(widen(target[first + lane])), lanes[lane]);
+      if (has_gradient) narrow(squared_error_gradient(difference, twice_factor), to[lane]);
+    }
   };
   int64_t i = 0;
-  for (; i + width <= count; i += width)
-    for (int64_t lane = 0; lane < width; ++lane) add_up(i + lane, lane);
-  for (int64_t lane = 0; i + lane < count; ++lane) add_up(i + lane, lane);
+  for (; i + width <= count; i += width) add_up(i, width, gradient + i);
+  add_up(i, count - i, gradient + i);
   for (int warp_lane = 0; warp_lane < kWarp; ++warp_lane) tree_sum<quad>(lanes + warp_lane * quad);
   tree_sum<kWarp>(lanes, quad);
   return lanes[0];
