@@ -38,36 +38,11 @@ FUSEDOPT_HD T larger_of(T a, T b) {
   return a > b ? a : b;
 }
 
-// The sum of the slots of a chunk of count elements, by the smallest tree that holds them: further
-// slots would add zeros. The slots are at least as many as its places, and zero behind count.
-FUSEDOPT_HD int tree_places(int64_t count) {
-  int places = 1;
+// The places of the smallest tree that holds so many slots; further ones would add zeros.
+FUSEDOPT_HD int64_t tree_places(int64_t count) {
+  int64_t places = 1;
   while (places < count) places *= 2;
   return places;
-}
-template <class T>
-FUSEDOPT_HD T small_tree_sum(T* slots, int places) {
-  switch (places) {
-    case 64:
-      tree_sum<64>(slots);
-      break;
-    case 32:
-      tree_sum<32>(slots);
-      break;
-    case 16:
-      tree_sum<16>(slots);
-      break;
-    case 8:
-      tree_sum<8>(slots);
-      break;
-    case 4:
-      tree_sum<4>(slots);
-      break;
-    case 2:
-      tree_sum<2>(slots);
-      break;
-  }
-  return slots[0];
 }
 
 // What is known of a chunk when its exponentials are.
@@ -139,11 +114,10 @@ struct RowLoss {
   double expected;  // what the target's gradient has less than that
 };
 
-// The loss of a row. A target's own share is not in the terms.
-FUSEDOPT_HD RowLoss row_loss(const CrossEntropy& loss, const RowTerms& row, bool has_target,
-                             double target_logit, double target_share) {
+// The loss of a row, from log(row.sum). A target's own share is not in the terms.
+FUSEDOPT_HD RowLoss row_loss(const CrossEntropy& loss, const RowTerms& row, double log_sum,
+                             bool has_target, double target_logit, double target_share) {
   RowLoss result;
-  const double log_sum = logarithm(row.sum);
   result.lse = row.maximum + log_sum;
   double value = 0;
   // An absent term is a branch: a distance may be Inf.

@@ -11,7 +11,8 @@ namespace {
 
 // Rows of at most so many classes are worked out many at a time, as one alone has not enough to do
 // for a vector.
-constexpr int kShortRow = 64;
+constexpr int64_t kShortRow = 64;
+constexpr int64_t kTileRows = 64;
 
 // Lanes of a maximum, of which any order gives the same.
 constexpr int kMaximumLanes = 64;
@@ -161,10 +162,11 @@ struct CrossEntropyRows {
 
   // target_logit as it was: in place, it is overwritten by now.
   static RowLoss loss_of(const CrossEntropyWork& work, int64_t row, const RowTerms& terms,
-                         double target_logit) {
+                         double log_sum, double target_logit) {
     if (work.targets == nullptr || work.ignores(row))
-      return row_loss(work.loss, terms, false, 0, 0);
-    return row_loss(work.loss, terms, true, target_logit, target_share(work, work.targets[row]));
+      return row_loss(work.loss, terms, log_sum, false, 0, 0);
+    return row_loss(work.loss, terms, log_sum, true, target_logit,
+                    target_share(work, work.targets[row]));
   }
 
   static void no_loss(const CrossEntropyWork& work, int64_t row) {
@@ -185,7 +187,7 @@ struct CrossEntropyRows {
         row_terms<T>([=](int64_t i) -> const ChunkTerms<T>& { return of_chunks[i]; },
                      loss_chunks(work.loss.classes));
     maximum = of_row.maximum;
-    result = loss_of(work, row, of_row, target_logit);
+    result = loss_of(work, row, of_row, logarithm(of_row.sum), target_logit);
     note(work, row, result);
   }
 
@@ -237,67 +239,94 @@ struct CrossEntropyRows {
       end_chunks(work, row, 0, chunks, terms, scratch, result, maximum);
   }
 
-  // Many rows of few classes: what takes longest, the exponentials, goes through all at once.
+  // Rows of few classes: side by side in the lanes of vectors, class by class.
   static __attribute__((noinline)) void short_rows(const CrossEntropyWork& work, int64_t begin,
                                                    int64_t end) {
-    constexpr int64_t kTile = 1024;
     const int64_t classes = work.loss.classes;
-    const int64_t most = kTile / classes;
-    const int places = tree_places(classes);
     const bool has_shares = work.has_terms(), keeps = work.gradient.first != nullptr;
-    alignas(64) T tile[kTile], shares[kShortRow], slots[kShortRow];
-    RowTerms terms[kTile];
-    double logits_of_targets[kTile];
-    for (int64_t first = begin; first < end; first += most) {
-      const int64_t rows = end - first < most ? end - first : most;
+    alignas(64) T tile[kShortRow * kTileRows], slots[kShortRow * kTileRows];
+    alignas(64) T shares[kShortRow * kTileRows], maxima[kTileRows], scales[kTileRows];
+    alignas(64) double logs[kTileRows];
+    T one_row[kShortRow], of_targets[kTileRows];
+    RowTerms terms[kTileRows];
+    double target_logits[kTileRows];
+    for (int64_t first = begin; first < end; first += kTileRows) {
+      const int64_t rows = end - first < kTileRows ? end - first : kTileRows;
       for (int64_t r = 0; r < rows; ++r) {
         const auto* logits = static_cast<const Element*>(work.logits.at(first + r));
-        T* below = tile + r * classes;
-        T maximum = lowest(T());
-        for (int64_t i = 0; i < classes; ++i) maximum = larger_of(T(widen(logits[i])), maximum);
-        for (int64_t i = 0; i < classes; ++i) below[i] = T(widen(logits[i])) - maximum;
-        terms[r] = {double(maximum), 0, 0, 0};
-        logits_of_targets[r] = target_logit(work, first + r);
+        for (int64_t i = 0; i < classes; ++i) tile[i * kTileRows + r] = T(widen(logits[i]));
+        target_logits[r] = target_logit(work, first + r);
         if (!has_shares) continue;
-        fill_shares<Element>(work, first + r, 0, classes, shares);
-        const auto sum_of = [&](auto value) {
-          for (int64_t i = 0; i < places; ++i) slots[i] = i < classes ? T(value(i)) : T(0);
-          return double(small_tree_sum(slots, places));
-        };
-        terms[r].distance = sum_of([&](int64_t i) { return T(0) - shares[i] * below[i]; });
-        terms[r].share = sum_of([&](int64_t i) { return shares[i]; });
+        fill_shares<Element>(work, first + r, 0, classes, one_row);
+        for (int64_t i = 0; i < classes; ++i) shares[i * kTileRows + r] = one_row[i];
       }
-      for (int64_t i = 0; i < rows * classes; ++i) tile[i] = exponential(tile[i]);
-      for (int64_t r = 0; r < rows; ++r) {
-        const T* kept = tile + r * classes;
-        for (int64_t i = 0; i < places; ++i) slots[i] = 0;
-        for (int64_t i = 0; i < classes; ++i) slots[i] = kept[i];
-        terms[r].sum = double(small_tree_sum(slots, places));
+      for (int64_t r = rows; r < kTileRows; ++r)
+        for (int64_t i = 0; i < classes; ++i)
+          tile[i * kTileRows + r] = shares[i * kTileRows + r] = 0;
+      for (int64_t r = 0; r < kTileRows; ++r) maxima[r] = lowest(T());
+      for (int64_t i = 0; i < classes; ++i)
+        for (int64_t r = 0; r < kTileRows; ++r)
+          maxima[r] = larger_of(tile[i * kTileRows + r], maxima[r]);
+      for (int64_t i = 0; i < classes; ++i)
+        for (int64_t r = 0; r < kTileRows; ++r) tile[i * kTileRows + r] -= maxima[r];
+      const int64_t size = classes * kTileRows;
+      for (int64_t r = 0; r < rows; ++r) terms[r] = {double(maxima[r]), 0, 0, 0};
+      if (has_shares) {
+        for (int64_t i = 0; i < size; ++i) slots[i] = T(0) - shares[i] * tile[i];
+        add_up_classes(slots, classes);
+        for (int64_t r = 0; r < rows; ++r) terms[r].distance = double(slots[r]);
+        for (int64_t i = 0; i < size; ++i) slots[i] = T(0) + shares[i];
+        add_up_classes(slots, classes);
+        for (int64_t r = 0; r < rows; ++r) terms[r].share = double(slots[r]);
       }
+      for (int64_t i = 0; i < size; ++i) slots[i] = tile[i] = exponential(tile[i]);
+      add_up_classes(slots, classes);
+      for (int64_t r = 0; r < kTileRows; ++r) logs[r] = logarithm(double(slots[r]));
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t row = first + r;
         if (work.skips(row)) {
-          no_loss(work, row);
+          work.losses[row] = 0;
           continue;
         }
-        const RowLoss result = loss_of(work, row, terms[r], logits_of_targets[r]);
+        terms[r].sum = double(slots[r]);
+        const RowLoss result = loss_of(work, row, terms[r], logs[r], target_logits[r]);
         note(work, row, result);
-        if (work.ignores(row)) no_loss(work, row);
-        if (!keeps || work.ignores(row)) continue;
-        const T* kept = tile + r * classes;
-        auto* gradient = static_cast<Element*>(work.gradient.at(row));
-        const T scale = T(result.scale);
-        if (has_shares) {
-          fill_shares<Element>(work, row, 0, classes, shares);
-          end_chunk<true>(kept, gradient, classes, shares, T(work.loss.factor), scale);
-        } else {
-          end_chunk<false>(kept, gradient, classes, shares, T(0), scale);
-        }
-        if (work.targets != nullptr)
-          narrow(at_target(work, result, kept[work.targets[row]], scale,
-                           has_shares ? shares[work.targets[row]] : T(0)),
-                 gradient[work.targets[row]]);
+        scales[r] = T(result.scale);
+        if (work.targets == nullptr || work.ignores(row)) continue;
+        const int64_t at = work.targets[row] * kTileRows + r;
+        of_targets[r] =
+            at_target(work, result, tile[at], scales[r], has_shares ? shares[at] : T(0));
       }
+      if (keeps) {
+        const T factor = T(work.loss.factor);
+        for (int64_t i = 0; i < classes; ++i)
+          for (int64_t r = 0; r < kTileRows; ++r) {
+            const int64_t at = i * kTileRows + r;
+            tile[at] = has_shares ? multiply_add(tile[at], scales[r], -(shares[at] * factor))
+                                  : tile[at] * scales[r];
+          }
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        if (work.ignores(first + r)) {
+          no_loss(work, first + r);
+        } else if (keeps) {
+          auto* gradient = static_cast<Element*>(work.gradient.at(first + r));
+          for (int64_t i = 0; i < classes; ++i) narrow(tile[i * kTileRows + r], gradient[i]);
+          if (work.targets != nullptr) narrow(of_targets[r], gradient[work.targets[first + r]]);
+        }
+      }
+    }
+  }
+
+  // Of each row, as the slots of a chunk are added: those that there are not would add zeros.
+  static inline __attribute__((always_inline)) void add_up_classes(T* slots, int64_t classes) {
+    for (int64_t half = tree_places(classes) / 2; half > 0; half /= 2) {
+      for (int64_t i = 0; i + half < classes; ++i) {
+#pragma GCC ivdep
+        for (int64_t r = 0; r < kTileRows; ++r)
+          slots[i * kTileRows + r] += slots[(i + half) * kTileRows + r];
+      }
+      classes = half;
     }
   }
 

@@ -21,6 +21,7 @@ struct Rows {
   int64_t outer_bytes = 0, inner_bytes = 0;
 
   void* at(int64_t row) const {
+    if (row < inner) return first + row * inner_bytes;  // without a division, which takes long
     return first + row / inner * outer_bytes + row % inner * inner_bytes;
   }
 };
