@@ -4,7 +4,7 @@
 // How a loss, whose gradient is there with it, takes part in autograd: by a Node of its own.
 #pragma once
 
-#include "../torch.h"
+#include "run.h"
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wdouble-promotion"
@@ -12,6 +12,7 @@
 #include <ATen/OpMathType.h>
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 #pragma GCC diagnostic pop
@@ -83,20 +84,36 @@ struct LossBackward : Node {
 
   virtual void fill(const Tensor& grad, variable_list& results) = 0;
 
-  const char* loss;
-};
-
-// The product with the gradient of a loss, which is a number or, along dim, one of each row. What
-// was worked out is returned as it is where it would be multiplied by one; it is never changed, as
-// a second backward pass needs it.
-Tensor scaled(const Tensor& gradient, const Tensor& grad, int64_t dim = -1) {
-  if (!is_traced(grad) && grad.is_cpu()) {
-    const bool is_one = grad.dim() == 0 ? grad.item<double>() == 1 : grad.eq(1).all().item<bool>();
-    if (is_one) return gradient;
+  // The product with the gradient of the loss, which is a number or, along dim, one of each row.
+  // What was worked out is returned as it is where it would be multiplied by one. It is changed
+  // only where nobody can ask for it again, nor has got it already.
+  Tensor scaled(const Tensor& gradient, const Tensor& grad, int64_t dim = -1) {
+    const bool is_number = grad.dim() == 0 || dim < 0;
+    const Tensor factor = is_number ? grad : grad.unsqueeze(dim);
+    const auto type = gradient.scalar_type();
+    if (is_traced(grad) || is_traced(gradient)) return gradient.mul(factor).to(type);
+    const bool keeps = torch::autograd::get_current_graph_task_keep_graph();
+    const bool may_change = !keeps && !returned_;
+    if (on_accelerator(gradient) && is_number && may_change &&
+        gradient.is_non_overlapping_and_dense()) {
+      const c10::DeviceGuard guard(gradient.device());
+      scale_in_place(gradient, grad);
+      return gradient;
+    }
+    if (grad.is_cpu() && (is_number ? grad.item<double>() == 1 : grad.eq(1).all().item<bool>())) {
+      returned_ = returned_ || keeps;
+      return gradient;
+    }
+    if (may_change) return gradient.mul_(factor);
+    Tensor result = at::empty_like(gradient);
+    return at::mul_out(result, gradient, factor);
   }
-  if (grad.dim() == 0 || dim < 0) return gradient.mul(grad);
-  return gradient.mul(grad.unsqueeze(dim)).to(gradient.scalar_type());
-}
+
+  const char* loss;
+
+ private:
+  bool returned_ = false;
+};
 
 bool wants_gradient(const Tensor& tensor) {
   return at::GradMode::is_enabled() && tensor.defined() && tensor.requires_grad();
@@ -106,6 +123,10 @@ void refuse_forward_mode(const char* loss, const Tensor& tensor) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       !tensor.defined() || !tensor._fw_grad(0).defined(), "fusedopt: ", loss,
       " has no forward-mode derivative; torch.nn.functional.", loss, " has one");
+}
+
+bool has_kernel(const Tensor& tensor) {
+  return tensor.is_cpu() || tensor.is_cuda() || is_traced(tensor);
 }
 
 bool is_computed(at::ScalarType type) {

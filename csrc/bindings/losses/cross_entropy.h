@@ -4,11 +4,9 @@
 // Cross-entropy as an operator: its arguments, its memory, and its gradient.
 #pragma once
 
-#include "../../cpu/losses/losses.h"
-#include "../dtypes.h"
-#include "../instruction_set.h"
 #include "autograd.h"
 #include "memory.h"
+#include "run.h"
 
 namespace fusedopt {
 namespace {
@@ -23,8 +21,20 @@ bool is_class_index(at::ScalarType type) {
   return type == at::kLong || type == at::kByte || type == at::kInt;
 }
 
+// Weights are of the dtype of the logits, of the loss, or of what it is computed in. Autocast
+// converts all of them.
+bool takes_weights_of(at::ScalarType type, const Tensor& input, const Tensor& target,
+                      bool autocast) {
+  if (autocast) return is_computed(type);
+  const auto of_input = input.scalar_type();
+  const auto of_loss = has_probabilities(input, target)
+                           ? at::promote_types(of_input, target.scalar_type())
+                           : of_input;
+  return type == of_input || type == of_loss || type == at::toOpMathType(of_loss);
+}
+
 // Whether these are as torch wants them, and this loss takes them.
-bool can_take(const Tensor& input, const Tensor& target, const Tensor& weight) {
+bool can_take(const Tensor& input, const Tensor& target, const Tensor& weight, bool autocast) {
   if (input.dim() == 0 || !is_computed(input.scalar_type())) return false;
   if (target.device() != input.device()) return false;
   const auto& sizes = input.sym_sizes();
@@ -38,14 +48,10 @@ bool can_take(const Tensor& input, const Tensor& target, const Tensor& weight) {
       if (i != dim && sizes[i] != target.sym_sizes()[j++]) return false;
   }
   if (!weight.defined()) return true;
-  const auto type = input.scalar_type();
-  const bool same = weight.scalar_type() == type ||
-                    (at::isReducedFloatingType(type) && weight.scalar_type() == at::kFloat);
-  return same && weight.dim() == 1 && weight.sym_size(0) == sizes[dim] &&
-         weight.device() == input.device();
+  return takes_weights_of(weight.scalar_type(), input, target, autocast) && weight.dim() == 1 &&
+         weight.sym_size(0) == sizes[dim] && weight.device() == input.device();
 }
 
-// Without weights, as torch has it: log_softmax's class dimension last.
 Tensor class_last(const Tensor& tensor) {
   return tensor.dim() < 3 ? tensor : tensor.movedim(1, -1);
 }
@@ -78,12 +84,12 @@ Tensor empty_lse(const Tensor& input, bool with_lse) {
 }
 
 // Whether the rows of a matrix are such as the loops walk along.
-std::optional<cpu::Rows> find_rows(const Tensor& tensor) {
+std::optional<Rows> find_rows(const Tensor& tensor) {
   const Tensor last = class_last(tensor);
   const int64_t dims = last.dim() - 1;
   if (last.stride(dims) != 1 && last.size(dims) != 1) return std::nullopt;
   const int64_t bytes = tensor.element_size();
-  cpu::Rows rows;
+  Rows rows;
   rows.first = static_cast<unsigned char*>(const_cast<void*>(tensor.const_data_ptr()));
   // Dimensions that follow one another without a gap, from the inside, are one.
   int64_t found = 0, sizes[2] = {1, 1}, strides[2] = {0, 0};
@@ -112,11 +118,6 @@ struct CrossEntropyOptions {
   double label_smoothing, z_loss;
 };
 
-// What a loss over rows is divided by, of the rows of all its parts.
-struct Divisors {
-  double weight = 0, valid = 0;
-};
-
 Tensor converted_targets(const Tensor& target) { return target.to(at::kLong).contiguous(); }
 
 Tensor converted_weight(const Tensor& weight, const Tensor& input) {
@@ -124,82 +125,57 @@ Tensor converted_weight(const Tensor& weight, const Tensor& input) {
   return weight.to(at::toOpMathType(input.scalar_type())).contiguous();
 }
 
-Divisors check_targets(const Tensor& targets, int64_t classes, int64_t ignore_index,
-                       const Tensor& weight) {
-  const auto* first = targets.const_data_ptr<int64_t>();
-  const bool is_double = weight.defined() && weight.scalar_type() == at::kDouble;
-  const auto found = cpu::check_targets(first, targets.numel(), classes, ignore_index,
-                                        weight.defined() ? weight.const_data_ptr() : nullptr,
-                                        is_double ? DType::float64 : DType::float32);
-  if (found.first_wrong < targets.numel())
-    TORCH_CHECK_INDEX(false, "Target ", first[found.first_wrong],
-                      " is out of bounds. It is that of row ", found.first_wrong, " of ",
-                      targets.numel(), "; expected at least 0 and less than ", classes,
-                      " classes, or ignore_index=", ignore_index);
-  return {found.weight, double(found.valid)};
-}
-
-struct RowResults {
-  double* losses;
-  Tensor lse;  // or undefined
-};
-
-// Losses and gradients of rows, whose targets have been checked. Returns the sum of the losses.
-double run_cross_entropy(const Tensor& logits, const cpu::Rows& rows, const cpu::Rows& gradient,
-                         const Tensor& targets, const Tensor& probabilities, const Tensor& weight,
-                         const CrossEntropyOptions& options, const Divisors& divisors,
-                         const RowResults& results) {
-  cpu::CrossEntropyWork work;
+// Losses and gradients of rows, into memory that is there.
+void run_rows(const Tensor& logits, const Rows& rows, const Rows& gradient, const Tensor& targets,
+              const Tensor& probabilities, const Tensor& weight, const CrossEntropyOptions& options,
+              const MeanOf& mean, const Tensor& losses, const Tensor& lse) {
+  CrossEntropyWork work;
   const int64_t classes = logits.size(class_dim(logits));
   work.loss.classes = classes;
   work.loss.smoothing = std::max(0.0, options.label_smoothing);
   work.loss.z_loss = options.z_loss;
-  if (options.reduction == kMean) {
-    work.loss.factor = 1 / divisors.weight;
-    work.loss.z_factor = 1 / divisors.valid;
-  }
   work.rows = logits.numel() / classes;
   work.logits = rows;
   work.gradient = gradient;
-  work.targets = targets.defined() ? targets.const_data_ptr<int64_t>() : nullptr;
+  if (targets.defined()) work.targets = targets.const_data_ptr<int64_t>();
   work.ignore_index = options.ignore_index;
   if (probabilities.defined()) work.probabilities = *find_rows(probabilities);
-  work.weights = weight.defined() ? weight.const_data_ptr() : nullptr;
-  work.losses = results.losses;
-  work.lse = results.lse.defined() ? results.lse.mutable_data_ptr() : nullptr;
-  return cpu::cross_entropy(work, *dtype_of(logits.scalar_type()), active_isa,
-                            at::get_num_threads(), run_in_parallel);
+  if (weight.defined()) work.weights = weight.const_data_ptr();
+  work.losses = losses.mutable_data_ptr<double>();
+  if (lse.defined()) work.lse = lse.mutable_data_ptr();
+  run_cross_entropy(work, logits, options.reduction == kMean, mean);
 }
 
-void fill_loss(const Tensor& loss, const double* losses, double sum,
-               const CrossEntropyOptions& options, const Divisors& divisors) {
-  if (options.reduction != kNone) {
-    const bool no_row = options.reduction == kMean && divisors.valid == 0;
-    loss.fill_(no_row ? std::numeric_limits<double>::quiet_NaN() : sum);
-    return;
-  }
-  const auto as_double = at::from_blob(const_cast<double*>(losses), loss.sizes(), at::kDouble);
-  loss.copy_(as_double);
+Tensor empty_losses(const Tensor& like, int64_t count) {
+  return at::empty({count}, like.options().dtype(at::kDouble).requires_grad(false));
 }
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_cpu(const Tensor& input, const Tensor& target,
-                                                     const std::optional<Tensor>& weight_or_none,
-                                                     int64_t reduction, int64_t ignore_index,
-                                                     double label_smoothing, double z_loss,
-                                                     bool widen, bool with_lse, bool with_gradient,
-                                                     Tensor in_place) {
+void fill_loss(const Tensor& loss, const Tensor& losses, const CrossEntropyOptions& options,
+               const MeanOf& mean) {
+  if (options.reduction == kNone)
+    loss.copy_(losses.view(loss.sizes()));
+  else
+    finish_loss(loss, losses, 1, options.reduction == kMean, mean);
+}
+
+std::tuple<Tensor, Tensor, Tensor> run_forward(const Tensor& input, const Tensor& target,
+                                               const std::optional<Tensor>& weight_or_none,
+                                               int64_t reduction, int64_t ignore_index,
+                                               double label_smoothing, double z_loss, bool widen,
+                                               bool with_lse, bool with_gradient, Tensor in_place) {
   const CrossEntropyOptions options{reduction, ignore_index, label_smoothing, z_loss};
   const Tensor weight = converted_weight(weight_or_none.value_or(Tensor()), input);
   const int64_t classes = input.size(class_dim(input));
   const int64_t count = input.numel() / classes;
   Tensor targets, probabilities;
-  Divisors divisors{double(count), double(count)};
+  MeanOf mean{{double(count), double(count)}, {}};
+  const c10::DeviceGuard guard(input.device());
   if (has_probabilities(input, target)) {
     probabilities = class_last(target).contiguous();
     if (probabilities.dim() > 2) probabilities = probabilities.movedim(-1, 1);
   } else {
     targets = converted_targets(target);
-    divisors = check_targets(targets, classes, ignore_index, weight);
+    mean = check_targets(targets, classes, ignore_index, weight);
   }
   const Tensor loss = empty_loss(input, reduction, widen);
   const Tensor lse = empty_lse(input, with_lse);
@@ -210,29 +186,28 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_cpu(const Tensor& input, const 
     logits = on_large_pages(empty_gradient(input)).copy_(input);
     rows = find_rows(logits);
   }
-  cpu::Rows gradient_rows;
+  Rows gradient_rows;
   if (in_place.defined() || with_gradient) {
     const bool copied = !logits.is_same(input);
     gradient = copied || in_place.defined() ? logits : on_large_pages(empty_gradient(input));
     gradient_rows = gradient.is_same(logits) ? *rows : *find_rows(gradient);
   }
-  const std::unique_ptr<double[]> losses(new double[count]);
-  const double sum =
-      run_cross_entropy(logits, *rows, gradient_rows, targets, probabilities, weight, options,
-                        divisors, {losses.get(), with_lse ? lse : Tensor()});
+  const Tensor losses = empty_losses(input, count);
+  run_rows(logits, *rows, gradient_rows, targets, probabilities, weight, options, mean, losses,
+           with_lse ? lse : Tensor());
   if (in_place.defined() && !logits.is_same(input)) in_place.copy_(logits);
-  fill_loss(loss, losses.get(), sum, options, divisors);
+  fill_loss(loss, losses, options, mean);
   if (!with_gradient) gradient = at::empty({0}, input.options());
   return {loss, lse, gradient};
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& input, const Tensor& target,
-                                               const std::optional<Tensor>& weight,
-                                               int64_t reduction, int64_t ignore_index,
-                                               double label_smoothing, double z_loss, bool widen,
-                                               bool with_lse, bool with_gradient) {
-  return cross_entropy_cpu(input, target, weight, reduction, ignore_index, label_smoothing, z_loss,
-                           widen, with_lse, with_gradient, Tensor());
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& target,
+                                           const std::optional<Tensor>& weight, int64_t reduction,
+                                           int64_t ignore_index, double label_smoothing,
+                                           double z_loss, bool widen, bool with_lse,
+                                           bool with_gradient) {
+  return run_forward(input, target, weight, reduction, ignore_index, label_smoothing, z_loss, widen,
+                     with_lse, with_gradient, Tensor());
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward_meta(const Tensor& input, const Tensor&,
@@ -243,13 +218,12 @@ std::tuple<Tensor, Tensor, Tensor> forward_meta(const Tensor& input, const Tenso
           with_gradient ? empty_gradient(input) : at::empty({0}, input.options())};
 }
 
-std::tuple<Tensor, Tensor> forward_in_place_cpu(Tensor& input, const Tensor& target,
-                                                const std::optional<Tensor>& weight,
-                                                int64_t reduction, int64_t ignore_index,
-                                                double label_smoothing, double z_loss, bool widen,
-                                                bool with_lse) {
-  const auto result = cross_entropy_cpu(input, target, weight, reduction, ignore_index,
-                                        label_smoothing, z_loss, widen, with_lse, false, input);
+std::tuple<Tensor, Tensor> forward_in_place(Tensor& input, const Tensor& target,
+                                            const std::optional<Tensor>& weight, int64_t reduction,
+                                            int64_t ignore_index, double label_smoothing,
+                                            double z_loss, bool widen, bool with_lse) {
+  const auto result = run_forward(input, target, weight, reduction, ignore_index, label_smoothing,
+                                  z_loss, widen, with_lse, false, input);
   return {std::get<0>(result), std::get<1>(result)};
 }
 
@@ -312,9 +286,11 @@ struct CrossEntropyBackward : LossBackward {
   const at::AutoGradMode off(false);
   at::cross_entropy_loss(input, target, weight, reduction, ignore_index, label_smoothing);
   TORCH_CHECK_NOT_IMPLEMENTED(
-      false, "fusedopt: cross_entropy takes logits of float32, float64, bfloat16 or float16, got ",
-      input.scalar_type(), " with a target of ", target.scalar_type(),
-      "; torch.nn.functional.cross_entropy takes these");
+      false, "fusedopt: cross_entropy got logits of ", input.scalar_type(), ", a target of ",
+      target.scalar_type(), " and a weight of ",
+      weight && weight->defined() ? c10::toString(weight->scalar_type()) : "nothing",
+      "; expected logits of float32, float64, bfloat16 or float16 and a weight of their dtype or "
+      "float32; torch.nn.functional.cross_entropy takes these");
 }
 
 std::tuple<Tensor, Tensor> cross_entropy(const Tensor& input, const Tensor& target,
@@ -323,7 +299,7 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& input, const Tensor& targ
                                          double label_smoothing, double z_loss, bool with_lse,
                                          bool in_place) {
   const Tensor weight = weight_or_none.value_or(Tensor());
-  if (!can_take(input, target, weight))
+  if (!can_take(input, target, weight, at::autocast::is_autocast_enabled(input.device().type())))
     refuse_cross_entropy(input, target, weight_or_none, reduction, ignore_index, label_smoothing);
   const bool probable = has_probabilities(input, target);
   TORCH_CHECK(!probable || ignore_index < 0,
@@ -341,7 +317,9 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& input, const Tensor& targ
     const auto type = at::promote_types(input.scalar_type(), target.scalar_type());
     TORCH_CHECK(!in_place || type == input.scalar_type(),
                 "fusedopt: cross_entropy with inplace=True does not take probabilities");
-    return fusedopt::cross_entropy(input.to(type), target.to(type), weight_or_none, reduction,
+    const auto of_type =
+        weight.defined() ? std::optional<Tensor>(weight.to(at::toOpMathType(type))) : std::nullopt;
+    return fusedopt::cross_entropy(input.to(type), target.to(type), of_type, reduction,
                                    ignore_index, label_smoothing, z_loss, with_lse, in_place);
   }
   const bool of_input = wants_gradient(input), of_target = probable && wants_gradient(target);
@@ -376,14 +354,13 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& input, const Tensor& targ
     if (in_place) {
       static const auto op = c10::Dispatcher::singleton()
                                  .findSchemaOrThrow(kForwardInPlace, "")
-                                 .typed<decltype(forward_in_place_cpu)>();
+                                 .typed<decltype(forward_in_place)>();
       gradient = logits;
       std::tie(loss, lse) = op.call(gradient, target, weight_or_none, reduction, ignore_index,
                                     label_smoothing, z_loss, widen, with_lse);
     } else {
-      static const auto op = c10::Dispatcher::singleton()
-                                 .findSchemaOrThrow(kForward, "")
-                                 .typed<decltype(forward_cpu)>();
+      static const auto op =
+          c10::Dispatcher::singleton().findSchemaOrThrow(kForward, "").typed<decltype(forward)>();
       std::tie(loss, lse, gradient) =
           op.call(logits, target.detach(), weight_or_none, reduction, ignore_index, label_smoothing,
                   z_loss, widen, with_lse || of_target, of_input);

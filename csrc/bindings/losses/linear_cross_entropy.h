@@ -52,9 +52,9 @@ void add_product(const Tensor& sum, const Tensor& gradient, const Tensor& input,
 }
 
 // The losses of all rows, and the gradients. With row_grad, gradients of rows are multiplied by it.
-double run_chunks(const LinearArguments& a, const Divisors& divisors, const Tensor& targets,
-                  const Tensor& probabilities, const Tensor& weight, const Tensor& row_grad,
-                  double* losses, const Tensor& lse, const LinearGradients& gradients) {
+void run_chunks(const LinearArguments& a, const MeanOf& mean, const Tensor& targets,
+                const Tensor& probabilities, const Tensor& weight, const Tensor& row_grad,
+                const Tensor& losses, const Tensor& lse, const LinearGradients& gradients) {
   const int64_t rows = a.input.size(0), classes = a.linear_weight.size(0);
   const int64_t chunk = rows_of_chunk(a.chunk_size, rows, classes * a.input.element_size());
   const Tensor buffer = at::empty({std::min(chunk, rows), classes}, a.input.options());
@@ -64,7 +64,6 @@ double run_chunks(const LinearArguments& a, const Divisors& divisors, const Tens
     sum_of_weight = at::empty_like(sum_of_weight, sum_of_weight.options().dtype(at::kFloat));
   if (half && sum_of_bias.defined())
     sum_of_bias = at::empty_like(sum_of_bias, sum_of_bias.options().dtype(at::kFloat));
-  double sum = 0;
   for (int64_t at = 0; at < rows; at += chunk) {
     const int64_t count = std::min(chunk, rows - at);
     const Tensor input = a.input.narrow(0, at, count);
@@ -73,12 +72,12 @@ double run_chunks(const LinearArguments& a, const Divisors& divisors, const Tens
       at::addmm_out(logits, a.bias, input, a.linear_weight.t());
     else
       at::mm_out(logits, input, a.linear_weight.t());
-    const cpu::Rows walked = *find_rows(logits);
-    sum += run_cross_entropy(
-        logits, walked, gradients.any() ? walked : cpu::Rows(),
-        targets.defined() ? targets.narrow(0, at, count) : targets,
-        probabilities.defined() ? probabilities.narrow(0, at, count) : probabilities, weight,
-        a.options, divisors, {losses + at, lse.defined() ? lse.narrow(0, at, count) : Tensor()});
+    const Rows walked = *find_rows(logits);
+    run_rows(logits, walked, gradients.any() ? walked : Rows(),
+             targets.defined() ? targets.narrow(0, at, count) : targets,
+             probabilities.defined() ? probabilities.narrow(0, at, count) : probabilities, weight,
+             a.options, mean, losses.narrow(0, at, count),
+             lse.defined() ? lse.narrow(0, at, count) : Tensor());
     if (row_grad.defined()) logits.mul_(row_grad.narrow(0, at, count).unsqueeze(1));
     if (gradients.input.defined()) {
       Tensor part = gradients.input.narrow(0, at, count);
@@ -96,7 +95,6 @@ double run_chunks(const LinearArguments& a, const Divisors& divisors, const Tens
     if (rows == 0) to.zero_();
     if (rows != 0 && !from.is_same(to)) to.copy_(from);
   }
-  return sum;
 }
 
 Tensor empty_like_if(bool wanted, const Tensor& tensor) {
@@ -115,23 +113,23 @@ Tensor logits_like(const Tensor& input, const Tensor& linear_weight) {
 }
 
 void prepare_targets(const LinearArguments& a, Tensor& targets, Tensor& probabilities,
-                     Tensor& weight, Divisors& divisors) {
+                     Tensor& weight, MeanOf& mean) {
   const int64_t rows = a.input.size(0), classes = a.linear_weight.size(0);
   weight = converted_weight(a.weight, a.input);
-  divisors = {double(rows), double(rows)};
+  mean = {{double(rows), double(rows)}, {}};
   if (a.target.dim() == 2) {
     probabilities = a.target.to(a.input.scalar_type()).contiguous();
   } else {
     targets = converted_targets(a.target);
-    divisors = check_targets(targets, classes, a.options.ignore_index, weight);
+    mean = check_targets(targets, classes, a.options.ignore_index, weight);
   }
 }
 
-LinearResults linear_cpu(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
-                         const std::optional<Tensor>& bias, const std::optional<Tensor>& weight,
-                         int64_t reduction, int64_t ignore_index, double label_smoothing,
-                         double z_loss, bool widen, bool with_lse, int64_t chunk_size,
-                         bool of_input, bool of_weight, bool of_bias) {
+LinearResults forward_linear(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+                             const std::optional<Tensor>& bias, const std::optional<Tensor>& weight,
+                             int64_t reduction, int64_t ignore_index, double label_smoothing,
+                             double z_loss, bool widen, bool with_lse, int64_t chunk_size,
+                             bool of_input, bool of_weight, bool of_bias) {
   const LinearArguments a{input,
                           linear_weight,
                           target,
@@ -140,8 +138,9 @@ LinearResults linear_cpu(const Tensor& input, const Tensor& linear_weight, const
                           {reduction, ignore_index, label_smoothing, z_loss},
                           chunk_size};
   Tensor targets, probabilities, converted;
-  Divisors divisors;
-  prepare_targets(a, targets, probabilities, converted, divisors);
+  MeanOf mean;
+  const c10::DeviceGuard guard(input.device());
+  prepare_targets(a, targets, probabilities, converted, mean);
   const int64_t rows = input.size(0);
   const auto options = widen ? input.options().dtype(at::kFloat) : input.options();
   const Tensor loss = reduction == kNone ? at::empty({rows}, options) : at::empty({}, options);
@@ -149,13 +148,12 @@ LinearResults linear_cpu(const Tensor& input, const Tensor& linear_weight, const
   const Tensor grad_input = empty_like_if(of_input, input);
   const Tensor grad_weight = empty_like_if(of_weight, linear_weight);
   const Tensor grad_bias = empty_like_if(of_bias, a.bias.defined() ? a.bias : input);
-  const std::unique_ptr<double[]> losses(new double[rows]);
-  const double sum =
-      run_chunks(a, divisors, targets, probabilities, converted, Tensor(), losses.get(),
-                 defined_if(with_lse, lse),
-                 {defined_if(of_input, grad_input), defined_if(of_weight, grad_weight),
-                  defined_if(of_bias, grad_bias)});
-  fill_loss(loss, losses.get(), sum, a.options, divisors);
+  const Tensor losses = empty_losses(input, rows);
+  run_chunks(a, mean, targets, probabilities, converted, Tensor(), losses,
+             defined_if(with_lse, lse),
+             {defined_if(of_input, grad_input), defined_if(of_weight, grad_weight),
+              defined_if(of_bias, grad_bias)});
+  fill_loss(loss, losses, a.options, mean);
   return {loss, lse, grad_input, grad_weight, grad_bias};
 }
 
@@ -170,7 +168,7 @@ LinearResults linear_meta(const Tensor& input, const Tensor& linear_weight, cons
 }
 
 // The gradients where each row's loss has one of its own: from logits that are worked out again.
-std::tuple<Tensor, Tensor, Tensor> linear_rows_cpu(
+std::tuple<Tensor, Tensor, Tensor> backward_linear_rows(
     const Tensor& grad, const Tensor& input, const Tensor& linear_weight, const Tensor& target,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& weight, int64_t ignore_index,
     double label_smoothing, double z_loss, int64_t chunk_size, bool of_input, bool of_weight,
@@ -183,13 +181,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_rows_cpu(
                           {kNone, ignore_index, label_smoothing, z_loss},
                           chunk_size};
   Tensor targets, probabilities, converted;
-  Divisors divisors;
-  prepare_targets(a, targets, probabilities, converted, divisors);
+  MeanOf mean;
+  const c10::DeviceGuard guard(input.device());
+  prepare_targets(a, targets, probabilities, converted, mean);
   const Tensor grad_input = empty_like_if(of_input, input);
   const Tensor grad_weight = empty_like_if(of_weight, linear_weight);
   const Tensor grad_bias = empty_like_if(of_bias, a.bias.defined() ? a.bias : input);
-  const std::unique_ptr<double[]> losses(new double[input.size(0)]);
-  run_chunks(a, divisors, targets, probabilities, converted, grad, losses.get(), Tensor(),
+  const Tensor losses = empty_losses(input, input.size(0));
+  run_chunks(a, mean, targets, probabilities, converted, grad, losses, Tensor(),
              {defined_if(of_input, grad_input), defined_if(of_weight, grad_weight),
               defined_if(of_bias, grad_bias)});
   return {grad_input, grad_weight, grad_bias};
@@ -217,7 +216,7 @@ struct LinearCrossEntropyBackward : LossBackward {
     }
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("fusedopt::_linear_cross_entropy_rows", "")
-                               .typed<decltype(linear_rows_cpu)>();
+                               .typed<decltype(backward_linear_rows)>();
     bool wanted[3];
     for (int i = 0; i < 3; ++i) wanted[i] = of[i] && task_should_compute_output(i);
     const auto optional = [](const SavedVariable& saved) {
@@ -284,14 +283,13 @@ std::tuple<Tensor, Tensor> linear_cross_entropy(const Tensor& input, const Tenso
                : tensor;
   };
   if (target.device() != x.device() || (weight.defined() && weight.device() != x.device()) ||
-      !can_take(like, on_meta(target), on_meta(weight)))
+      !can_take(like, on_meta(target), on_meta(weight), autocast))
     refuse_cross_entropy(at::linear(x.detach(), w.detach()), target, weight_or_none, reduction,
                          ignore_index, label_smoothing);
   TORCH_CHECK(label_smoothing <= 1.0,
               "label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
-  TORCH_CHECK_NOT_IMPLEMENTED(x.is_cpu() || is_traced(x),
-                              "fusedopt: linear_cross_entropy has no kernel for ", x.device(),
-                              " yet; torch.nn.functional.cross_entropy has one");
+  TORCH_CHECK_NOT_IMPLEMENTED(has_kernel(x), "fusedopt: linear_cross_entropy has no kernel for ",
+                              x.device(), "; torch.nn.functional.cross_entropy may have one");
   const Tensor* const all[] = {&x, &w, &bias, &target, &weight};
   for (const Tensor* each : all) refuse_forward_mode("linear_cross_entropy", *each);
   TORCH_CHECK(!wants_gradient(weight),
@@ -310,7 +308,7 @@ std::tuple<Tensor, Tensor> linear_cross_entropy(const Tensor& input, const Tenso
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("fusedopt::_linear_cross_entropy", "")
-                               .typed<decltype(linear_cpu)>();
+                               .typed<decltype(forward_linear)>();
     std::tie(loss, lse, gradients[0], gradients[1], gradients[2]) =
         op.call(x.detach(), w.detach(), target.detach(),
                 bias.defined() ? std::optional<Tensor>(bias.detach()) : std::nullopt,

@@ -54,13 +54,16 @@ TORCH_LIBRARY_IMPL(fusedopt, CompositeImplicitAutograd, m) {
   m.impl("mse_loss", mse_loss);
 }
 
-TORCH_LIBRARY_IMPL(fusedopt, CPU, m) {
-  m.impl("_cross_entropy", forward_cpu);
-  m.impl("_cross_entropy_", forward_in_place_cpu);
-  m.impl("_linear_cross_entropy", linear_cpu);
-  m.impl("_linear_cross_entropy_rows", linear_rows_cpu);
-  m.impl("_mse_loss", mse_cpu);
-}
+// Each does what the device of its tensors needs.
+#define FUSEDOPT_KERNELS                                      \
+  m.impl("_cross_entropy", forward);                          \
+  m.impl("_cross_entropy_", forward_in_place);                \
+  m.impl("_linear_cross_entropy", forward_linear);            \
+  m.impl("_linear_cross_entropy_rows", backward_linear_rows); \
+  m.impl("_mse_loss", forward_mse)
+
+TORCH_LIBRARY_IMPL(fusedopt, CPU, m) { FUSEDOPT_KERNELS; }
+TORCH_LIBRARY_IMPL(fusedopt, CUDA, m) { FUSEDOPT_KERNELS; }
 
 TORCH_LIBRARY_IMPL(fusedopt, Meta, m) {
   m.impl("_cross_entropy", forward_meta);

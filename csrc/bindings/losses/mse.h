@@ -4,11 +4,9 @@
 // The mean squared error as an operator.
 #pragma once
 
-#include "../../cpu/losses/losses.h"
-#include "../dtypes.h"
-#include "../instruction_set.h"
 #include "autograd.h"
 #include "memory.h"
+#include "run.h"
 
 namespace fusedopt {
 namespace {
@@ -27,24 +25,23 @@ Tensor empty_mse_loss(const Tensor& input, bool widen) {
   return at::empty({}, widen ? input.options().dtype(at::kFloat) : input.options());
 }
 
-std::tuple<Tensor, Tensor> mse_cpu(const Tensor& input, const Tensor& target, int64_t reduction,
-                                   bool widen, bool with_gradient) {
+std::tuple<Tensor, Tensor> forward_mse(const Tensor& input, const Tensor& target, int64_t reduction,
+                                       bool widen, bool with_gradient) {
   const bool alike = lie_alike(input, target);
   const Tensor x = alike ? input : input.contiguous(), y = alike ? target : target.contiguous();
   const Tensor gradient = with_gradient ? on_large_pages(empty_mse_gradient(input, target))
                                         : at::empty({0}, input.options());
   const int64_t numel = input.numel();
-  const std::unique_ptr<double[]> sums(new double[norm_chunks(numel)]);
-  const cpu::MseWork work{x.const_data_ptr(),
-                          y.const_data_ptr(),
-                          with_gradient ? gradient.mutable_data_ptr() : nullptr,
-                          numel,
-                          reduction == kMean ? 1 / double(numel) : 1.0,
-                          sums.get()};
+  const c10::DeviceGuard guard(input.device());
+  const Tensor sums =
+      at::empty({norm_chunks(numel)}, input.options().dtype(at::kDouble).requires_grad(false));
+  const double factor = reduction == kMean ? 1 / double(numel) : 1.0;
+  run_mse({x.const_data_ptr(), y.const_data_ptr(),
+           with_gradient ? gradient.mutable_data_ptr() : nullptr, numel, factor,
+           sums.mutable_data_ptr<double>()},
+          input);
   const Tensor loss = empty_mse_loss(input, widen);
-  const double sum = cpu::mse(work, *dtype_of(input.scalar_type()), active_isa, run_in_parallel);
-  // The mean of nothing is NaN.
-  loss.fill_(numel == 0 && reduction == kMean ? std::numeric_limits<double>::quiet_NaN() : sum);
+  finish_loss(loss, sums, factor, reduction == kMean, {{double(numel), double(numel)}, {}});
   return {loss, gradient};
 }
 
@@ -77,7 +74,7 @@ struct MseBackward : LossBackward {
 Tensor mse_loss(const Tensor& input, const Tensor& target, int64_t reduction) {
   const auto type = at::result_type(input, target);
   if (!is_computed(type) || input.device() != target.device() ||
-      input.sym_sizes() != target.sym_sizes() || !(input.is_cpu() || is_traced(input)))
+      input.sym_sizes() != target.sym_sizes() || !has_kernel(input))
     return at::mse_loss(input, target, reduction);  // which may say what is wrong
   const bool widen = at::isReducedFloatingType(type) && widens(input) && widens(target);
   if (input.scalar_type() != type || target.scalar_type() != type)
@@ -95,7 +92,7 @@ Tensor mse_loss(const Tensor& input, const Tensor& target, int64_t reduction) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("fusedopt::_mse_loss", "")
-                               .typed<decltype(mse_cpu)>();
+                               .typed<decltype(forward_mse)>();
     std::tie(loss, gradient) =
         op.call(input.detach(), target.detach(), reduction, widen, with_gradient);
   }

@@ -26,8 +26,9 @@ namespace fusedopt {
 constexpr int64_t kLossChunk = 1024;
 constexpr int64_t kLossSlots = 256;
 
-inline int64_t loss_chunks(int64_t classes) { return (classes + kLossChunk - 1) / kLossChunk; }
+FUSEDOPT_HD int64_t loss_chunks(int64_t classes) { return (classes + kLossChunk - 1) / kLossChunk; }
 
+FUSEDOPT_HD double highest(double) { return 0x1.fffffffffffffp1023; }
 // Where a maximum begins. Not at -Inf, from which -Inf cannot be subtracted: in a chunk of nothing
 // but -Inf all exponentials are zero.
 FUSEDOPT_HD float lowest(float) { return -0x1.fffffep127f; }
@@ -107,6 +108,27 @@ struct CrossEntropy {
   FUSEDOPT_HD double common_share() const { return smoothing / double(classes); }
 };
 
+// The share t_i of a class that does not hang on a target. Without weights, weight is one.
+template <class T>
+FUSEDOPT_HD T share_of(T probability, T own, T common, T weight) {
+  return multiply_add(probability, own, common) * weight;
+}
+
+// What the logit's gradient is, from exp(x_i - maximum of the chunk).
+template <class T>
+FUSEDOPT_HD T logit_gradient(T kept, T scale) {
+  return kept * scale;
+}
+template <class T>
+FUSEDOPT_HD T logit_gradient(T kept, T scale, T share, T factor) {
+  return multiply_add(kept, scale, -(share * factor));
+}
+// Likewise, that of the target, which expects so much more.
+template <class T>
+FUSEDOPT_HD T target_gradient(T kept, T scale, T share, T factor, T expected) {
+  return multiply_add(kept, scale, -multiply_add(share, factor, expected));
+}
+
 struct RowLoss {
   double loss;  // multiplied by the factors
   double lse;
@@ -118,7 +140,8 @@ struct RowLoss {
 FUSEDOPT_HD RowLoss row_loss(const CrossEntropy& loss, const RowTerms& row, double log_sum,
                              bool has_target, double target_logit, double target_share) {
   RowLoss result;
-  result.lse = row.maximum + log_sum;
+  // Inf - Inf has made the sum NaN.
+  result.lse = row.maximum > highest(double()) ? row.maximum : row.maximum + log_sum;
   double value = 0;
   // An absent term is a branch: a distance may be Inf.
   if (has_target) value = target_share * (log_sum + (row.maximum - target_logit));

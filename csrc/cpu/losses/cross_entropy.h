@@ -45,17 +45,22 @@ inline __attribute__((always_inline)) auto maximum_of(const Element* logits, int
 template <class Element, class T>
 inline __attribute__((always_inline)) void fill_shares(const CrossEntropyWork& work, int64_t row,
                                                        int64_t begin, int64_t count, T* shares) {
-  const T common = T(work.loss.common_share());
+  const T common = T(work.loss.common_share()), own = T(work.loss.target_share());
+  const T* weights = static_cast<const T*>(work.weights);
+  const auto fill = [&](auto probability, auto weight) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < count; ++i)
+      shares[i] = share_of(T(probability(i)), own, common, T(weight(begin + i)));
+  };
+  const auto one = [](int64_t) { return T(1); };
+  const auto of_class = [&](int64_t i) { return weights[i]; };
   if (work.targets != nullptr) {
-    for (int64_t i = 0; i < count; ++i) shares[i] = common;
+    const auto none = [](int64_t) { return T(0); };
+    weights == nullptr ? fill(none, one) : fill(none, of_class);
   } else {
-    const T own = T(work.loss.target_share());
-    const auto* given = static_cast<const Element*>(work.probabilities.at(row)) + begin;
-    for (int64_t i = 0; i < count; ++i) shares[i] = multiply_add(T(widen(given[i])), own, common);
+    const auto* row_begin = static_cast<const Element*>(work.probabilities.at(row)) + begin;
+    const auto given = [&](int64_t i) { return T(widen(row_begin[i])); };
+    weights == nullptr ? fill(given, one) : fill(given, of_class);
   }
-  if (work.weights == nullptr) return;
-  const T* weights = static_cast<const T*>(work.weights) + begin;
-  for (int64_t i = 0; i < count; ++i) shares[i] *= weights[i];
 }
 
 // Works out the exponentials of a chunk. They are kept only where there is a place for them, which
@@ -106,10 +111,10 @@ inline __attribute__((always_inline)) void end_chunk(const T* kept, Element* gra
   if (has_shares) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < count; ++i)
-      narrow(multiply_add(kept[i], scale, -(shares[i] * factor)), gradient[i]);
+      narrow(logit_gradient(kept[i], scale, shares[i], factor), gradient[i]);
   } else {
 #pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i) narrow(kept[i] * scale, gradient[i]);
+    for (int64_t i = 0; i < count; ++i) narrow(logit_gradient(kept[i], scale), gradient[i]);
   }
 }
 
@@ -132,7 +137,7 @@ struct CrossEntropyRows {
     const auto* logits = static_cast<const Element*>(work.logits.at(row));
     auto* of_chunks = static_cast<ChunkTerms<T>*>(terms);
     alignas(64) T shares[kLossChunk];
-    const bool keeps = work.gradient.first != nullptr, has_shares = work.has_terms();
+    const bool keeps = work.gradient.first != nullptr, has_shares = work.has_shares();
     T* const kept = keeps ? kept_of(work, row, scratch) : nullptr;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t at = i * kLossChunk;
@@ -193,7 +198,7 @@ struct CrossEntropyRows {
 
   static T at_target(const CrossEntropyWork& work, const RowLoss& result, T kept, T scale,
                      T share) {
-    return multiply_add(kept, scale, -multiply_add(share, T(work.loss.factor), T(result.expected)));
+    return target_gradient(kept, scale, share, T(work.loss.factor), T(result.expected));
   }
 
   static __attribute__((noinline)) void end_chunks(const CrossEntropyWork& work, int64_t row,
@@ -204,7 +209,7 @@ struct CrossEntropyRows {
     const T* const kept = kept_of(work, row, const_cast<void*>(scratch));
     auto* gradient = static_cast<Element*>(work.gradient.at(row));
     alignas(64) T shares[kLossChunk];
-    const bool has_shares = work.has_terms();
+    const bool has_shares = work.has_shares();
     const int64_t target = work.targets == nullptr ? -1 : work.targets[row];
     for (int64_t i = begin; i < end; ++i) {
       const int64_t at = i * kLossChunk;
@@ -243,7 +248,7 @@ struct CrossEntropyRows {
   static __attribute__((noinline)) void short_rows(const CrossEntropyWork& work, int64_t begin,
                                                    int64_t end) {
     const int64_t classes = work.loss.classes;
-    const bool has_shares = work.has_terms(), keeps = work.gradient.first != nullptr;
+    const bool has_shares = work.has_shares(), keeps = work.gradient.first != nullptr;
     alignas(64) T tile[kShortRow * kTileRows], slots[kShortRow * kTileRows];
     alignas(64) T shares[kShortRow * kTileRows], maxima[kTileRows], scales[kTileRows];
     alignas(64) double logs[kTileRows];
@@ -302,8 +307,8 @@ struct CrossEntropyRows {
         for (int64_t i = 0; i < classes; ++i)
           for (int64_t r = 0; r < kTileRows; ++r) {
             const int64_t at = i * kTileRows + r;
-            tile[at] = has_shares ? multiply_add(tile[at], scales[r], -(shares[at] * factor))
-                                  : tile[at] * scales[r];
+            tile[at] = has_shares ? logit_gradient(tile[at], scales[r], shares[at], factor)
+                                  : logit_gradient(tile[at], scales[r]);
           }
       }
       for (int64_t r = 0; r < rows; ++r) {

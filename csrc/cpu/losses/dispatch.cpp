@@ -103,8 +103,8 @@ Targets check_targets(const int64_t* targets, int64_t rows, int64_t classes, int
   return check_targets_of(targets, rows, classes, ignore_index, static_cast<const float*>(weights));
 }
 
-double cross_entropy(const CrossEntropyWork& work, DType dtype, Isa isa, int threads,
-                     ParallelFor parallel_for) {
+void cross_entropy(const CrossEntropyWork& work, DType dtype, Isa isa, int threads,
+                   ParallelFor parallel_for) {
   const CrossEntropyLoops& loops = loss_loops(isa).cross_entropy[int(dtype)];
   const DefaultFloatingPoint guard;
   const int64_t classes = work.loss.classes;
@@ -119,10 +119,14 @@ double cross_entropy(const CrossEntropyWork& work, DType dtype, Isa isa, int thr
     in_pieces(parallel_for, work.rows, (kLogitGrain + classes - 1) / classes,
               [&](int64_t begin, int64_t end) { loops.rows(work, begin, end); });
   }
-  return total_of(work.losses, work.rows);
 }
 
-double mse(MseWork work, DType dtype, Isa isa, ParallelFor parallel_for) {
+double total(const double* losses, int64_t count) {
+  const DefaultFloatingPoint guard;
+  return total_of(losses, count);
+}
+
+void mse(const MseWork& work, DType dtype, Isa isa, ParallelFor parallel_for) {
   const MseLoop loop = loss_loops(isa).mse[int(dtype)];
   const DefaultFloatingPoint guard;
   const int64_t chunks = norm_chunks(work.numel);
@@ -130,7 +134,6 @@ double mse(MseWork work, DType dtype, Isa isa, ParallelFor parallel_for) {
     for (int64_t i = begin; i < end; ++i)
       work.sums[i] = loop(work, i * kNormChunk, std::min(work.numel, (i + 1) * kNormChunk));
   });
-  return total_of(work.sums, chunks) * work.factor;
 }
 
 }  // namespace cpu

@@ -8,41 +8,11 @@
 
 #include "../../core/losses/cross_entropy.h"
 #include "../../core/losses/mse.h"
+#include "../../core/losses/work.h"
 #include "../cpu.h"
 
 namespace fusedopt {
 namespace cpu {
-
-// Where the rows of a matrix begin; the elements of a row lie side by side. Rows are numbered
-// through all of an outer dimension and an inner one.
-struct Rows {
-  unsigned char* first = nullptr;
-  int64_t inner = 1;  // rows in the inner dimension
-  int64_t outer_bytes = 0, inner_bytes = 0;
-
-  void* at(int64_t row) const {
-    if (row < inner) return first + row * inner_bytes;  // without a division, which takes long
-    return first + row / inner * outer_bytes + row % inner * inner_bytes;
-  }
-};
-
-struct CrossEntropyWork {
-  CrossEntropy loss;
-  int64_t rows;
-  Rows logits;
-  Rows gradient;           // no first: none is wanted. It may be the logits.
-  const int64_t* targets;  // of each row a class, or null
-  int64_t ignore_index;
-  Rows probabilities;   // where there are no targets; of the logits' dtype
-  const void* weights;  // of the classes, in the compute type, or null
-  double* losses;       // of each row
-  void* lse;            // of each row, in the compute type, or null
-
-  bool ignores(int64_t row) const { return targets != nullptr && targets[row] == ignore_index; }
-  // Nothing has to be known of an ignored row, but its lse where that is wanted.
-  bool skips(int64_t row) const { return ignores(row) && lse == nullptr; }
-  bool has_terms() const { return targets == nullptr || loss.smoothing != 0; }
-};
 
 // Whole rows, or parts of one: first the chunks, then the row, then the chunks again. Exponentials
 // are kept in the gradient, or in a scratch row of float32 where it is in half precision.
@@ -56,15 +26,6 @@ struct CrossEntropyLoops {
                      const void* terms, const void* scratch, const RowLoss& result, double maximum);
   double (*target_logit)(const CrossEntropyWork& work, int64_t row);  // before the logits are lost
   void (*no_loss)(const CrossEntropyWork& work, int64_t row);         // of a row that is ignored
-};
-
-struct MseWork {
-  const void* input;
-  const void* target;
-  void* gradient;  // or null
-  int64_t numel;
-  double factor;
-  double* sums;  // of chunks
 };
 
 // Sums up a chunk, and writes its gradient.
@@ -89,12 +50,14 @@ struct Targets {
 Targets check_targets(const int64_t* targets, int64_t rows, int64_t classes, int64_t ignore_index,
                       const void* weights, DType compute);
 
-// Returns the sum of the losses of all rows.
-double cross_entropy(const CrossEntropyWork& work, DType dtype, Isa isa, int threads,
-                     ParallelFor parallel_for);
+void cross_entropy(const CrossEntropyWork& work, DType dtype, Isa isa, int threads,
+                   ParallelFor parallel_for);
 
-// Returns factor times the sum of the squares.
-double mse(MseWork work, DType dtype, Isa isa, ParallelFor parallel_for);
+// The sum of the losses of rows or chunks, in the order of norm.h's total.
+double total(const double* losses, int64_t count);
+
+// Sums up the squares of each chunk.
+void mse(const MseWork& work, DType dtype, Isa isa, ParallelFor parallel_for);
 
 }  // namespace cpu
 }  // namespace fusedopt
