@@ -153,7 +153,10 @@ def build(
     if target != "core.so":
         sources.insert(0, HERE / "sanitize.cpp")  # which includes the other one
     csrc_files = [
-        path for part in ("core", "cpu", "device") for path in (ROOT / "csrc" / part).rglob("*.*")
+        path
+        for part in ("core", "cpu", "device")
+        for path in (ROOT / "csrc" / part).rglob("*.*")
+        if path.parent.name != "losses"
     ]
     others = [HERE / "host_launcher.h", Path(__file__), *sorted(csrc_files)]
     key = checksum([*sources, *others], target, flags, faults, small)
@@ -190,6 +193,50 @@ def build(
         link = ["-shared"] if target == "core.so" else []
         run([*CXX, *flags, *link, *objects, "-o", work / target])
 
+        with contextlib.suppress(OSError):  # where another run has just made the same
+            work.rename(folder)
+    for stale in CACHE.glob(f"{name}-{'[0-9a-f]' * 16}"):
+        if stale != folder:
+            shutil.rmtree(stale, ignore_errors=True)
+    return folder / target
+
+
+@one_at_a_time
+def build_losses(
+    name: str,
+    target: str = "losses.so",
+    extra_flags: Sequence[str] = (),
+    faults: Sequence[Fault] = (),
+) -> Path:
+    """Likewise, of the losses: their loops, and their kernels on the host."""
+    flags = [*host_flags(), *extra_flags]
+    source = HERE / "losses_api.cpp"
+    parts = ("core", "cpu", "device")
+    csrc_files = [path for part in parts for path in (ROOT / "csrc" / part).rglob("*.*")]
+    key = checksum(
+        [source, HERE / "host_losses.h", Path(__file__), *sorted(csrc_files)], target, flags, faults
+    )
+    folder = CACHE / f"{name}-{key}"
+    if folder.exists():
+        return folder / target
+    with tempfile.TemporaryDirectory(prefix="making-", dir=CACHE) as scratch:
+        csrc, work = Path(scratch, "csrc").resolve(), Path(scratch, "out")
+        work.mkdir()
+        for part in parts:
+            shutil.copytree(ROOT / "csrc" / part, csrc / part)
+        for fault in faults:
+            fault.apply(csrc)
+
+        def compile_one(source: Path) -> Path:
+            out = work / f"{source.stem}.o"
+            run([*CXX, *flags, f"-I{csrc}", "-c", source, "-o", out])
+            return out
+
+        with ThreadPoolExecutor(JOBS) as pool:
+            loops = sorted((csrc / "cpu" / "losses").glob("*.cpp"))
+            objects = list(pool.map(compile_one, [source, *loops]))
+        link = ["-shared"] if target == "losses.so" else []
+        run([*CXX, *flags, *link, *objects, "-o", work / target])
         with contextlib.suppress(OSError):  # where another run has just made the same
             work.rename(folder)
     for stale in CACHE.glob(f"{name}-{'[0-9a-f]' * 16}"):

@@ -7,7 +7,18 @@ from pathlib import Path
 
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from .build import CACHE, CXX, HERE, ROOT, build, checksum, host_flags, one_at_a_time, run
+from .build import (
+    CACHE,
+    CXX,
+    HERE,
+    ROOT,
+    build,
+    build_losses,
+    checksum,
+    host_flags,
+    one_at_a_time,
+    run,
+)
 
 ISA_FILES = ["baseline", "avx2", "avx512", "dispatch"]
 STRINGS = ("VERSION", "CUDA_VERSION", "TORCH_VERSION")
@@ -23,12 +34,14 @@ def build_module(name: str, cuda: Path, extra_flags: Sequence[str]) -> Path:
         extra_flags: of the bindings and of that.
     """
     loops = [build("plain").with_name(f"{file}.o") for file in ISA_FILES]
+    loops += [build_losses("losses").with_name(f"{file}.o") for file in ISA_FILES]
     flags = [flag for flag in host_flags() if flag not in ("-O3", "-std=c++17")]
     flags += [f'-DFUSEDOPT_{string}="{name}"' for string in STRINGS]
     flags += ["-std=c++20", "-DTORCH_EXTENSION_NAME=_C", f"-I{ROOT}/csrc", f"-I{HERE}"]
     flags += [f"-isystem{path}" for path in [*include_paths(), sysconfig.get_path("include")]]
     flags += extra_flags
-    sources = [ROOT / "csrc/bindings/module.cpp", cuda]
+    bindings = [ROOT / "csrc/bindings/module.cpp", ROOT / "csrc/bindings/losses/losses.cpp"]
+    sources = [*bindings, cuda]
     headers = [*HERE.glob("*.h"), *ROOT.glob("csrc/**/*.h")]
     key = checksum([*sources, *sorted(headers)], flags, [loop.parent.name for loop in loops])
     module = CACHE / f"{name}-{key}" / "_C.so"

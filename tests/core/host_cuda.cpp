@@ -6,7 +6,9 @@
 #include <functional>
 
 #include "cuda/cuda.h"
+#include "cuda/losses.h"
 #include "host_launcher.h"
+#include "host_losses.h"
 
 #define API extern "C" __attribute__((visibility("default")))
 
@@ -46,6 +48,13 @@ struct Recorder {
   }
 };
 
+// A launch of a loss's kernel, likewise.
+template <class Launch>
+const char* record(Launch launch) {
+  Recorder().run(launch);
+  return nullptr;
+}
+
 }  // namespace
 
 API void host_begin_capture() {
@@ -71,6 +80,22 @@ const char* norm(const DeviceStep& step, void*) {
 const char* update(const DeviceStep& step, void*) {
   Recorder recorder;
   return launch_update<int>(step, recorder) == 0 ? nullptr : "the host cannot fail";
+}
+
+const char* check_targets(const TargetArgs& args, void*) {
+  return record([args] { host_check_targets(args); });
+}
+const char* cross_entropy(const CrossEntropyArgs& args, DType dtype, void*) {
+  return record([args, dtype] { host_cross_entropy(args, dtype); });
+}
+const char* mse(const MseWork& work, DType dtype, void*) {
+  return record([work, dtype] { host_mse(work, dtype); });
+}
+const char* scale(const ScaleArgs& args, DType dtype, void*) {
+  return record([args, dtype] { host_scale(args, dtype); });
+}
+const char* finish_loss(const LossArgs& args, void*) {
+  return record([args] { host_finish_loss(args); });
 }
 
 }  // namespace cuda

@@ -133,9 +133,14 @@ bool is_computed(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
 }
 
+// Of the devices that have an autocast.
+bool autocasts(const Tensor& input) {
+  const auto device = input.device().type();
+  return at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device);
+}
+
 bool widens(const Tensor& input) {
-  return at::isReducedFloatingType(input.scalar_type()) &&
-         at::autocast::is_autocast_enabled(input.device().type());
+  return at::isReducedFloatingType(input.scalar_type()) && autocasts(input);
 }
 
 }  // namespace

@@ -109,8 +109,20 @@ std::optional<Rows> find_rows(const Tensor& tensor) {
   return rows;
 }
 
-bool overlaps_itself(const Tensor& tensor) {
-  return at::has_internal_overlap(tensor) == at::MemOverlap::Yes;
+// Whether two elements may lie at one address: none do where each dimension's stride leaves room
+// for all dimensions of smaller strides.
+bool may_overlap_itself(const Tensor& tensor) {
+  if (is_traced(tensor)) return false;
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int64_t i = 0; i < tensor.dim(); ++i)
+    if (tensor.size(i) > 1) dims.emplace_back(tensor.stride(i), tensor.size(i));
+  std::sort(dims.begin(), dims.end());
+  int64_t room = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride < room) return true;
+    room += (size - 1) * stride;
+  }
+  return false;
 }
 
 struct CrossEntropyOptions {
@@ -299,7 +311,7 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& input, const Tensor& targ
                                          double label_smoothing, double z_loss, bool with_lse,
                                          bool in_place) {
   const Tensor weight = weight_or_none.value_or(Tensor());
-  if (!can_take(input, target, weight, at::autocast::is_autocast_enabled(input.device().type())))
+  if (!can_take(input, target, weight, autocasts(input)))
     refuse_cross_entropy(input, target, weight_or_none, reduction, ignore_index, label_smoothing);
   const bool probable = has_probabilities(input, target);
   TORCH_CHECK(!probable || ignore_index < 0,
@@ -331,7 +343,7 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& input, const Tensor& targ
     TORCH_CHECK(!(of_input && input.is_leaf()),
                 "fusedopt: cross_entropy with inplace=True would overwrite a leaf that requires a "
                 "gradient; leave inplace out");
-    TORCH_CHECK(!overlaps_itself(input),
+    TORCH_CHECK(!may_overlap_itself(input),
                 "fusedopt: cross_entropy with inplace=True got logits of which several lie at one "
                 "address, as expand() makes them; leave inplace out, or clone() them");
     TORCH_CHECK(
@@ -348,9 +360,9 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& input, const Tensor& targ
       node->set_next_edges(torch::autograd::collect_next_edges(input));
   }
   Tensor loss, lse, gradient;
+  const Tensor logits = input.detach();  // it shares the version, which a gradient is checked by
   {
     const at::AutoDispatchBelowADInplaceOrView below;
-    const Tensor logits = input.detach();
     if (in_place) {
       static const auto op = c10::Dispatcher::singleton()
                                  .findSchemaOrThrow(kForwardInPlace, "")

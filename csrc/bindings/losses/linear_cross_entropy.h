@@ -262,7 +262,7 @@ std::tuple<Tensor, Tensor> linear_cross_entropy(const Tensor& input, const Tenso
            tensor.scalar_type() != at::kDouble;
   };
   Tensor x = input, w = linear_weight, bias = bias_or_none.value_or(Tensor());
-  const bool autocast = at::autocast::is_autocast_enabled(device);
+  const bool autocast = autocasts(input);
   if (autocast) {
     const auto type = at::autocast::get_autocast_dtype(device);
     for (Tensor* each : {&x, &w, &bias})
@@ -273,7 +273,7 @@ std::tuple<Tensor, Tensor> linear_cross_entropy(const Tensor& input, const Tenso
       w.scalar_type() == x.scalar_type() && w.device() == x.device() &&
       (!bias.defined() || (bias.scalar_type() == x.scalar_type() && bias.device() == x.device()));
   // What the linear layer would have to say, torch says.
-  if (!same) at::linear(x.detach(), w.detach(), defined_if(bias.defined(), bias).detach());
+  if (!same) at::linear(x.detach(), w.detach(), bias.defined() ? bias.detach() : bias);
   TORCH_CHECK(same, "fusedopt: linear_cross_entropy got an input of ", x.scalar_type(),
               " and a linear_weight of ", w.scalar_type(), "; expected one dtype and device");
   const Tensor like = logits_like(x, w);

@@ -113,8 +113,8 @@ struct CrossEntropyLane {
 
   // The tree over the slots of a chunk: levels within a lane, others between two lanes, others
   // within a lane again. exchange gives what another lane has.
-  template <class Exchange>
-  FUSEDOPT_HD static T tree(T* values, Exchange exchange) {
+  template <class Value, class Exchange>
+  FUSEDOPT_HD static Value tree(Value* values, Exchange exchange) {
     FUSEDOPT_UNROLL
     for (int half = kGroups / 2; half > 0; half /= 2) {
       FUSEDOPT_UNROLL

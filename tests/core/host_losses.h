@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright the fusedopt authors
+//
+// Launches the kernels of losses on the host: every warp of them, all lanes of which take each step
+// together.
+#pragma once
+
+#include <vector>
+
+#include "device/losses/launches.h"
+
+namespace fusedopt {
+
+// What a value is in each lane of a warp.
+template <class T>
+struct WarpValue {
+  T lanes[kWarp];
+
+  WarpValue& operator+=(const WarpValue& other) {
+    for (int i = 0; i < kWarp; ++i) lanes[i] += other.lanes[i];
+    return *this;
+  }
+  WarpValue exchanged(int distance) const {
+    WarpValue result;
+    for (int i = 0; i < kWarp; ++i) result.lanes[i] = lanes[i ^ distance];
+    return result;
+  }
+};
+
+template <class Element>
+struct HostCrossEntropy {
+  using Lane = CrossEntropyLane<Element>;
+  using T = typename Lane::T;
+
+  static T total(const std::vector<Lane>& lanes, T (Lane::*slots)[Lane::kSlots]) {
+    WarpValue<T> values[Lane::kSlots];
+    for (int i = 0; i < Lane::kSlots; ++i)
+      for (int lane = 0; lane < kWarp; ++lane) values[i].lanes[lane] = (lanes[lane].*slots)[i];
+    const auto exchange = [](const WarpValue<T>& value, int distance) {
+      return value.exchanged(distance);
+    };
+    return Lane::tree(values, exchange).lanes[0];
+  }
+
+  static void begin_chunk(const CrossEntropyWork& work, int64_t row, int64_t chunk,
+                          ChunkTerms<T>& terms) {
+    std::vector<Lane> lanes(kWarp);
+    T maximum = lowest(T());
+    for (uint32_t lane = 0; lane < uint32_t(kWarp); ++lane) {
+      lanes[lane].load(work, row, chunk, lane);
+      maximum = larger_of(lanes[lane].maximum(), maximum);
+    }
+    for (uint32_t lane = 0; lane < uint32_t(kWarp); ++lane)
+      lanes[lane].add_up(work, row, chunk, lane, maximum);
+    terms = {maximum, total(lanes, &Lane::sums), 0, 0};
+    if (!work.has_shares()) return;
+    terms.distance = total(lanes, &Lane::distances);
+    terms.share = total(lanes, &Lane::shares);
+  }
+
+  static void end_row(const CrossEntropyArgs& args, int64_t row, int64_t chunks) {
+    ChunkTerms<T>* terms = terms_of<T>(args, row, chunks);
+    T largest = lowest(T());
+    for (int64_t i = 0; i < chunks; ++i) largest = larger_of(terms[i].maximum, largest);
+    const double maximum = double(largest);
+    double sums[kWarp], distances[kWarp], shares[kWarp];
+    for (uint32_t lane = 0; lane < uint32_t(kWarp); ++lane) {
+      const RowParts parts = row_parts(terms, chunks, lane, maximum);
+      sums[lane] = parts.sum;
+      distances[lane] = parts.distance;
+      shares[lane] = parts.share;
+    }
+    tree_sum<kWarp>(sums);
+    tree_sum<kWarp>(distances);
+    tree_sum<kWarp>(shares);
+    double scale;
+    *factors_of(args, row, chunks) =
+        finish_row<Element>(args.work, row, {maximum, sums[0], distances[0], shares[0]}, &scale);
+    for (uint32_t lane = 0; lane < uint32_t(kWarp); ++lane)
+      set_scales(terms, chunks, lane, maximum, scale);
+  }
+
+  static void end_chunk(const CrossEntropyArgs& args, int64_t row, int64_t chunk, int64_t chunks) {
+    for (uint32_t lane = 0; lane < uint32_t(kWarp); ++lane) {
+      Lane own;
+      own.load(args.work, row, chunk, lane);
+      own.finish(args.work, row, chunk, lane, terms_of<T>(args, row, chunks)[chunk],
+                 *factors_of(args, row, chunks));
+    }
+  }
+
+  // All shapes of launches do this, in other orders.
+  static void run(const CrossEntropyArgs& args) {
+    const int64_t rows = args.work.rows, chunks = loss_chunks(args.work.loss.classes);
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t chunk = 0; chunk < chunks; ++chunk)
+        begin_chunk(args.work, row, chunk, terms_of<T>(args, row, chunks)[chunk]);
+      end_row(args, row, chunks);
+      if (args.work.gradient.first == nullptr) continue;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) end_chunk(args, row, chunk, chunks);
+    }
+  }
+};
+
+// Calls run(Element()) for the element of a dtype.
+template <class Run>
+void host_for_dtype(DType dtype, Run run) {
+  switch (dtype) {
+    case DType::float32:
+      return run(float());
+    case DType::float64:
+      return run(double());
+    case DType::bfloat16:
+      return run(bfloat16());
+    default:
+      return run(float16());
+  }
+}
+
+inline void host_cross_entropy(const CrossEntropyArgs& args, DType dtype) {
+  host_for_dtype(dtype, [&](auto element) { HostCrossEntropy<decltype(element)>::run(args); });
+}
+
+inline void host_mse(const MseWork& work, DType dtype) {
+  host_for_dtype(dtype, [&](auto element) {
+    for (int64_t chunk = 0; chunk < norm_chunks(work.numel); ++chunk) {
+      double lanes[kWarp];
+      for (uint32_t lane = 0; lane < uint32_t(kWarp); ++lane)
+        lanes[lane] = mse_lane<decltype(element)>(work, chunk, lane);
+      tree_sum<kWarp>(lanes);
+      work.sums[chunk] = lanes[0];
+    }
+  });
+}
+
+inline void host_scale(const ScaleArgs& args, DType dtype) {
+  constexpr int64_t kManyThreads = 2 * kThreads;
+  host_for_dtype(dtype, [&](auto element) {
+    for (int64_t thread = 0; thread < kManyThreads; ++thread)
+      scale_values<decltype(element)>(args, thread, kManyThreads);
+  });
+}
+
+inline void host_check_targets(const TargetArgs& args) {
+  double weights[kTotalLanes], counts[kTotalLanes];
+  for (uint32_t lane = 0; lane < uint32_t(kTotalLanes); ++lane) {
+    const Divisors part = target_lane(args, lane);
+    weights[lane] = part.weight;
+    counts[lane] = part.valid;
+  }
+  tree_sum<kTotalLanes>(weights);
+  tree_sum<kTotalLanes>(counts);
+  *args.divisors = {weights[0], counts[0]};
+}
+
+inline void host_finish_loss(const LossArgs& args) {
+  double lanes[kTotalLanes];
+  for (uint32_t lane = 0; lane < uint32_t(kTotalLanes); ++lane) lanes[lane] = loss_lane(args, lane);
+  tree_sum<kTotalLanes>(lanes);
+  finish_loss(args, lanes[0]);
+}
+
+}  // namespace fusedopt
