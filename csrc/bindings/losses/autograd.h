@@ -10,6 +10,7 @@
 #pragma GCC diagnostic ignored "-Wdouble-promotion"
 #include <ATen/FunctionalTensorWrapper.h>
 #include <ATen/OpMathType.h>
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -93,7 +94,7 @@ struct LossBackward : Node {
     const auto type = gradient.scalar_type();
     if (is_traced(grad) || is_traced(gradient)) return gradient.mul(factor).to(type);
     const bool keeps = torch::autograd::get_current_graph_task_keep_graph();
-    const bool may_change = !keeps && !returned_;
+    const bool may_change = !keeps && !returned_ && !hooked_;
     if (on_accelerator(gradient) && is_number && may_change &&
         gradient.is_non_overlapping_and_dense()) {
       const c10::DeviceGuard guard(gradient.device());
@@ -109,10 +110,16 @@ struct LossBackward : Node {
     return at::mul_out(result, gradient, factor);
   }
 
+  // Where somebody's hooks have packed it, what is unpacked may be theirs.
+  void save(const Tensor& gradient, SavedVariable& saved) {
+    hooked_ = hooked_ || at::SavedTensorDefaultHooks::get_hooks().has_value();
+    saved = SavedVariable(gradient, false);
+  }
+
   const char* loss;
 
  private:
-  bool returned_ = false;
+  bool returned_ = false, hooked_ = false;
 };
 
 bool wants_gradient(const Tensor& tensor) {

@@ -258,9 +258,10 @@ struct CrossEntropyBackward : LossBackward {
       results[0] = scaled(saved, grad, reduction == kNone ? class_axis : -1);
     }
     if (num_outputs() < 2 || !task_should_compute_output(1)) return;
-    // Of a probability: weight (1 - label_smoothing) (lse - logit).
+    // Of a probability: weight (1 - label_smoothing) (lse - logit). Few need it: by torch.
     const Tensor logits = input.unpack();
-    Tensor result = (lse.unpack().unsqueeze(class_axis) - logits) * (1 - label_smoothing);
+    Tensor result = at::log_softmax(logits, class_axis, at::toOpMathType(logits.scalar_type())) *
+                    (label_smoothing - 1);
     const Tensor weights = weight.unpack();
     if (weights.defined()) {
       std::vector<int64_t> sizes(logits.dim(), 1);
@@ -276,7 +277,6 @@ struct CrossEntropyBackward : LossBackward {
     const std::lock_guard<std::mutex> lock(mutex_);
     gradient.reset_data();
     input.reset_data();
-    lse.reset_data();
     weight.reset_data();
   }
 
@@ -285,7 +285,7 @@ struct CrossEntropyBackward : LossBackward {
   SavedVariable gradient;
   int64_t reduction = kMean, class_axis = 0;
   // For the gradient of probabilities.
-  SavedVariable input, lse, weight;
+  SavedVariable input, weight;
   double label_smoothing = 0;
   c10::SymFloat class_count = 0.0;
   at::ScalarType target_type = at::kFloat;
@@ -375,18 +375,17 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& input, const Tensor& targ
           c10::Dispatcher::singleton().findSchemaOrThrow(kForward, "").typed<decltype(forward)>();
       std::tie(loss, lse, gradient) =
           op.call(logits, target.detach(), weight_or_none, reduction, ignore_index, label_smoothing,
-                  z_loss, widen, with_lse || of_target, of_input);
+                  z_loss, widen, with_lse, of_input);
     }
   }
   if (in_place && !input.is_inference()) torch::autograd::impl::bump_version(input);
   if (node) {
     torch::autograd::set_history(loss, node);
-    if (of_input) node->gradient = SavedVariable(gradient, false);
+    if (of_input) node->save(gradient, node->gradient);
     node->reduction = reduction;
     node->class_axis = class_dim(input);
     if (of_target) {
       node->input = SavedVariable(input, false);
-      node->lse = SavedVariable(lse, false);
       if (weight.defined()) node->weight = SavedVariable(weight, false);
       node->label_smoothing = std::max(0.0, label_smoothing);
       node->class_count = c10::SymFloat(input.sym_size(class_dim(input)));

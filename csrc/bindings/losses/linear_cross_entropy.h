@@ -320,7 +320,7 @@ std::tuple<Tensor, Tensor> linear_cross_entropy(const Tensor& input, const Tenso
   node->reduction = reduction;
   for (int i = 0; i < 3; ++i) {
     node->of[i] = of[i];
-    if (now && of[i]) node->gradients[i] = SavedVariable(gradients[i], false);
+    if (now && of[i]) node->save(gradients[i], node->gradients[i]);
   }
   if (!now) {
     node->input = SavedVariable(x, false);

@@ -98,7 +98,7 @@ Tensor mse_loss(const Tensor& input, const Tensor& target, int64_t reduction) {
   }
   if (node) {
     torch::autograd::set_history(loss, node);
-    node->gradient = SavedVariable(gradient, false);
+    node->save(gradient, node->gradient);
   }
   return loss;
 }
