@@ -20,7 +20,7 @@ from fusedopt._extension import _C
 try:
     import hypothesis
 except ImportError:  # tests on a GPU do without
-    collect_ignore = ["steps/test_properties.py"]
+    collect_ignore = ["losses/test_loss_properties.py", "steps/test_properties.py"]
 else:
     # Examples take as long as the machine is busy. In CI the same ones each time.
     hypothesis.settings.register_profile("default", deadline=None)

@@ -46,7 +46,7 @@ def cross_entropy(
     inplace: bool = ...,
     z_loss: float = ...,
     return_lse: bool,
-) -> tuple[Tensor, Tensor]: ...
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -143,10 +143,9 @@ def mse_loss(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    if reduction not in ("mean", "sum") or weight is not None:
-        if weight is None:
-            return torch.nn.functional.mse_loss(input, target, reduction=reduction)
-        return torch.nn.functional.mse_loss(input, target, reduction=reduction, weight=weight)
+    if weight is not None:
+        weighted = {"reduction": reduction, "weight": weight}  # which torch's stub does not have
+        return torch.nn.functional.mse_loss(input, target, **weighted)  # type: ignore[arg-type]
     if target.size() != input.size():
         warnings.warn(
             f"Using a target size ({target.size()}) that is different to the input size "
@@ -155,6 +154,8 @@ def mse_loss(
             stacklevel=2,
         )
         input, target = torch.broadcast_tensors(input, target)
+    if reduction not in ("mean", "sum"):
+        return torch.nn.functional.mse_loss(input, target, reduction=reduction)
     loss: Tensor = _mse_loss(input, target, _reduction.get_enum(reduction))
     return loss
 
@@ -190,7 +191,7 @@ def linear_cross_entropy(
     chunk_size: int | None = ...,
     z_loss: float = ...,
     return_lse: bool,
-) -> tuple[Tensor, Tensor]: ...
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -294,9 +295,7 @@ def _refuse_linear(
     theirs = getattr(torch.nn.functional, "linear_cross_entropy", None)
     if theirs is not None:
         with torch.no_grad():
-            theirs(
-                input, linear_weight, target, linear_bias=linear_bias, ignore_index=ignore_index
-            )
+            theirs(input, linear_weight, target, linear_bias=linear_bias, ignore_index=ignore_index)
     shapes = [tuple(each.shape) for each in (input, linear_weight, target)]
     bias = None if linear_bias is None else tuple(linear_bias.shape)
     raise RuntimeError(

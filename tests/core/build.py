@@ -71,6 +71,12 @@ SMALL = (
 NO_LOOPS = "namespace fusedopt::cpu { struct Loops; const Loops* %s_loops() { return nullptr; } }\n"
 
 
+NO_LOSS_LOOPS = (
+    "namespace fusedopt::cpu { struct LossLoops; "
+    "const LossLoops* %s_loss_loops() { return nullptr; } }\n"
+)
+
+
 def make_small(csrc: Path, rule: str, faults: Sequence[Fault]) -> None:
     lists = {"core/dtype.h": ("Combinations", SMALL), "core/rules/list.h": ("Rules", rule)}
     for name, (types, members) in lists.items():
@@ -207,14 +213,20 @@ def build_losses(
     target: str = "losses.so",
     extra_flags: Sequence[str] = (),
     faults: Sequence[Fault] = (),
+    small: bool = False,
 ) -> Path:
-    """Likewise, of the losses: their loops, and their kernels on the host."""
+    """Likewise, of the losses: their loops, or those of the baseline, and their kernels on the
+    host."""
     flags = [*host_flags(), *extra_flags]
     source = HERE / "losses_api.cpp"
     parts = ("core", "cpu", "device")
     csrc_files = [path for part in parts for path in (ROOT / "csrc" / part).rglob("*.*")]
     key = checksum(
-        [source, HERE / "host_losses.h", Path(__file__), *sorted(csrc_files)], target, flags, faults
+        [source, HERE / "host_losses.h", Path(__file__), *sorted(csrc_files)],
+        target,
+        flags,
+        faults,
+        small,
     )
     folder = CACHE / f"{name}-{key}"
     if folder.exists():
@@ -232,6 +244,8 @@ def build_losses(
             run([*CXX, *flags, f"-I{csrc}", "-c", source, "-o", out])
             return out
 
+        for isa in ("avx2", "avx512") if small else ():
+            (csrc / f"cpu/losses/{isa}.cpp").write_text(NO_LOSS_LOOPS % isa)
         with ThreadPoolExecutor(JOBS) as pool:
             loops = sorted((csrc / "cpu" / "losses").glob("*.cpp"))
             objects = list(pool.map(compile_one, [source, *loops]))
