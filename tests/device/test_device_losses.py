@@ -41,7 +41,7 @@ def assert_same(
         for got, expected in zip(on_device, outcome(theirs, wide, "cpu"), strict=True):
             bound = {torch.bfloat16: 1e-2, torch.float16: 2e-3}.get(got.dtype, 1e-4)
             largest = expected.nan_to_num().abs().max() if expected.numel() else torch.zeros(())
-            least = bound * float(largest) / 100
+            least = bound * float(largest) / 100 + torch.finfo(got.dtype).smallest_normal / 512
             want = expected.to(got.dtype)
             torch.testing.assert_close(got, want, rtol=bound, atol=least, equal_nan=True)
         return
