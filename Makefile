@@ -70,9 +70,10 @@ test-arm: build  ## run the loops of the CPU on 64-bit ARM, in an emulator
 build: env  ## build the compiled module in place (quick when nothing changed)
 	@$(PY) setup.py --quiet build_ext --inplace
 
-bench: build  ## run all benchmarks (about 20 minutes)
+bench: build  ## run all benchmarks (about 40 minutes)
 	$(PY) -m benchmarks.run --scaling --training $(ARGS)
 	$(PY) -m benchmarks.sharded
+	$(PY) -m benchmarks.losses
 
 bench-quick: build  ## run the most telling benchmarks (under 2 minutes)
 	$(PY) -m benchmarks.run --quick $(ARGS)
@@ -96,6 +97,7 @@ check-tables: env  ## check that the tables in the documentation are those of th
 	$(PY) -m benchmarks.report --gpu $(GPU_RESULTS) --check
 	$(PY) -m benchmarks.studies.precision --check
 	$(PY) -m benchmarks.sharded --check
+	$(PY) -m benchmarks.losses --check
 	$(PY) -m benchmarks.gpu.model --check
 
 tables: env  ## write the tables of the results into the documentation
@@ -105,6 +107,7 @@ tables: env  ## write the tables of the results into the documentation
 	$(PY) -m benchmarks.report $(RESULTS) --plots docs/images
 	$(PY) -m benchmarks.studies.precision --tables
 	$(PY) -m benchmarks.sharded --tables
+	$(PY) -m benchmarks.losses --tables
 
 check-binary: build  ## check in the disassembly that the loops are packed
 	$(PY) tests/binary/check_binary.py

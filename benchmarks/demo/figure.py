@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.demo.training import OURS, OURS_FLAT, Result
+from benchmarks.demo.training import ALL_OURS, OURS, OURS_LOSS, Result
 from benchmarks.report.colours import OUR_COLOUR, TORCH_COLOUR
 
 
@@ -29,7 +29,11 @@ def draw_losses(result: Result, axes: Axes) -> None:
     steps = range(1, len(ours) + 1)
     axes.plot(steps, reference, color=TORCH_COLOUR, linewidth=5, label=result.reference)
     axes.plot(steps, ours, color=OUR_COLOUR, linewidth=1, label=OURS)
-    axes.set_title(f"{result.task.name}: losses differ by at most {result.difference(OURS):.1e}")
+    if OURS_LOSS in result.trainings:
+        with_loss = result.trainings[OURS_LOSS].losses
+        axes.plot(steps, with_loss, ":", color="black", linewidth=1, label=OURS_LOSS)
+    difference = max(result.difference(name) for name in result.ours)
+    axes.set_title(f"{result.task.name}: losses differ by at most {difference:.1e}")
     axes.set_xlabel("step")
     axes.set_ylabel("training loss")
     axes.set_ylim(bottom=0)
@@ -45,7 +49,7 @@ def draw_step_times(result: Result, axes: Axes) -> None:
         [median - 1e3 * low for median, (low, _) in zip(medians, quartiles, strict=True)],
         [1e3 * high - median for median, (_, high) in zip(medians, quartiles, strict=True)],
     ]
-    colours = [OUR_COLOUR if name in (OURS, OURS_FLAT) else TORCH_COLOUR for name in names]
+    colours = [OUR_COLOUR if name in ALL_OURS else TORCH_COLOUR for name in names]
     bars = axes.barh(names, medians, xerr=errors, color=colours, ecolor="#404040")
     axes.bar_label(bars, fmt="%.3f ms", padding=4)
     axes.invert_yaxis()

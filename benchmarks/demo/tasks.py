@@ -30,6 +30,7 @@ class Task:
         options: its arguments.
         weight_decay: of matrices and kernels; biases and norms have none.
         torch_fused: whether torch has a fused step for it.
+        fused_loss: whether it is trained with fusedopt's loss as well.
         model: the model before training.
         batches: endless training batches.
         score_name: what ``score`` returns, in words.
@@ -42,6 +43,7 @@ class Task:
     options: dict[str, Any]
     weight_decay: float
     torch_fused: bool
+    fused_loss: bool
     model: nn.Module
     batches: Iterator[Batch]
     score_name: str
@@ -60,6 +62,7 @@ def gpt_task(seed: int, device: torch.device) -> Task:
         options={"lr": 1e-3, "betas": (0.9, 0.99)},
         weight_decay=0.1,
         torch_fused=True,
+        fused_loss=True,
         model=GPT(len(text.vocabulary), CONTEXT).to(device),
         batches=text_batches(text.train, TEXT_BATCH, CONTEXT, seed),
         score_name="validation loss",
@@ -78,6 +81,7 @@ def digits_task(seed: int, device: torch.device) -> Task:
         options={"lr": 2e-3},
         weight_decay=1e-3,
         torch_fused=False,
+        fused_loss=False,
         model=digits_classifier().to(device),
         batches=image_batches(train, IMAGE_BATCH, seed),
         score_name="test accuracy",

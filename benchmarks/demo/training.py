@@ -15,22 +15,26 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 import fusedopt
+import fusedopt.nn.functional
 from benchmarks.demo.tasks import Task
-from benchmarks.models.batch import Batch, cross_entropy
+from benchmarks.models.batch import Batch, cross_entropy, predict
 from benchmarks.models.parameters import nudge, parameter_groups
 
 UNFUSED, FOREACH, FUSED = "torch for-loop", "torch foreach", "torch fused"
-OURS, OURS_FLAT = "fusedopt", "fusedopt flat=True"
+OURS, OURS_FLAT, OURS_LOSS = "fusedopt", "fusedopt flat=True", "fusedopt, and its loss"
+ALL_OURS = (OURS, OURS_FLAT, OURS_LOSS)
 IMPLEMENTATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     UNFUSED: (torch.optim, {"foreach": False}),
     FOREACH: (torch.optim, {"foreach": True}),
     FUSED: (torch.optim, {"fused": True}),
     OURS: (fusedopt, {}),
     OURS_FLAT: (fusedopt, {"flat": True}),
+    OURS_LOSS: (fusedopt, {}),
 }
 WARM_UP = 10  # steps at the start, where states are made: left out of the step times
 ALLOWANCE = 10  # losses may differ by so many times what the moved weights make of them
@@ -53,6 +57,7 @@ class Training:
         groups = parameter_groups(self.model, task.weight_decay)
         self.optimizer = getattr(module, task.optimizer)(groups, **task.options, **options)
         self.scheduler = CosineAnnealingLR(self.optimizer, T_max=steps)
+        self.loss = fused_cross_entropy if implementation == OURS_LOSS else cross_entropy
         self.losses: list[float] = []
         self.step_seconds: list[float] = []
         self.training_seconds = 0.0
@@ -61,7 +66,7 @@ class Training:
         """Train on one batch."""
         start = now()
         self.optimizer.zero_grad()
-        loss = cross_entropy(self.model, batch)
+        loss = self.loss(self.model, batch)
         loss.backward()
         before = now()
         self.optimizer.step()
@@ -102,9 +107,14 @@ class Result:
     allowed: float
 
     @property
+    def ours(self) -> list[str]:
+        """The trainings by fusedopt."""
+        return [name for name in ALL_OURS if name in self.trainings]
+
+    @property
     def fastest_torch(self) -> str:
         """The torch.optim implementation with the shortest median step."""
-        names = [name for name in self.trainings if name not in (OURS, OURS_FLAT)]
+        names = [name for name in self.trainings if name not in ALL_OURS]
         return min(names, key=lambda name: self.trainings[name].step_median)
 
     def difference(self, name: str) -> float:
@@ -125,7 +135,8 @@ def train(task: Task, steps: int) -> Result:
     mistakes are far beyond that: AdamW with eps 1e-7 for 1e-8, or beta2 0.9901 for 0.99, was over
     100 times off.
     """
-    names = [name for name in IMPLEMENTATIONS if task.torch_fused or name != FUSED]
+    left_out = {FUSED: not task.torch_fused, OURS_LOSS: not task.fused_loss}
+    names = [name for name in IMPLEMENTATIONS if not left_out.get(name)]
     reference = FUSED if task.torch_fused else FOREACH
     trainings = {name: Training(task, name, steps) for name in names}
     nudged = Training(task, reference, steps, nudged=True)
@@ -137,6 +148,14 @@ def train(task: Task, steps: int) -> Result:
         scores = {name: task.score(training.model) for name, training in trainings.items()}
     allowed = ALLOWANCE * largest_difference(nudged, trainings[reference])
     return Result(task, trainings, scores, reference, allowed)
+
+
+def fused_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    """The mean loss by fusedopt, in the memory of the logits."""
+    logits, targets = predict(model, batch)
+    return fusedopt.nn.functional.cross_entropy(
+        logits.flatten(0, -2), targets.flatten(), inplace=True
+    )
 
 
 def largest_difference(a: Training, b: Training) -> float:

@@ -63,9 +63,13 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(batch, time) token numbers -> (batch, time, vocabulary) logits of the next token."""
+        return self.head(self.hidden(tokens))
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """(batch, time) token numbers -> (batch, time, width): what the head makes logits of."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.token(tokens) + self.position(positions)
-        return self.head(self.norm(self.blocks(x)))
+        return self.norm(self.blocks(x))
 
 
 def digits_classifier(channels: int = 16, classes: int = 10) -> nn.Sequential:

@@ -27,16 +27,15 @@ __device__ __forceinline__ double warp_sum(double value) {
   return value;
 }
 
-// One warp: the terms of a chunk. The lane keeps its logits.
+// One warp: the terms of a chunk.
 template <class Element>
 __device__ __forceinline__ void begin_chunk(const CrossEntropyWork& work, int64_t row,
                                             int64_t chunk, uint32_t lane,
-                                            CrossEntropyLane<Element>& own,
                                             typename CrossEntropyLane<Element>::Terms& terms) {
   using Lane = CrossEntropyLane<Element>;
   using T = typename Lane::T;
-  own.load(work, row, chunk, lane);
-  const T maximum = warp_maximum(own.maximum());
+  Lane own;
+  const T maximum = warp_maximum(Lane::maximum(work, row, chunk, lane));
   own.add_up(work, row, chunk, lane, maximum);
   const auto exchange = [](T value, int distance) {
     return __shfl_xor_sync(kAll, value, distance);
@@ -69,78 +68,42 @@ __device__ __forceinline__ void end_row(const CrossEntropyArgs& args, int64_t ro
   set_scales(terms, chunks, lane, maximum, scale);
 }
 
-// Rows of one chunk, a warp each.
+// A team, a warp or the whole block, takes one task after the other: a row, or a chunk of one.
 template <class Element>
 __global__ void __launch_bounds__(kThreads)
-    warp_rows_kernel(const __grid_constant__ CrossEntropyArgs args) {
+    cross_entropy_kernel(const __grid_constant__ CrossEntropyArgs args) {
   using Lane = CrossEntropyLane<Element>;
   const uint32_t lane = threadIdx.x % kWarp;
-  const int64_t stride = int64_t(gridDim.x) * kWarpsOfBlock;
-  for (int64_t row = int64_t(blockIdx.x) * kWarpsOfBlock + threadIdx.x / kWarp;
-       row < args.work.rows; row += stride) {
-    typename Lane::Terms* terms = terms_of<typename Lane::T>(args, row, 1);
-    {
-      Lane own;
-      begin_chunk<Element>(args.work, row, 0, lane, own, *terms);
-    }
-    __syncwarp();
-    end_row<Element>(args, row, lane, 1);
-    __syncwarp();
-    if (args.work.gradient.first == nullptr) continue;
-    Lane own;  // loaded again: kept, it would take most registers all along
-    own.load(args.work, row, 0, lane);
-    own.finish(args.work, row, 0, lane, *terms, *factors_of(args, row, 1));
-  }
-}
-
-// Rows of many chunks, a block each.
-template <class Element>
-__global__ void __launch_bounds__(kThreads)
-    block_rows_kernel(const __grid_constant__ CrossEntropyArgs args) {
-  using Lane = CrossEntropyLane<Element>;
-  const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const bool is_block = args.team == Team::block;
+  const uint32_t warps = is_block ? kWarpsOfBlock : 1;
+  const uint32_t warp = is_block ? threadIdx.x / kWarp : 0;
+  const int64_t teams = int64_t(gridDim.x) * (is_block ? 1 : kWarpsOfBlock);
   const int64_t chunks = loss_chunks(args.work.loss.classes);
-  for (int64_t row = blockIdx.x; row < args.work.rows; row += gridDim.x) {
+  const auto synchronize = [=] {
+    if (is_block)
+      __syncthreads();
+    else
+      __syncwarp();
+  };
+  for (int64_t task = is_block ? blockIdx.x
+                               : int64_t(blockIdx.x) * kWarpsOfBlock + threadIdx.x / kWarp;
+       task < tasks_of(args); task += teams) {
+    const int64_t row = args.by_chunk ? task / chunks : task;
+    const int64_t first = args.by_chunk ? task % chunks : 0;
+    const int64_t last = args.by_chunk ? first + 1 : chunks;
     typename Lane::Terms* terms = terms_of<typename Lane::T>(args, row, chunks);
-    for (int64_t chunk = warp; chunk < chunks; chunk += kWarpsOfBlock) {
-      Lane own;
-      begin_chunk<Element>(args.work, row, chunk, lane, own, terms[chunk]);
+    if (args.phases & kBegin) {
+      for (int64_t chunk = first + warp; chunk < last; chunk += warps)
+        begin_chunk<Element>(args.work, row, chunk, lane, terms[chunk]);
+      synchronize();
     }
-    __syncthreads();
-    if (warp == 0) end_row<Element>(args, row, lane, chunks);
-    __syncthreads();
-    if (args.work.gradient.first == nullptr) continue;
-    for (int64_t chunk = warp; chunk < chunks; chunk += kWarpsOfBlock) {
-      Lane own;
-      own.load(args.work, row, chunk, lane);
-      own.finish(args.work, row, chunk, lane, terms[chunk], *factors_of(args, row, chunks));
+    if (args.phases & kRow) {
+      if (warp == 0) end_row<Element>(args, row, lane, chunks);
+      synchronize();
     }
-  }
-}
-
-// Few rows of many chunks, a warp each chunk: the terms, the rows, the gradients.
-template <class Element, int phase>
-__global__ void __launch_bounds__(kThreads)
-    chunks_kernel(const __grid_constant__ CrossEntropyArgs args) {
-  using Lane = CrossEntropyLane<Element>;
-  const uint32_t lane = threadIdx.x % kWarp;
-  const int64_t chunks = loss_chunks(args.work.loss.classes);
-  const int64_t count = phase == 1 ? args.work.rows : args.work.rows * chunks;
-  const int64_t stride = int64_t(gridDim.x) * kWarpsOfBlock;
-  for (int64_t i = int64_t(blockIdx.x) * kWarpsOfBlock + threadIdx.x / kWarp; i < count;
-       i += stride) {
-    if constexpr (phase == 1) {
-      end_row<Element>(args, i, lane, chunks);
-    } else {
-      const int64_t row = i / chunks, chunk = i % chunks;
-      Lane own;
-      typename Lane::Terms& terms = terms_of<typename Lane::T>(args, row, chunks)[chunk];
-      if constexpr (phase == 0) {
-        begin_chunk<Element>(args.work, row, chunk, lane, own, terms);
-      } else {
-        own.load(args.work, row, chunk, lane);
-        own.finish(args.work, row, chunk, lane, terms, *factors_of(args, row, chunks));
-      }
+    if (args.phases & kFinish) {
+      for (int64_t chunk = first + warp; chunk < last; chunk += warps)
+        Lane::finish(args.work, row, chunk, lane, terms[chunk], *factors_of(args, row, chunks));
     }
   }
 }
@@ -191,27 +154,6 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(const __grid_constant__ 
 
 int64_t blocks_of_warps(int64_t warps) { return (warps + kWarpsOfBlock - 1) / kWarpsOfBlock; }
 
-template <class Element>
-const char* launch_cross_entropy(const CrossEntropyArgs& args, cudaStream_t stream) {
-  const int64_t rows = args.work.rows, chunks = loss_chunks(args.work.loss.classes);
-  switch (row_shape(args.work)) {
-    case RowShape::warp:
-      return CudaLaunches::launch<warp_rows_kernel<Element>>(args, blocks_of_warps(rows), stream);
-    case RowShape::block:
-      return CudaLaunches::launch<block_rows_kernel<Element>>(args, rows, stream);
-    default:
-      break;
-  }
-  const int64_t blocks = blocks_of_warps(rows * chunks);
-  if (const char* error = CudaLaunches::launch<chunks_kernel<Element, 0>>(args, blocks, stream))
-    return error;
-  if (const char* error =
-          CudaLaunches::launch<chunks_kernel<Element, 1>>(args, blocks_of_warps(rows), stream))
-    return error;
-  if (args.work.gradient.first == nullptr) return nullptr;
-  return CudaLaunches::launch<chunks_kernel<Element, 2>>(args, blocks, stream);
-}
-
 // Calls run(Element()) for the element of a dtype.
 template <class Run>
 const char* for_dtype(DType dtype, Run run) {
@@ -234,8 +176,11 @@ const char* check_targets(const TargetArgs& args, void* stream) {
 }
 
 const char* cross_entropy(const CrossEntropyArgs& args, DType dtype, void* stream) {
+  const int64_t tasks = tasks_of(args);
+  const int64_t blocks = args.team == Team::block ? tasks : blocks_of_warps(tasks);
   return for_dtype(dtype, [&](auto element) {
-    return launch_cross_entropy<decltype(element)>(args, static_cast<cudaStream_t>(stream));
+    return CudaLaunches::launch<cross_entropy_kernel<decltype(element)>>(
+        args, blocks, static_cast<cudaStream_t>(stream));
   });
 }
 

@@ -61,7 +61,19 @@ class MSELoss(torch.nn.MSELoss):
         return functional.mse_loss(input, target, reduction=self.reduction)
 
 
-class LinearCrossEntropyLoss(torch.nn.LinearCrossEntropyLoss):
+class _Missing(torch.nn.Module):
+    def __init__(self, *args: object, **others: object) -> None:
+        raise NotImplementedError(
+            "fusedopt: LinearCrossEntropyLoss needs torch 2.13 or newer, which has the class that "
+            f"it is made of; this is {torch.__version__}. fusedopt.nn.functional.linear_cross_entropy "
+            "goes with any"
+        )
+
+
+_LinearCrossEntropyLoss: Any = getattr(torch.nn, "LinearCrossEntropyLoss", _Missing)
+
+
+class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc]
     """torch.nn.LinearCrossEntropyLoss, a linear layer and its loss, without all logits at once.
 
     Args:

@@ -33,6 +33,11 @@ LOOP = re.compile(r"fusedopt::cpu::(?P<isa>\w+)::.*span_loop" + TYPES)
 PIECE = re.compile(
     r"fusedopt::cpu::(?P<isa>\w+)::\(anonymous namespace\)::(?P<piece>(en|de)code.*)"
 )
+# The loops of losses, by their dtype, and what each is made of besides products.
+LOSS_LOOP = re.compile(
+    r"fusedopt::cpu::(?P<isa>\w+)::\(anonymous namespace\)::(?P<loss>(?P<name>begin_chunk<\w+, |"
+    r"CrossEntropyRows<|mse_loop<)(?P<types>[\w:]+)>(?:::(?P<part>end_chunks|short_rows))?)\("
+)
 CALL_TO_PIECE = re.compile(r"call\s.*(::(en|de)code\w*[<(]|<mem(cpy|set)@plt>)")
 SCALAR = re.compile(r"v?((?:sqrt|div|mul|add|sub|cvt\w+)(?:ss|sd)|cvtt?ss2\w+|cvtsi2s\w+)\b")
 ARITHMETIC = re.compile(r"v?(sqrt|div|mul|add|sub)([ps])([sd])\b.*")
@@ -60,6 +65,8 @@ THREE_CODED = re.compile(
 )
 MOST_OF_THREE = {**MOST_IN_STEP, "REG": 192}
 
+LOSSES = ("cross_entropy", "mse", "scale")  # their kernels that read and write tensors
+
 Kernel = tuple[str, str]  # the architecture, the mangled name
 
 
@@ -75,13 +82,15 @@ def check_loops() -> tuple[list[str], Counter[str]]:
     """What is wrong with the loops of the CPU, and how many each instruction set has: of spans
     without a Coding, and of those with one."""
     loops: dict[str, list[str]] = defaultdict(list)
-    current = ""
+    of_losses: dict[str, list[str]] = defaultdict(list)
+    current, taken = "", loops
     for line in lines("objdump", "--disassemble", "--demangle", "--no-show-raw-insn", str(MODULE)):
         if header := re.match(r"[0-9a-f]+ <(.*)>:$", line):
-            named = LOOP.search(header[1]) or PIECE.search(header[1])
-            current = header[1] if named else ""
+            of_loss = LOSS_LOOP.search(header[1].replace("fusedopt::bfloat16", "bfloat16"))
+            named = of_loss or LOOP.search(header[1]) or PIECE.search(header[1])
+            current, taken = header[1] if named else "", of_losses if of_loss else loops
         elif current and "\t" in line:
-            loops[current].append(line.split("\t", 1)[1].strip())
+            taken[current].append(line.split("\t", 1)[1].strip())
 
     wrong, count, pieces, kinds = [], Counter[str](), Counter[str](), Counter[str]()
     for name, instructions in loops.items():
@@ -100,8 +109,36 @@ def check_loops() -> tuple[list[str], Counter[str]]:
         wrong.append(f"not the same loops for each instruction set: {dict(count)}")
     if len({pieces[isa] for isa in REGISTERS}) != 1 or not pieces:
         wrong.append(f"not the same pieces for each instruction set: {dict(pieces)}")
-    print(f"CPU: {count.total()} loops, {dict(count)}; {pieces.total()} pieces of coded ones")
+    wrong += check_loss_loops(of_losses)
+    print(
+        f"CPU: {count.total()} loops, {dict(count)}; {pieces.total()} pieces of coded ones; "
+        f"{len(of_losses)} loops of losses"
+    )
     return wrong, kinds
+
+
+def check_loss_loops(loops: dict[str, list[str]]) -> list[str]:
+    """What is wrong with the loops of losses: all work on whole registers."""
+    wrong, count = [], Counter[str]()
+    for name, instructions in loops.items():
+        match = LOSS_LOOP.search(name)
+        assert match is not None
+        count[match["isa"]] += 1
+        precision = "d" if match["types"] == "double" else "s"
+        register = REGISTERS[match["isa"]]
+        is_baseline, is_mse = match["isa"] == "baseline", match["name"] == "mse_loop<"
+        if precision == "d" and is_baseline and not is_mse:
+            continue  # it has no multiply-add of doubles: the C library's is called
+        packed = [text for text in instructions if register in text]
+        wanted = {f"v?mulp{precision}\\b": "product"}
+        if not (is_mse or is_baseline or match["part"] == "end_chunks"):
+            wanted[f"vfn?m(add|sub)\\d+p{precision}\\b"] = "multiply-add"
+        for pattern, what in wanted.items():
+            if not any(re.match(pattern, text) for text in packed):
+                wrong.append(f"{match['isa']} loop {match['loss']}: no packed {what}")
+    if len({count[isa] for isa in REGISTERS}) != 1 or not loops:
+        wrong.append(f"not the same loops of losses for each instruction set: {dict(count)}")
+    return wrong
 
 
 def loop_problems(instructions: list[str], register: str, types: str) -> Iterator[str]:
@@ -255,8 +292,10 @@ def kernel_problems(
         assert match is not None, name
         types = match["types"] if kind == "step" else f"coded {match['state']}"
         yield from step_problems(types, instructions, accesses)
-    elif kind == "norm" and not accesses["LDG 128"]:
+    elif kind in ("norm", *LOSSES) and not accesses["LDG 128"]:
         yield f"no load has 128 bits: {dict(accesses)}"
+    elif kind in LOSSES and not accesses["STG 128"]:
+        yield f"no store has 128 bits: {dict(accesses)}"
     elif "EXIT" not in instructions:
         yield "no EXIT: its disassembly was not understood"
 

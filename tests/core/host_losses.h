@@ -46,10 +46,8 @@ struct HostCrossEntropy {
                           ChunkTerms<T>& terms) {
     std::vector<Lane> lanes(kWarp);
     T maximum = lowest(T());
-    for (uint32_t lane = 0; lane < uint32_t(kWarp); ++lane) {
-      lanes[lane].load(work, row, chunk, lane);
-      maximum = larger_of(lanes[lane].maximum(), maximum);
-    }
+    for (uint32_t lane = 0; lane < uint32_t(kWarp); ++lane)
+      maximum = larger_of(Lane::maximum(work, row, chunk, lane), maximum);
     for (uint32_t lane = 0; lane < uint32_t(kWarp); ++lane)
       lanes[lane].add_up(work, row, chunk, lane, maximum);
     terms = {maximum, total(lanes, &Lane::sums), 0, 0};
@@ -81,23 +79,24 @@ struct HostCrossEntropy {
   }
 
   static void end_chunk(const CrossEntropyArgs& args, int64_t row, int64_t chunk, int64_t chunks) {
-    for (uint32_t lane = 0; lane < uint32_t(kWarp); ++lane) {
-      Lane own;
-      own.load(args.work, row, chunk, lane);
-      own.finish(args.work, row, chunk, lane, terms_of<T>(args, row, chunks)[chunk],
-                 *factors_of(args, row, chunks));
-    }
+    for (uint32_t lane = 0; lane < uint32_t(kWarp); ++lane)
+      Lane::finish(args.work, row, chunk, lane, terms_of<T>(args, row, chunks)[chunk],
+                   *factors_of(args, row, chunks));
   }
 
-  // All shapes of launches do this, in other orders.
+  // Tasks in any order: here backwards.
   static void run(const CrossEntropyArgs& args) {
-    const int64_t rows = args.work.rows, chunks = loss_chunks(args.work.loss.classes);
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t chunk = 0; chunk < chunks; ++chunk)
-        begin_chunk(args.work, row, chunk, terms_of<T>(args, row, chunks)[chunk]);
-      end_row(args, row, chunks);
-      if (args.work.gradient.first == nullptr) continue;
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) end_chunk(args, row, chunk, chunks);
+    const int64_t chunks = loss_chunks(args.work.loss.classes);
+    for (int64_t task = tasks_of(args) - 1; task >= 0; --task) {
+      const int64_t row = args.by_chunk ? task / chunks : task;
+      const int64_t first = args.by_chunk ? task % chunks : 0;
+      const int64_t last = args.by_chunk ? first + 1 : chunks;
+      if (args.phases & kBegin)
+        for (int64_t chunk = first; chunk < last; ++chunk)
+          begin_chunk(args.work, row, chunk, terms_of<T>(args, row, chunks)[chunk]);
+      if (args.phases & kRow) end_row(args, row, chunks);
+      if (args.phases & kFinish)
+        for (int64_t chunk = first; chunk < last; ++chunk) end_chunk(args, row, chunk, chunks);
     }
   }
 };

@@ -61,7 +61,10 @@ API int64_t losses_cross_entropy(int isa, int threads, int dtype, int64_t rows, 
       host_check_targets({targets, weights, rows, classes, ignore_index, float64, &divisors});
     if (is_mean) work.divisors = &divisors;
     std::vector<unsigned char> terms(size_t(bytes_of_terms(work)) + 1);
-    host_cross_entropy({work, terms.data()}, type);
+    launch_cross_entropy(work, terms.data(), [&](const CrossEntropyArgs& args) -> const char* {
+      host_cross_entropy(args, type);
+      return nullptr;
+    });
     host_finish_loss(finish);
     return rows;
   }

@@ -26,25 +26,24 @@ inline __attribute__((always_inline)) void tree_maximum(T* lanes) {
   }
 }
 
-template <class Element>
-inline __attribute__((always_inline)) auto maximum_of(const Element* logits, int64_t count) {
-  using T = typename ElementTraits<Element>::Compute;
+template <class T>
+inline __attribute__((always_inline)) T maximum_of(const T* logits, int64_t count) {
   T lanes[kMaximumLanes];
   for (int64_t i = 0; i < kMaximumLanes; ++i) lanes[i] = lowest(T());
   int64_t i = 0;
   for (; i + kMaximumLanes <= count; i += kMaximumLanes)
     for (int64_t lane = 0; lane < kMaximumLanes; ++lane)
-      lanes[lane] = larger_of(T(widen(logits[i + lane])), lanes[lane]);
+      lanes[lane] = larger_of(logits[i + lane], lanes[lane]);
   for (int64_t lane = 0; i + lane < count; ++lane)
-    lanes[lane] = larger_of(T(widen(logits[i + lane])), lanes[lane]);
+    lanes[lane] = larger_of(logits[i + lane], lanes[lane]);
   tree_maximum<kMaximumLanes>(lanes);
   return lanes[0];
 }
 
 // The shares t_i that do not hang on a target, of the classes [begin, begin + count) of a row.
 template <class Element, class T>
-inline __attribute__((always_inline)) void fill_shares(const CrossEntropyWork& work, int64_t row,
-                                                       int64_t begin, int64_t count, T* shares) {
+__attribute__((noinline)) void fill_shares(const CrossEntropyWork& work, int64_t row, int64_t begin,
+                                           int64_t count, T* shares) {
   const T common = T(work.loss.common_share()), own = T(work.loss.target_share());
   const T* weights = static_cast<const T*>(work.weights);
   const auto fill = [&](auto probability, auto weight) __attribute__((always_inline)) {
@@ -63,44 +62,39 @@ inline __attribute__((always_inline)) void fill_shares(const CrossEntropyWork& w
   }
 }
 
-// Works out the exponentials of a chunk. They are kept only where there is a place for them, which
-// may be that of the logits.
-template <bool keeps, bool has_shares, class Element, class T>
-inline __attribute__((always_inline)) void begin_chunk(const Element* logits, T* kept,
-                                                       int64_t count, const T* shares,
-                                                       ChunkTerms<T>& terms) {
+template <class T>
+__attribute__((noinline)) T sum_of_slots(T* slots) {
+  tree_sum<kLossSlots>(slots);
+  return slots[0];
+}
+
+// Works out the exponentials of a chunk. Where they are kept may be where the logits are.
+template <bool has_shares, class T>
+__attribute__((noinline)) void begin_chunk(const T* logits, T* kept, int64_t count, const T* shares,
+                                           ChunkTerms<T>& terms) {
   const T maximum = maximum_of(logits, count);
   T sums[kLossSlots], distances[kLossSlots], all_shares[kLossSlots];
   for (int64_t i = 0; i < kLossSlots; ++i) sums[i] = 0;
   if (has_shares)
     for (int64_t i = 0; i < kLossSlots; ++i) distances[i] = all_shares[i] = 0;
   for (int64_t first = 0; first < count; first += kLossSlots) {
-    const auto add_up = [&](int64_t slots) __attribute__((always_inline)) {
+    const int64_t left = count - first, slots = left < kLossSlots ? left : kLossSlots;
 #pragma GCC ivdep
-      for (int64_t i = 0; i < slots; ++i) {
-        const T below = T(widen(logits[first + i])) - maximum;
-        const T kept_value = exponential(below);
-        if (keeps) kept[first + i] = kept_value;
-        sums[i] += kept_value;
-        if (has_shares) {
-          distances[i] -= shares[first + i] * below;
-          all_shares[i] += shares[first + i];
-        }
+    for (int64_t i = 0; i < slots; ++i) {
+      const T below = logits[first + i] - maximum;
+      const T kept_value = exponential(below);
+      kept[first + i] = kept_value;
+      sums[i] += kept_value;
+      if (has_shares) {
+        distances[i] -= shares[first + i] * below;
+        all_shares[i] += shares[first + i];
       }
-    };
-    if (count - first >= kLossSlots) {
-      add_up(kLossSlots);
-    } else {
-      add_up(count - first);
     }
   }
-  tree_sum<kLossSlots>(sums);
-  terms = {maximum, sums[0], 0, 0};
+  terms = {maximum, sum_of_slots(sums), 0, 0};
   if (has_shares) {
-    tree_sum<kLossSlots>(distances);
-    tree_sum<kLossSlots>(all_shares);
-    terms.distance = distances[0];
-    terms.share = all_shares[0];
+    terms.distance = sum_of_slots(distances);
+    terms.share = sum_of_slots(all_shares);
   }
 }
 
@@ -139,18 +133,25 @@ struct CrossEntropyRows {
     alignas(64) T shares[kLossChunk];
     const bool keeps = work.gradient.first != nullptr, has_shares = work.has_shares();
     T* const kept = keeps ? kept_of(work, row, scratch) : nullptr;
+    alignas(64) T forgotten[kLossChunk];
     for (int64_t i = begin; i < end; ++i) {
       const int64_t at = i * kLossChunk;
       const int64_t count = width(work, i);
-      if (has_shares) fill_shares<Element>(work, row, at, count, shares);
-      if (keeps && has_shares)
-        begin_chunk<true, true>(logits + at, kept + at, count, shares, of_chunks[i]);
-      else if (keeps)
-        begin_chunk<true, false>(logits + at, kept + at, count, shares, of_chunks[i]);
-      else if (has_shares)
-        begin_chunk<false, true>(logits + at, kept, count, shares, of_chunks[i]);
-      else
-        begin_chunk<false, false>(logits + at, kept, count, shares, of_chunks[i]);
+      T* const to = keeps ? kept + at : forgotten;
+      const T* from = nullptr;
+      if constexpr (std::is_same<Element, T>::value) {
+        from = logits + at;
+      } else {
+#pragma GCC ivdep
+        for (int64_t k = 0; k < count; ++k) to[k] = widen(logits[at + k]);
+        from = to;
+      }
+      if (has_shares) {
+        fill_shares<Element>(work, row, at, count, shares);
+        begin_chunk<true>(from, to, count, shares, of_chunks[i]);
+      } else {
+        begin_chunk<false>(from, to, count, shares, of_chunks[i]);
+      }
     }
   }
 

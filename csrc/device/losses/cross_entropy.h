@@ -12,11 +12,22 @@
 // Between two functions of a warp, its lanes exchange what they have; the host does so, too.
 namespace fusedopt {
 
+// What a launch does, of each chunk, of each row, and of each chunk again.
+constexpr int kBegin = 1, kRow = 2, kFinish = 4;
+enum class Team { warp, block };
+
 // The kernel's whole argument.
 struct CrossEntropyArgs {
   CrossEntropyWork work;
   void* terms;  // ChunkTerms of all chunks of all rows, and of each row a RowFactors behind them
+  Team team;    // what takes a task: a row, or a chunk
+  bool by_chunk;
+  int phases;
 };
+
+FUSEDOPT_HD int64_t tasks_of(const CrossEntropyArgs& args) {
+  return args.work.rows * (args.by_chunk ? loss_chunks(args.work.loss.classes) : 1);
+}
 
 // What the chunks of a row have to know of it.
 struct RowFactors {
@@ -36,45 +47,54 @@ struct CrossEntropyLane {
   static constexpr int kGroups = kSlots / kWidth;         // steps until a slot comes again
   static_assert(kGroups * kStep == kLossSlots, "a lane has the same slots in each round");
 
-  T logits[kSteps * kWidth];
   T sums[kSlots], distances[kSlots], shares[kSlots];
 
-  // Where a lane's element is in its chunk, and the slot that it is added to.
+  // Where a lane's element is in its chunk.
   FUSEDOPT_HD static int place(int step, int i, uint32_t lane) {
     return step * kStep + int(lane) * kWidth + i;
   }
-  FUSEDOPT_HD static int slot(int step, int i) { return step % kGroups * kWidth + i; }
 
   FUSEDOPT_HD static int64_t width_of(const CrossEntropyWork& work, int64_t chunk) {
     const int64_t left = work.loss.classes - chunk * kLossChunk;
     return left < kLossChunk ? left : kLossChunk;
   }
 
-  FUSEDOPT_HD void load(const CrossEntropyWork& work, int64_t row, int64_t chunk, uint32_t lane) {
-    const auto* from = static_cast<const Element*>(work.logits.at(row)) + chunk * kLossChunk;
-    const int count = int(width_of(work, chunk));
-    const bool whole = reinterpret_cast<uintptr_t>(from) % 16 == 0;
-    FUSEDOPT_UNROLL
-    for (int step = 0; step < kSteps; ++step) {
-      const int at = place(step, 0, lane);
-      if (whole && at + kWidth <= count) {
-        Pack<Element, kWidth> pack;
-        pack.load(from + at);
-        FUSEDOPT_UNROLL
-        for (int i = 0; i < kWidth; ++i) logits[step * kWidth + i] = T(widen(pack.get(i)));
-      } else {
-        FUSEDOPT_UNROLL
-        for (int i = 0; i < kWidth; ++i)
-          logits[step * kWidth + i] = at + i < count ? T(widen(from[at + i])) : lowest(T());
-      }
+  // A lane's logits of one step; behind the end of the row, what counts for nothing.
+  FUSEDOPT_HD static void load(const Element* from, int at, int count, bool whole, T* logits) {
+    if (whole && at + kWidth <= count) {
+      Pack<Element, kWidth> pack;
+      pack.load(from + at);
+      FUSEDOPT_UNROLL
+      for (int i = 0; i < kWidth; ++i) logits[i] = T(widen(pack.get(i)));
+    } else {
+      FUSEDOPT_UNROLL
+      for (int i = 0; i < kWidth; ++i)
+        logits[i] = at + i < count ? T(widen(from[at + i])) : lowest(T());
     }
   }
+  FUSEDOPT_HD static const Element* logits_of(const CrossEntropyWork& work, int64_t row,
+                                              int64_t chunk) {
+    return static_cast<const Element*>(work.logits.at(row)) + chunk * kLossChunk;
+  }
+  FUSEDOPT_HD static bool is_aligned(const void* address) {
+    return reinterpret_cast<uintptr_t>(address) % 16 == 0;
+  }
 
-  // Of what load() has loaded.
-  FUSEDOPT_HD T maximum() const {
+  // The loads of this pass are those that wait for memory, and many are under way at a time. Later
+  // ones find the chunk in a cache.
+  FUSEDOPT_HD static T maximum(const CrossEntropyWork& work, int64_t row, int64_t chunk,
+                               uint32_t lane) {
+    const Element* from = logits_of(work, row, chunk);
+    const int count = int(width_of(work, chunk));
+    const bool whole = is_aligned(from);
     T largest = lowest(T());
     FUSEDOPT_UNROLL
-    for (int i = 0; i < kSteps * kWidth; ++i) largest = larger_of(logits[i], largest);
+    for (int step = 0; step < kSteps; ++step) {
+      T logits[kWidth];
+      load(from, place(step, 0, lane), count, whole, logits);
+      FUSEDOPT_UNROLL
+      for (int i = 0; i < kWidth; ++i) largest = larger_of(logits[i], largest);
+    }
     return largest;
   }
 
@@ -90,22 +110,29 @@ struct CrossEntropyLane {
   // The lane's slots of a chunk with this maximum.
   FUSEDOPT_HD void add_up(const CrossEntropyWork& work, int64_t row, int64_t chunk, uint32_t lane,
                           T maximum) {
+    const Element* from = logits_of(work, row, chunk);
     const int count = int(width_of(work, chunk));
-    const bool has_shares = work.has_shares();
+    const bool whole = is_aligned(from), has_shares = work.has_shares();
     FUSEDOPT_UNROLL
     for (int i = 0; i < kSlots; ++i) sums[i] = distances[i] = shares[i] = 0;
-    FUSEDOPT_UNROLL
-    for (int step = 0; step < kSteps; ++step) {
+    FUSEDOPT_NO_UNROLL
+    for (int first = 0; first < kSteps; first += kGroups) {
       FUSEDOPT_UNROLL
-      for (int i = 0; i < kWidth; ++i) {
-        const int at = place(step, i, lane);
-        const T below = logits[step * kWidth + i] - maximum;
-        if (at >= count) continue;
-        sums[slot(step, i)] += exponential(below);
-        if (has_shares) {
-          const T part = share(work, row, chunk * kLossChunk + at);
-          distances[slot(step, i)] -= part * below;
-          shares[slot(step, i)] += part;
+      for (int group = 0; group < kGroups; ++group) {
+        T logits[kWidth];
+        const int at = place(first + group, 0, lane);
+        load(from, at, count, whole, logits);
+        FUSEDOPT_UNROLL
+        for (int i = 0; i < kWidth; ++i) {
+          const T below = logits[i] - maximum;
+          const int slot = group * kWidth + i;
+          if (at + i >= count) continue;
+          sums[slot] += exponential(below);
+          if (has_shares) {
+            const T part = share(work, row, chunk * kLossChunk + at + i);
+            distances[slot] -= part * below;
+            shares[slot] += part;
+          }
         }
       }
     }
@@ -130,42 +157,42 @@ struct CrossEntropyLane {
   }
 
   // The lane's elements of the gradient.
-  FUSEDOPT_HD void finish(const CrossEntropyWork& work, int64_t row, int64_t chunk, uint32_t lane,
-                          const Terms& terms, const RowFactors& of_row) {
+  FUSEDOPT_HD static void finish(const CrossEntropyWork& work, int64_t row, int64_t chunk,
+                                 uint32_t lane, const Terms& terms, const RowFactors& of_row) {
+    const Element* from = logits_of(work, row, chunk);
     auto* to = static_cast<Element*>(work.gradient.at(row)) + chunk * kLossChunk;
     const int count = int(width_of(work, chunk));
-    const bool whole = reinterpret_cast<uintptr_t>(to) % 16 == 0, has_shares = work.has_shares();
-    const int64_t target =
-        work.targets == nullptr || of_row.wrong ? -1 : work.targets[row] - chunk * kLossChunk;
-    FUSEDOPT_UNROLL
+    const bool whole = is_aligned(from), whole_to = is_aligned(to);
+    const bool has_shares = work.has_shares();
+    const T scale = terms.sum, factor = T(of_row.factor), expected = T(of_row.expected);
+    const bool has_target = work.targets != nullptr && !of_row.wrong;
+    const int64_t target = has_target ? work.targets[row] - chunk * kLossChunk : -1;
+    FUSEDOPT_NO_UNROLL
     for (int step = 0; step < kSteps; ++step) {
       Pack<Element, kWidth> pack;
-      const int first = place(step, 0, lane);
+      T logits[kWidth];
+      const int at = place(step, 0, lane);
+      load(from, at, count, whole, logits);
       FUSEDOPT_UNROLL
       for (int i = 0; i < kWidth; ++i) {
-        const int at = first + i;
-        const T kept = exponential(logits[step * kWidth + i] - terms.maximum);
-        T value;
-        if (has_shares && at < count) {
-          const T part = share(work, row, chunk * kLossChunk + at);
-          value = at == target
-                      ? target_gradient(kept, terms.sum, part, T(of_row.factor), T(of_row.expected))
-                      : logit_gradient(kept, terms.sum, part, T(of_row.factor));
-        } else {
-          value = at == target
-                      ? target_gradient(kept, terms.sum, T(0), T(of_row.factor), T(of_row.expected))
-                      : logit_gradient(kept, terms.sum);
+        const T kept = exponential(logits[i] - terms.maximum);
+        T part = 0;
+        T value = logit_gradient(kept, scale);
+        if (has_shares && at + i < count) {
+          part = share(work, row, chunk * kLossChunk + at + i);
+          value = logit_gradient(kept, scale, part, factor);
         }
+        if (at + i == target) value = target_gradient(kept, scale, part, factor, expected);
         Element element;
         narrow(of_row.ignored ? T(0) : value, element);
         pack.set(i, element);
       }
-      if (whole && first + kWidth <= count) {
-        pack.store(to + first);
+      if (whole_to && at + kWidth <= count) {
+        pack.store(to + at);
       } else {
         FUSEDOPT_UNROLL
         for (int i = 0; i < kWidth; ++i)
-          if (first + i < count) to[first + i] = pack.get(i);
+          if (at + i < count) to[at + i] = pack.get(i);
       }
     }
   }

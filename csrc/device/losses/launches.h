@@ -12,15 +12,26 @@ namespace fusedopt {
 
 // With at least so many rows of more than one chunk, a block has a row to itself: it reads the
 // logits a second time from the L2 cache. Fewer do not fill a device: their chunks are shared out
-// among all blocks, in three launches.
+// among all warps, in three launches.
 constexpr int64_t kRowsThatFill = 264;
 
-// How the rows of a launch are shared out.
-enum class RowShape { warp, block, chunks };
-
-inline RowShape row_shape(const CrossEntropyWork& work) {
-  if (work.loss.classes <= kLossChunk) return RowShape::warp;
-  return work.rows >= kRowsThatFill ? RowShape::block : RowShape::chunks;
+// launch(args) returns an error, null: none.
+template <class Launch>
+const char* launch_cross_entropy(const CrossEntropyWork& work, void* terms, Launch launch) {
+  CrossEntropyArgs args{work, terms, Team::warp, false, kBegin | kRow};
+  const int finish = work.gradient.first == nullptr ? 0 : kFinish;
+  if (work.loss.classes <= kLossChunk || work.rows >= kRowsThatFill) {
+    if (work.loss.classes > kLossChunk) args.team = Team::block;
+    args.phases |= finish;
+    return launch(args);
+  }
+  for (const int phase : {kBegin, kRow, finish}) {
+    args.phases = phase;
+    args.by_chunk = phase != kRow;
+    if (phase == 0) continue;
+    if (const char* error = launch(args)) return error;
+  }
+  return nullptr;
 }
 
 // Bytes of CrossEntropyArgs::terms: those of the chunks, and behind them those of the rows.

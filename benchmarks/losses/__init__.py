@@ -1,0 +1,1 @@
+"""The benchmark of losses: forward and backward pass, their memory, and whole iterations."""
