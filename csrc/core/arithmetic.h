@@ -82,8 +82,6 @@ FUSEDOPT_HD double one_minus_power(double base, long long exponent) {
 // the sum what becomes the exponent of 2^(n + 32), a normal number for every n. Only the
 // multiplication by 2^-32 can round to a denormal.
 FUSEDOPT_HD float exponential(float x) {
-  const float least = -105.0f;  // exp is 0 there, as below
-  x = least > x ? least : x;    // NaN stays
   const float shift = 0x1.8p23f + 159;
   const float shifted = multiply_add(x, 0x1.715476p0f, shift);  // 1 / ln 2
   const float n = shifted - shift;
@@ -101,12 +99,11 @@ FUSEDOPT_HD float exponential(float x) {
   bits <<= 23;
   float scale;
   memcpy(&scale, &bits, sizeof scale);
-  return power * scale * 0x1p-32f;
+  const float result = power * scale * 0x1p-32f;
+  return x < -105.0f ? 0.0f : result;  // NaN stays
 }
 
 FUSEDOPT_HD double exponential(double x) {
-  const double least = -746.0;
-  x = least > x ? least : x;
   const double shift = 0x1.8p52 + 1087;  // 2^(n + 64)
   const double shifted = multiply_add(x, 0x1.71547652b82fep0, shift);
   const double n = shifted - shift;
@@ -129,7 +126,8 @@ FUSEDOPT_HD double exponential(double x) {
   bits <<= 52;
   double scale;
   memcpy(&scale, &bits, sizeof scale);
-  return power * scale * 0x1p-64;
+  const double result = power * scale * 0x1p-64;
+  return x < -746.0 ? 0.0 : result;
 }
 
 // At most 1 ulp from the exact value. x = 2^k (1 + f) with 1 + f between the roots of 1/2 and of 2;

@@ -69,8 +69,9 @@ __device__ __forceinline__ void end_row(const CrossEntropyArgs& args, int64_t ro
 }
 
 // A team, a warp or the whole block, takes one task after the other: a row, or a chunk of one.
+// (With three blocks on a multiprocessor in mind, ptxas would spill a register.)
 template <class Element>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     cross_entropy_kernel(const __grid_constant__ CrossEntropyArgs args) {
   using Lane = CrossEntropyLane<Element>;
   const uint32_t lane = threadIdx.x % kWarp;

@@ -65,8 +65,8 @@ class _Missing(torch.nn.Module):
     def __init__(self, *args: object, **others: object) -> None:
         raise NotImplementedError(
             "fusedopt: LinearCrossEntropyLoss needs torch 2.13 or newer, which has the class that "
-            f"it is made of; this is {torch.__version__}. fusedopt.nn.functional.linear_cross_entropy "
-            "goes with any"
+            f"it is made of, got {torch.__version__}; expected one, or "
+            "fusedopt.nn.functional.linear_cross_entropy, which goes with any"
         )
 
 
