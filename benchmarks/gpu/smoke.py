@@ -2,8 +2,9 @@
 
 Says which GPU, driver and build there are, then takes two steps of few elements by every optimizer
 and way of storing there and on the CPU: five elements, whole blocks and a part of one, rows, some
-of them misaligned, with an Inf. These have the same bits, or the exit status is 1 and all else is
-not worth a look.
+of them misaligned, with an Inf; and works out losses and their gradients, of rows that a warp, a
+block or many blocks take. These have the same bits, or the exit status is 1 and all else is not
+worth a look.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fusedopt
+import fusedopt.nn.functional as losses
 from fusedopt._extension import _C
 
 SHAPES = ((5,), (5003,), (9, 300), (3, 768))
@@ -34,6 +36,9 @@ STORAGE: tuple[tuple[torch.dtype, dict[str, Any]], ...] = (
     (torch.bfloat16, {"master_bits": 32}),
     (torch.bfloat16, {"rounding": "stochastic"}),
 )
+
+
+LOGITS = ((5, 10), (3, 2500), (300, 1100))
 
 
 def about(device: torch.device) -> Iterator[str]:
@@ -80,6 +85,23 @@ def step(name: str, options: dict[str, Any], dtype: torch.dtype, device: str) ->
     return {key: value.cpu() for key, value in found.items() if isinstance(value, Tensor)}
 
 
+def loss(shape: tuple[int, int], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Losses of these logits, and their gradients."""
+    logits, values = (drawn(shape, seed, dtype, device).detach() for seed in (4, 6))
+    target = torch.arange(shape[0], device=device) * 7 % shape[1]
+    found: dict[str, Tensor] = {}
+    for name, function, other in (
+        ("cross_entropy", losses.cross_entropy, target),
+        ("mse_loss", losses.mse_loss, values),
+    ):
+        leaf = logits.clone().requires_grad_()
+        value = function(leaf, other)
+        value.backward()
+        assert leaf.grad is not None
+        found |= {name: value.detach().cpu(), f"gradient of {name}": leaf.grad.cpu()}
+    return found
+
+
 def bits(tensor: Tensor) -> Tensor:
     """NaNs may differ in theirs."""
     if tensor.is_floating_point():
@@ -88,19 +110,24 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def differences(device: str) -> Iterator[str]:
-    """Which optimizers, storages and tensors have other bits than on the CPU."""
+    """Which optimizers, storages, losses and tensors have other bits than on the CPU."""
     for name, own in OPTIMIZERS:
         for dtype, storage in STORAGE:
             there, here = (step(name, {**own, **storage}, dtype, on) for on in (device, "cpu"))
-            for key, value in here.items():
-                differ = bits(value) != bits(there[key])
-                if differ.any():
-                    where = int(differ.nonzero()[0]) // value.element_size()
-                    got, expected = (float(x.reshape(-1)[where]) for x in (there[key], value))
-                    yield (
-                        f"{name} {storage} of {dtype}: element {where} of {key} is {got}, "
-                        f"expected {expected}"
-                    )
+            yield from differences_of(f"{name} {storage} of {dtype}", there, here)
+    for shape in LOGITS:
+        for dtype in (torch.float32, torch.bfloat16):
+            there, here = (loss(shape, dtype, on) for on in (device, "cpu"))
+            yield from differences_of(f"losses of {shape} of {dtype}", there, here)
+
+
+def differences_of(what: str, there: dict[str, Tensor], here: dict[str, Tensor]) -> Iterator[str]:
+    for key, value in here.items():
+        differ = bits(value) != bits(there[key])
+        if differ.any():
+            where = int(differ.nonzero()[0]) // value.element_size()
+            got, expected = (float(x.reshape(-1)[where]) for x in (there[key], value))
+            yield f"{what}: element {where} of {key} is {got}, expected {expected}"
 
 
 def main(argv: list[str] | None = None) -> int:

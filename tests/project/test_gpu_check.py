@@ -85,18 +85,29 @@ def test_the_first_steps(device: str, capsys: pytest.CaptureFixture[str]) -> Non
 def test_first_steps_that_differ(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A step that loses an element is told of, by name."""
-    real = smoke.step
+    """A step, or a loss, that loses an element is told of, by name."""
+    real, real_loss = smoke.step, smoke.loss
+    losing = "SGD"
 
     def step(name: str, options: dict, dtype: torch.dtype, device: str) -> dict:
         found = real(name, options, dtype, "cpu")
-        if device == "another" and name == "SGD":
+        if device == "another" and name == losing:
             found["param of parameter 1"][-1] = 0
         return found
 
+    def loss(shape: tuple[int, int], dtype: torch.dtype, device: str) -> dict:
+        found = real_loss(shape, dtype, "cpu")
+        if device == "another" and losing == "losses":
+            found["gradient of mse_loss"][-1] = 0.5
+        return found
+
     monkeypatch.setattr(smoke, "step", step)
+    monkeypatch.setattr(smoke, "loss", loss)
     assert len(list(smoke.differences("another"))) == len(smoke.STORAGE)
     assert all(text.startswith("SGD") for text in smoke.differences("another"))
+    losing = "losses"
+    assert len(list(smoke.differences("another"))) == 2 * len(smoke.LOGITS)
+    assert all("gradient of mse_loss" in text for text in smoke.differences("another"))
 
 
 def test_the_check_without_a_gpu(
