@@ -84,11 +84,12 @@ def cross_entropy(
         ignore_index: a target that counts for nothing.
         reduction: "mean", "sum", or "none" for the loss of each row.
         label_smoothing: from 0 to 1.
-        inplace: the logits become their own gradient, and no memory is needed beside them. They
-            are lost: a layer that has saved them for its own backward pass, or a second use,
-            raises. Not for leaves that require a gradient, nor for probabilities.
+        inplace: the logits become their own gradient, and no memory of their size is needed
+            beside them. They are lost: who reads them after the loss reads the gradient. A layer
+            that has saved them for its own backward pass raises. Not for leaves that require a
+            gradient, nor for probabilities.
         z_loss: by what the square of lse is multiplied; PaLM took 1e-4.
-        return_lse: also return lse, of the target's shape, float32 or float64. It is not
+        return_lse: also return lse, of the input's shape without C, float32 or float64. It is not
             differentiable.
 
     Raises:
@@ -222,7 +223,7 @@ def linear_cross_entropy(
         ignore_index: as in cross_entropy; None is -100, and has to be None for probabilities.
         options: torch.nn.LinearCrossEntropyOptions, of which batch_chunk_size is taken as
             chunk_size.
-        chunk_size: rows at a time; by default such that the logits of all chunks share an eighth of
+        chunk_size: rows at a time; by default such that the logits of all chunks share a ninth of
             the memory of all logits, or less where that is a lot.
 
     Gradients are worked out in the forward pass, so that the backward pass only returns them; with
@@ -249,7 +250,9 @@ def linear_cross_entropy(
         chunk_size = given if isinstance(given, int) else 0
     elif chunk_size < 1:
         raise ValueError(f"fusedopt: chunk_size is {chunk_size}; expected at least 1, or None")
-    if outer or (is_probable and target.requires_grad and torch.is_grad_enabled()):
+    wants_target = is_probable and target.requires_grad and torch.is_grad_enabled()
+    # Probabilities of another dtype are promoted with the logits.
+    if outer or wants_target or (is_probable and target.dtype != input.dtype):
         flat = linear_weight.reshape(math.prod(outer, start=classes), *features)
         bias = None if linear_bias is None else linear_bias.reshape(-1)
         logits = torch.nn.functional.linear(input, flat, bias)

@@ -180,7 +180,7 @@ def test_a_gradient_of_zero_and_one_that_is_not_finite(case: str) -> None:
     zero = run(row.ours, problem, torch.zeros_like(single.loss))
     assert all(not grad.any() for grad in zero.grads.values())
     nan = run(row.ours, problem, torch.full_like(single.loss, torch.nan))
-    if "ignored" not in case:
+    if "ignored" not in case and "chunked-smooth-none" not in case:  # it has ignored rows, too
         assert all(bool(grad.isnan().all()) for grad in nan.grads.values())
 
 

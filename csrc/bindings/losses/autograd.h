@@ -45,7 +45,11 @@ auto make_node(Args&&... args) {
 constexpr int64_t kNone = 0, kMean = 1, kSum = 2;
 
 bool is_traced(const Tensor& tensor) {
-  return tensor.unsafeGetTensorImpl()->is_python_dispatch() || tensor.is_meta() ||
+  const auto keys = tensor.key_set();
+  const bool is_wrapped = keys.has(c10::DispatchKey::FuncTorchBatched) ||
+                          keys.has(c10::DispatchKey::FuncTorchGradWrapper) ||
+                          keys.has(c10::DispatchKey::Batched);
+  return is_wrapped || tensor.unsafeGetTensorImpl()->is_python_dispatch() || tensor.is_meta() ||
          at::functionalization::impl::isFunctionalTensor(tensor) ||
          c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
@@ -74,7 +78,9 @@ struct LossBackward : Node {
       fill(grads[0], results);
     }
     if (!at::GradMode::is_enabled()) return results;
-    const auto node = make_node<NoSecondDerivative>(loss, next_edges());
+    auto edges = next_edges();
+    if (grads[0].requires_grad()) edges.push_back(torch::autograd::impl::gradient_edge(grads[0]));
+    const auto node = make_node<NoSecondDerivative>(loss, std::move(edges));
     for (auto& result : results)
       if (result.defined()) {
         result = result.detach();
@@ -85,28 +91,32 @@ struct LossBackward : Node {
 
   virtual void fill(const Tensor& grad, variable_list& results) = 0;
 
-  // The product with the gradient of the loss, which is a number or, along dim, one of each row.
-  // What was worked out is returned as it is where it would be multiplied by one. It is changed
-  // only where nobody can ask for it again, nor has got it already.
-  Tensor scaled(const Tensor& gradient, const Tensor& grad, int64_t dim = -1) {
+  // The product with the gradient of the loss, which is a number or, along dim, one of each row,
+  // and with what a mean has still to be divided by. What was worked out is returned as it is where
+  // it would be multiplied by one. It is changed only where nobody can ask for it again.
+  Tensor scaled(const Tensor& gradient, const Tensor& grad, at::ScalarType type, int64_t dim = -1) {
     const bool is_number = grad.dim() == 0 || dim < 0;
-    const Tensor factor = is_number ? grad : grad.unsqueeze(dim);
-    const auto type = gradient.scalar_type();
+    Tensor factor = is_number ? grad : grad.unsqueeze(dim);
+    if (later.defined()) factor = factor.to(at::kDouble) * later;
     if (is_traced(grad) || is_traced(gradient)) return gradient.mul(factor).to(type);
     const bool keeps = torch::autograd::get_current_graph_task_keep_graph();
-    const bool may_change = !keeps && !returned_ && !hooked_;
+    const bool may_change = !keeps && !hooked_ && !returned_ && gradient.scalar_type() == type;
     if (on_accelerator(gradient) && is_number && may_change &&
         gradient.is_non_overlapping_and_dense()) {
       const c10::DeviceGuard guard(gradient.device());
-      scale_in_place(gradient, grad);
+      scale_in_place(gradient, factor);
+      torch::autograd::impl::bump_version(gradient);
       return gradient;
     }
-    if (grad.is_cpu() && (is_number ? grad.item<double>() == 1 : grad.eq(1).all().item<bool>())) {
+    const bool is_one = factor.is_cpu() && gradient.scalar_type() == type &&
+                        (is_number ? factor.item<double>() == 1 : factor.eq(1).all().item<bool>());
+    if (is_one && keeps && !in_place) return gradient.clone();  // the caller may change it
+    if (is_one) {
       returned_ = returned_ || keeps;
       return gradient;
     }
     if (may_change) return gradient.mul_(factor);
-    Tensor result = at::empty_like(gradient);
+    Tensor result = at::empty_like(gradient, gradient.options().dtype(type));
     return at::mul_out(result, gradient, factor);
   }
 
@@ -117,9 +127,13 @@ struct LossBackward : Node {
   }
 
   const char* loss;
+  bool in_place = false;  // whether the gradient has the memory of the logits
+  // Of a mean in float16: its gradients are kept as those of a sum, as they would vanish in that
+  // dtype before a scaled loss could save them. By what they have to be multiplied, or undefined.
+  Tensor later;
 
  private:
-  bool returned_ = false, hooked_ = false;
+  bool hooked_ = false, returned_ = false;
 };
 
 bool wants_gradient(const Tensor& tensor) {
@@ -133,7 +147,15 @@ void refuse_forward_mode(const char* loss, const Tensor& tensor) {
 }
 
 bool has_kernel(const Tensor& tensor) {
-  return tensor.is_cpu() || tensor.is_cuda() || is_traced(tensor);
+#if defined(FUSEDOPT_WITH_CUDA)
+  if (tensor.is_cuda()) return true;
+#endif
+  return tensor.is_cpu() || is_traced(tensor);
+}
+
+// Whether the gradients of a mean are kept as those of a sum.
+bool divides_later(at::ScalarType type, int64_t reduction) {
+  return type == at::kHalf && reduction == kMean;
 }
 
 bool is_computed(at::ScalarType type) {

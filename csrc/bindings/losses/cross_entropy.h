@@ -155,26 +155,40 @@ void run_rows(const Tensor& logits, const Rows& rows, const Rows& gradient, cons
   if (weight.defined()) work.weights = weight.const_data_ptr();
   work.losses = losses.mutable_data_ptr<double>();
   if (lse.defined()) work.lse = lse.mutable_data_ptr();
-  run_cross_entropy(work, logits, options.reduction == kMean, mean);
+  run_cross_entropy(work, logits, options.reduction == kMean,
+                    divides_later(logits.scalar_type(), options.reduction), mean);
 }
 
 Tensor empty_losses(const Tensor& like, int64_t count) {
   return at::empty({count}, like.options().dtype(at::kDouble).requires_grad(false));
 }
 
-void fill_loss(const Tensor& loss, const Tensor& losses, const CrossEntropyOptions& options,
-               const MeanOf& mean) {
+// Returns by what gradients have to be multiplied later, or a tensor without elements.
+Tensor fill_loss(const Tensor& loss, const Tensor& losses, const CrossEntropyOptions& options,
+                 const MeanOf& mean, at::ScalarType type) {
+  if (divides_later(type, options.reduction)) {
+    const Tensor factor = mean.factor(losses);
+    if (mean.is_nothing())
+      finish_loss(loss, losses, 1, true, mean);
+    else
+      finish_divided_loss(loss, losses, factor, mean);
+    return factor;
+  }
   if (options.reduction == kNone)
     loss.copy_(losses.view(loss.sizes()));
   else
     finish_loss(loss, losses, 1, options.reduction == kMean, mean);
+  return empty_number(losses, false);
 }
 
-std::tuple<Tensor, Tensor, Tensor> run_forward(const Tensor& input, const Tensor& target,
-                                               const std::optional<Tensor>& weight_or_none,
-                                               int64_t reduction, int64_t ignore_index,
-                                               double label_smoothing, double z_loss, bool widen,
-                                               bool with_lse, bool with_gradient, Tensor in_place) {
+// The loss, lse, the gradient, and by what it has to be multiplied; what there is not has no
+// elements.
+using ForwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+ForwardResults run_forward(const Tensor& input, const Tensor& target,
+                           const std::optional<Tensor>& weight_or_none, int64_t reduction,
+                           int64_t ignore_index, double label_smoothing, double z_loss, bool widen,
+                           bool with_lse, bool with_gradient, Tensor in_place) {
   const CrossEntropyOptions options{reduction, ignore_index, label_smoothing, z_loss};
   const Tensor weight = converted_weight(weight_or_none.value_or(Tensor()), input);
   const int64_t classes = input.size(class_dim(input));
@@ -208,42 +222,43 @@ std::tuple<Tensor, Tensor, Tensor> run_forward(const Tensor& input, const Tensor
   run_rows(logits, *rows, gradient_rows, targets, probabilities, weight, options, mean, losses,
            with_lse ? lse : Tensor());
   if (in_place.defined() && !logits.is_same(input)) in_place.copy_(logits);
-  fill_loss(loss, losses, options, mean);
+  const Tensor later = fill_loss(loss, losses, options, mean, input.scalar_type());
   if (!with_gradient) gradient = at::empty({0}, input.options());
-  return {loss, lse, gradient};
+  return {loss, lse, gradient, later};
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& target,
-                                           const std::optional<Tensor>& weight, int64_t reduction,
-                                           int64_t ignore_index, double label_smoothing,
-                                           double z_loss, bool widen, bool with_lse,
-                                           bool with_gradient) {
+ForwardResults forward(const Tensor& input, const Tensor& target,
+                       const std::optional<Tensor>& weight, int64_t reduction, int64_t ignore_index,
+                       double label_smoothing, double z_loss, bool widen, bool with_lse,
+                       bool with_gradient) {
   return run_forward(input, target, weight, reduction, ignore_index, label_smoothing, z_loss, widen,
                      with_lse, with_gradient, Tensor());
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward_meta(const Tensor& input, const Tensor&,
-                                                const std::optional<Tensor>&, int64_t reduction,
-                                                int64_t, double, double, bool widen, bool with_lse,
-                                                bool with_gradient) {
+ForwardResults forward_meta(const Tensor& input, const Tensor&, const std::optional<Tensor>&,
+                            int64_t reduction, int64_t, double, double, bool widen, bool with_lse,
+                            bool with_gradient) {
   return {empty_loss(input, reduction, widen), empty_lse(input, with_lse),
-          with_gradient ? empty_gradient(input) : at::empty({0}, input.options())};
+          with_gradient ? empty_gradient(input) : at::empty({0}, input.options()),
+          empty_number(input, divides_later(input.scalar_type(), reduction))};
 }
 
-std::tuple<Tensor, Tensor> forward_in_place(Tensor& input, const Tensor& target,
-                                            const std::optional<Tensor>& weight, int64_t reduction,
-                                            int64_t ignore_index, double label_smoothing,
-                                            double z_loss, bool widen, bool with_lse) {
+std::tuple<Tensor, Tensor, Tensor> forward_in_place(Tensor& input, const Tensor& target,
+                                                    const std::optional<Tensor>& weight,
+                                                    int64_t reduction, int64_t ignore_index,
+                                                    double label_smoothing, double z_loss,
+                                                    bool widen, bool with_lse) {
   const auto result = run_forward(input, target, weight, reduction, ignore_index, label_smoothing,
                                   z_loss, widen, with_lse, false, input);
-  return {std::get<0>(result), std::get<1>(result)};
+  return {std::get<0>(result), std::get<1>(result), std::get<3>(result)};
 }
 
-std::tuple<Tensor, Tensor> forward_in_place_meta(Tensor& input, const Tensor&,
-                                                 const std::optional<Tensor>&, int64_t reduction,
-                                                 int64_t, double, double, bool widen,
-                                                 bool with_lse) {
-  return {empty_loss(input, reduction, widen), empty_lse(input, with_lse)};
+std::tuple<Tensor, Tensor, Tensor> forward_in_place_meta(Tensor& input, const Tensor&,
+                                                         const std::optional<Tensor>&,
+                                                         int64_t reduction, int64_t, double, double,
+                                                         bool widen, bool with_lse) {
+  return {empty_loss(input, reduction, widen), empty_lse(input, with_lse),
+          empty_number(input, divides_later(input.scalar_type(), reduction))};
 }
 
 constexpr const char* kForward = "fusedopt::_cross_entropy";
@@ -254,8 +269,13 @@ struct CrossEntropyBackward : LossBackward {
 
   void fill(const Tensor& grad, variable_list& results) override {
     if (task_should_compute_output(0)) {
+      // The gradient of an ignored row is zero, whatever that of its loss is.
+      const Tensor classes = target.unpack();
+      const Tensor of_loss =
+          classes.defined() ? grad.masked_fill(classes.to(at::kLong).eq(ignore_index), 1) : grad;
       const Tensor saved = gradient.unpack();
-      results[0] = scaled(saved, grad, reduction == kNone ? class_axis : -1);
+      results[0] =
+          scaled(saved, of_loss, saved.scalar_type(), reduction == kNone ? class_axis : -1);
     }
     if (num_outputs() < 2 || !task_should_compute_output(1)) return;
     // Of a probability: weight (1 - label_smoothing) (lse - logit). Few need it: by torch.
@@ -276,6 +296,7 @@ struct CrossEntropyBackward : LossBackward {
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
     gradient.reset_data();
+    target.reset_data();
     input.reset_data();
     weight.reset_data();
   }
@@ -284,6 +305,8 @@ struct CrossEntropyBackward : LossBackward {
 
   SavedVariable gradient;
   int64_t reduction = kMean, class_axis = 0;
+  SavedVariable target;  // where rows have losses of their own
+  int64_t ignore_index = 0;
   // For the gradient of probabilities.
   SavedVariable input, weight;
   double label_smoothing = 0;
@@ -311,6 +334,10 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& input, const Tensor& targ
                                          double label_smoothing, double z_loss, bool with_lse,
                                          bool in_place) {
   const Tensor weight = weight_or_none.value_or(Tensor());
+  if (input.dim() > 0 && !in_place && input.sym_size(class_dim(input)) == 0)  // NaN, or an error
+    return {at::cross_entropy_loss(input, target, weight_or_none, reduction, ignore_index,
+                                   label_smoothing),
+            at::empty({0}, input.options())};
   if (!can_take(input, target, weight, autocasts(input)))
     refuse_cross_entropy(input, target, weight_or_none, reduction, ignore_index, label_smoothing);
   const bool probable = has_probabilities(input, target);
@@ -318,9 +345,8 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& input, const Tensor& targ
               "ignore_index is not supported for floating point target");
   TORCH_CHECK(label_smoothing <= 1.0,
               "label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
-  TORCH_CHECK_NOT_IMPLEMENTED(input.is_cpu() || is_traced(input),
-                              "fusedopt: cross_entropy has no kernel for ", input.device(),
-                              " yet; torch.nn.functional.cross_entropy has one");
+  TORCH_CHECK_NOT_IMPLEMENTED(has_kernel(input), "fusedopt: cross_entropy has no kernel for ",
+                              input.device(), "; torch.nn.functional.cross_entropy may have one");
   for (const Tensor* each : {&input, &target, &weight}) refuse_forward_mode("cross_entropy", *each);
   TORCH_CHECK(!wants_gradient(weight),
               "fusedopt: cross_entropy has no gradient for its weights; expected a weight that "
@@ -359,7 +385,7 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& input, const Tensor& targ
     else
       node->set_next_edges(torch::autograd::collect_next_edges(input));
   }
-  Tensor loss, lse, gradient;
+  Tensor loss, lse, gradient, later;
   const Tensor logits = input.detach();  // it shares the version, which a gradient is checked by
   {
     const at::AutoDispatchBelowADInplaceOrView below;
@@ -368,12 +394,12 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& input, const Tensor& targ
                                  .findSchemaOrThrow(kForwardInPlace, "")
                                  .typed<decltype(forward_in_place)>();
       gradient = logits;
-      std::tie(loss, lse) = op.call(gradient, target, weight_or_none, reduction, ignore_index,
-                                    label_smoothing, z_loss, widen, with_lse);
+      std::tie(loss, lse, later) = op.call(gradient, target, weight_or_none, reduction,
+                                           ignore_index, label_smoothing, z_loss, widen, with_lse);
     } else {
       static const auto op =
           c10::Dispatcher::singleton().findSchemaOrThrow(kForward, "").typed<decltype(forward)>();
-      std::tie(loss, lse, gradient) =
+      std::tie(loss, lse, gradient, later) =
           op.call(logits, target.detach(), weight_or_none, reduction, ignore_index, label_smoothing,
                   z_loss, widen, with_lse, of_input);
     }
@@ -381,9 +407,15 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& input, const Tensor& targ
   if (in_place && !input.is_inference()) torch::autograd::impl::bump_version(input);
   if (node) {
     torch::autograd::set_history(loss, node);
+    node->in_place = in_place;
     if (of_input) node->save(gradient, node->gradient);
+    if (divides_later(input.scalar_type(), reduction)) node->later = later;
     node->reduction = reduction;
     node->class_axis = class_dim(input);
+    if (reduction == kNone && !probable) {
+      node->target = SavedVariable(target, false);
+      node->ignore_index = ignore_index;
+    }
     if (of_target) {
       node->input = SavedVariable(input, false);
       if (weight.defined()) node->weight = SavedVariable(weight, false);

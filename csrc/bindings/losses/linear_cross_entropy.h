@@ -79,9 +79,10 @@ void run_chunks(const LinearArguments& a, const MeanOf& mean, const Tensor& targ
   const Tensor buffer = at::empty({std::min(chunk, rows), classes}, a.input.options());
   Tensor sum_of_weight = gradients.linear_weight, sum_of_bias = gradients.bias;
   const bool half = at::isReducedFloatingType(a.input.scalar_type());
-  if (half && chunk < rows && sum_of_weight.defined())
+  if (half && chunk < rows && sum_of_weight.defined() &&
+      at::isReducedFloatingType(sum_of_weight.scalar_type()))
     sum_of_weight = at::empty_like(sum_of_weight, sum_of_weight.options().dtype(at::kFloat));
-  if (half && sum_of_bias.defined())
+  if (half && sum_of_bias.defined() && at::isReducedFloatingType(sum_of_bias.scalar_type()))
     sum_of_bias = at::empty_like(sum_of_bias, sum_of_bias.options().dtype(at::kFloat));
   for (int64_t at = 0; at < rows; at += chunk) {
     const int64_t count = std::min(chunk, rows - at);
@@ -113,14 +114,15 @@ void run_chunks(const LinearArguments& a, const MeanOf& mean, const Tensor& targ
   }
 }
 
-Tensor empty_like_if(bool wanted, const Tensor& tensor) {
-  return wanted ? on_large_pages(at::empty_symint(tensor.sym_sizes(), tensor.options()))
-                : at::empty({0}, tensor.options());
+Tensor empty_like_if(bool wanted, const Tensor& tensor, bool as_float = false) {
+  const auto options = as_float ? tensor.options().dtype(at::kFloat) : tensor.options();
+  return wanted ? on_large_pages(at::empty_symint(tensor.sym_sizes(), options))
+                : at::empty({0}, options);
 }
 
 Tensor defined_if(bool wanted, const Tensor& tensor) { return wanted ? tensor : Tensor(); }
 
-using LinearResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using LinearResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // A tensor with the shape, dtype and device of all logits, and no memory.
 Tensor logits_like(const Tensor& input, const Tensor& linear_weight) {
@@ -162,15 +164,17 @@ LinearResults forward_linear(const Tensor& input, const Tensor& linear_weight, c
   const Tensor loss = reduction == kNone ? at::empty({rows}, options) : at::empty({}, options);
   const Tensor lse = empty_lse(at::empty({with_lse ? rows : 0, 1}, input.options()), with_lse);
   const Tensor grad_input = empty_like_if(of_input, input);
-  const Tensor grad_weight = empty_like_if(of_weight, linear_weight);
-  const Tensor grad_bias = empty_like_if(of_bias, a.bias.defined() ? a.bias : input);
+  // Sums over many rows, which float16 may not hold before they are divided.
+  const bool divides = divides_later(input.scalar_type(), reduction);
+  const Tensor grad_weight = empty_like_if(of_weight, linear_weight, divides);
+  const Tensor grad_bias = empty_like_if(of_bias, a.bias.defined() ? a.bias : input, divides);
   const Tensor losses = empty_losses(input, rows);
   run_chunks(a, mean, targets, probabilities, converted, Tensor(), losses,
              defined_if(with_lse, lse),
              {defined_if(of_input, grad_input), defined_if(of_weight, grad_weight),
               defined_if(of_bias, grad_bias)});
-  fill_loss(loss, losses, a.options, mean);
-  return {loss, lse, grad_input, grad_weight, grad_bias};
+  const Tensor later = fill_loss(loss, losses, a.options, mean, input.scalar_type());
+  return {loss, lse, grad_input, grad_weight, grad_bias, later};
 }
 
 LinearResults linear_meta(const Tensor& input, const Tensor& linear_weight, const Tensor&,
@@ -178,9 +182,13 @@ LinearResults linear_meta(const Tensor& input, const Tensor& linear_weight, cons
                           int64_t reduction, int64_t, double, double, bool widen, bool with_lse,
                           int64_t, bool of_input, bool of_weight, bool of_bias) {
   const Tensor rows = at::empty_symint({input.sym_size(0), 1}, input.options());
-  return {empty_loss(rows, reduction, widen), empty_lse(rows, with_lse),
-          empty_like_if(of_input, input), empty_like_if(of_weight, linear_weight),
-          empty_like_if(of_bias, bias && bias->defined() ? *bias : input)};
+  const bool divides = divides_later(input.scalar_type(), reduction);
+  return {empty_loss(rows, reduction, widen),
+          empty_lse(rows, with_lse),
+          empty_like_if(of_input, input),
+          empty_like_if(of_weight, linear_weight, divides),
+          empty_like_if(of_bias, bias && bias->defined() ? *bias : input, divides),
+          empty_number(input, divides)};
 }
 
 // The gradients where each row's loss has one of its own: from logits that are worked out again.
@@ -204,7 +212,9 @@ std::tuple<Tensor, Tensor, Tensor> backward_linear_rows(
   const Tensor grad_weight = empty_like_if(of_weight, linear_weight);
   const Tensor grad_bias = empty_like_if(of_bias, a.bias.defined() ? a.bias : input);
   const Tensor losses = empty_losses(input, input.size(0));
-  run_chunks(a, mean, targets, probabilities, converted, grad, losses, Tensor(),
+  // An ignored row has no gradient, whatever that of its loss is.
+  const Tensor of_loss = targets.defined() ? grad.masked_fill(targets.eq(ignore_index), 0) : grad;
+  run_chunks(a, mean, targets, probabilities, converted, of_loss, losses, Tensor(),
              {defined_if(of_input, grad_input), defined_if(of_weight, grad_weight),
               defined_if(of_bias, grad_bias)});
   return {grad_input, grad_weight, grad_bias};
@@ -227,7 +237,7 @@ struct LinearCrossEntropyBackward : LossBackward {
     if (reduction != kNone) {
       for (int i = 0; i < 3; ++i)
         if (of[i] && task_should_compute_output(i))
-          results[i] = scaled(gradients[i].unpack(), grad);
+          results[i] = scaled(gradients[i].unpack(), grad, type);
       return;
     }
     static const auto op = c10::Dispatcher::singleton()
@@ -259,6 +269,7 @@ struct LinearCrossEntropyBackward : LossBackward {
   SavedVariable gradients[3];
   bool of[3] = {};
   int64_t reduction = kMean;
+  at::ScalarType type = at::kFloat;
   // For the gradients of single rows.
   SavedVariable input, linear_weight, target, bias, weight;
   int64_t ignore_index = 0, chunk_size = 0;
@@ -319,13 +330,13 @@ std::tuple<Tensor, Tensor> linear_cross_entropy(const Tensor& input, const Tenso
     node->set_next_edges(torch::autograd::collect_next_edges(x, w, bias));
   }
   const bool now = reduction != kNone;
-  Tensor loss, lse, gradients[3];
+  Tensor loss, lse, gradients[3], later;
   {
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("fusedopt::_linear_cross_entropy", "")
                                .typed<decltype(forward_linear)>();
-    std::tie(loss, lse, gradients[0], gradients[1], gradients[2]) =
+    std::tie(loss, lse, gradients[0], gradients[1], gradients[2], later) =
         op.call(x.detach(), w.detach(), target.detach(),
                 bias.defined() ? std::optional<Tensor>(bias.detach()) : std::nullopt,
                 weight_or_none, reduction, ignore_index, label_smoothing, z_loss, widen, with_lse,
@@ -334,6 +345,8 @@ std::tuple<Tensor, Tensor> linear_cross_entropy(const Tensor& input, const Tenso
   if (!node) return {loss, lse};
   torch::autograd::set_history(loss, node);
   node->reduction = reduction;
+  node->type = x.scalar_type();
+  if (divides_later(x.scalar_type(), reduction)) node->later = later;
   for (int i = 0; i < 3; ++i) {
     node->of[i] = of[i];
     if (now && of[i]) node->save(gradients[i], node->gradients[i]);

@@ -18,12 +18,12 @@ TORCH_LIBRARY(fusedopt, m) {
   m.def(
       "_cross_entropy(Tensor input, Tensor target, Tensor? weight, int reduction, "
       "int ignore_index, float label_smoothing, float z_loss, bool widen, bool with_lse, "
-      "bool with_gradient) -> (Tensor, Tensor, Tensor)",
+      "bool with_gradient) -> (Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "_cross_entropy_(Tensor(a!) input, Tensor target, Tensor? weight, int reduction, "
       "int ignore_index, float label_smoothing, float z_loss, bool widen, bool with_lse) "
-      "-> (Tensor, Tensor)",
+      "-> (Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor target, "
@@ -33,7 +33,8 @@ TORCH_LIBRARY(fusedopt, m) {
       "_linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor target, "
       "Tensor? linear_bias, Tensor? weight, int reduction, int ignore_index, "
       "float label_smoothing, float z_loss, bool widen, bool with_lse, int chunk_size, "
-      "bool of_input, bool of_weight, bool of_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+      "bool of_input, bool of_weight, bool of_bias) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "_linear_cross_entropy_rows(Tensor grad, Tensor input, Tensor linear_weight, Tensor target, "
@@ -44,7 +45,7 @@ TORCH_LIBRARY(fusedopt, m) {
   m.def("mse_loss(Tensor input, Tensor target, int reduction) -> Tensor");
   m.def(
       "_mse_loss(Tensor input, Tensor target, int reduction, bool widen, bool with_gradient) "
-      "-> (Tensor, Tensor)",
+      "-> (Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
 }
 

@@ -13,7 +13,7 @@ namespace {
 
 // Whether the elements of both lie in the same order, without gaps.
 bool lie_alike(const Tensor& input, const Tensor& target) {
-  return input.is_non_overlapping_and_dense() && input.strides() == target.strides();
+  return input.is_non_overlapping_and_dense() && input.sym_strides() == target.sym_strides();
 }
 
 Tensor empty_mse_gradient(const Tensor& input, const Tensor& target) {
@@ -25,8 +25,8 @@ Tensor empty_mse_loss(const Tensor& input, bool widen) {
   return at::empty({}, widen ? input.options().dtype(at::kFloat) : input.options());
 }
 
-std::tuple<Tensor, Tensor> forward_mse(const Tensor& input, const Tensor& target, int64_t reduction,
-                                       bool widen, bool with_gradient) {
+std::tuple<Tensor, Tensor, Tensor> forward_mse(const Tensor& input, const Tensor& target,
+                                               int64_t reduction, bool widen, bool with_gradient) {
   const bool alike = lie_alike(input, target);
   const Tensor x = alike ? input : input.contiguous(), y = alike ? target : target.contiguous();
   const Tensor gradient = with_gradient ? on_large_pages(empty_mse_gradient(input, target))
@@ -36,26 +36,32 @@ std::tuple<Tensor, Tensor> forward_mse(const Tensor& input, const Tensor& target
   const Tensor sums =
       at::empty({norm_chunks(numel)}, input.options().dtype(at::kDouble).requires_grad(false));
   const double factor = reduction == kMean ? 1 / double(numel) : 1.0;
+  // The gradient of a mean in float16 is kept as the difference itself.
+  const bool divides = divides_later(input.scalar_type(), reduction);
   run_mse({x.const_data_ptr(), y.const_data_ptr(),
-           with_gradient ? gradient.mutable_data_ptr() : nullptr, numel, factor,
+           with_gradient ? gradient.mutable_data_ptr() : nullptr, numel, divides ? 0.5 : factor,
            sums.mutable_data_ptr<double>()},
           input);
   const Tensor loss = empty_mse_loss(input, widen);
   finish_loss(loss, sums, factor, reduction == kMean, {{double(numel), double(numel)}, {}});
-  return {loss, gradient};
+  const Tensor later = empty_number(input, divides);
+  if (divides) later.fill_(2 * factor);
+  return {loss, gradient, later};
 }
 
-std::tuple<Tensor, Tensor> mse_meta(const Tensor& input, const Tensor& target, int64_t, bool widen,
-                                    bool with_gradient) {
+std::tuple<Tensor, Tensor, Tensor> mse_meta(const Tensor& input, const Tensor& target,
+                                            int64_t reduction, bool widen, bool with_gradient) {
   return {empty_mse_loss(input, widen),
-          with_gradient ? empty_mse_gradient(input, target) : at::empty({0}, input.options())};
+          with_gradient ? empty_mse_gradient(input, target) : at::empty({0}, input.options()),
+          empty_number(input, divides_later(input.scalar_type(), reduction))};
 }
 
 struct MseBackward : LossBackward {
   MseBackward() : LossBackward("mse_loss") {}
 
   void fill(const Tensor& grad, variable_list& results) override {
-    const Tensor of_input = scaled(gradient.unpack(), grad);
+    const Tensor saved = gradient.unpack();
+    const Tensor of_input = scaled(saved, grad, saved.scalar_type());
     if (task_should_compute_output(0)) results[0] = of_input;
     if (task_should_compute_output(1)) results[1] = of_input.neg();
   }
@@ -87,18 +93,19 @@ Tensor mse_loss(const Tensor& input, const Tensor& target, int64_t reduction) {
     node = make_node<MseBackward>();
     node->set_next_edges(torch::autograd::collect_next_edges(input, target));
   }
-  Tensor loss, gradient;
+  Tensor loss, gradient, later;
   {
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("fusedopt::_mse_loss", "")
                                .typed<decltype(forward_mse)>();
-    std::tie(loss, gradient) =
+    std::tie(loss, gradient, later) =
         op.call(input.detach(), target.detach(), reduction, widen, with_gradient);
   }
   if (node) {
     torch::autograd::set_history(loss, node);
     node->save(gradient, node->gradient);
+    if (divides_later(type, reduction)) node->later = later;
   }
   return loss;
 }

@@ -27,6 +27,22 @@ bool is_double(const at::Tensor& tensor) {
 struct MeanOf {
   Divisors known{0, 0};
   at::Tensor on_device;
+
+  // Waits for the device.
+  Divisors of_host() const {
+    if (!on_device.defined()) return known;
+    const at::Tensor here = on_device.cpu();
+    return {here[0].item<double>(), here[1].item<double>()};
+  }
+  // Nothing to divide by: all weights are zero, or all rows ignored, whose gradient stays zero.
+  bool is_nothing() const { return !on_device.defined() && known.weight == 0; }
+  // By what a sum has to be multiplied, a number of float64 where like is.
+  at::Tensor factor(const at::Tensor& like) const {
+    if (on_device.defined())
+      return at::where(on_device[0].eq(0), at::ones_like(on_device[0]), on_device[0].reciprocal());
+    const double value = is_nothing() ? 1 : 1 / known.weight;
+    return at::full({}, value, like.options().dtype(at::kDouble).requires_grad(false));
+  }
 };
 
 // Targets that are neither classes nor ignored are told of on a CPU, before anything is written; a
@@ -59,8 +75,17 @@ MeanOf check_targets(const at::Tensor& targets, int64_t classes, int64_t ignore_
 }
 
 // Losses and gradients of rows, whose targets have been checked.
-void run_cross_entropy(CrossEntropyWork work, const at::Tensor& logits, bool is_mean,
+//
+// With later, their mean is still to be divided: gradients are those of a sum.
+void run_cross_entropy(CrossEntropyWork work, const at::Tensor& logits, bool is_mean, bool later,
                        const MeanOf& mean) {
+  if (is_mean && later && !mean.is_nothing()) {
+    if (work.loss.z_loss != 0) {
+      const Divisors known = mean.of_host();
+      work.loss.z_factor = known.weight / known.valid;
+    }
+    is_mean = false;
+  }
   if (is_mean && !mean.on_device.defined()) {
     work.loss.factor = 1 / mean.known.weight;
     work.loss.z_factor = 1 / mean.known.valid;
@@ -121,6 +146,20 @@ void finish_loss(const at::Tensor& loss, const at::Tensor& losses, double factor
     if (is_mean) args.divisors = &mean.known;
     finish_loss(args, cpu::total(args.losses, args.count));
   }
+}
+
+// Likewise, of losses that are still to be divided.
+void finish_divided_loss(const at::Tensor& loss, const at::Tensor& losses, const at::Tensor& factor,
+                         const MeanOf& mean) {
+  const at::Tensor sum = at::empty({}, losses.options());
+  finish_loss(sum, losses, 1, true, mean);
+  loss.copy_(sum * factor);
+}
+
+// A number of float64 that an operator returns where it is wanted.
+at::Tensor empty_number(const at::Tensor& like, bool wanted) {
+  const auto options = like.options().dtype(at::kDouble).requires_grad(false);
+  return wanted ? at::empty({}, options) : at::empty({0}, options);
 }
 
 }  // namespace
