@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/cpu.h"
+#include "memory.h"
 
 namespace {
 
@@ -28,62 +29,6 @@ HyperRow make_row(int rule, const std::vector<double>& options, bool wide) {
   return row;
 }
 
-class Random {
- public:
-  explicit Random(uint64_t seed) : state_(seed * 2 + 1) {}
-
-  uint32_t bits() {
-    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
-    return uint32_t(state_ >> 32);
-  }
-  // Many magnitudes of either sign; some are no usual number.
-  double value() {
-    constexpr double special[] = {0, -0.0, INFINITY, -INFINITY, NAN, 1e-42, -1e-310, 7e4, 3.3e38};
-    const uint32_t kind = bits() % 64;
-    if (kind < sizeof special / sizeof special[0]) return special[kind];
-    const int exponent = int(bits() % 40) - 60;  // in an order that compilers have no choice of
-    return ldexp(double(int32_t(bits())), exponent);
-  }
-
- private:
-  uint64_t state_;
-};
-
-// A stream of floating-point numbers, or of bytes.
-struct Stream {
-  DType dtype;
-  bool is_bytes;
-  std::vector<unsigned char> memory;
-
-  template <class Element>
-  Element* as() {
-    return reinterpret_cast<Element*>(memory.data());
-  }
-  int64_t size() const { return int64_t(memory.size()) / (is_bytes ? 1 : size_of(dtype)); }
-
-  // NaNs may differ in their bits.
-  uint64_t digest(uint64_t sum) {
-    for (int64_t i = 0; i < size(); ++i) {
-      uint64_t bits = 0;
-      if (is_bytes) {
-        bits = memory[i];
-      } else if (dtype == DType::float64) {
-        const double value = as<double>()[i];
-        if (value == value) memcpy(&bits, &value, sizeof value);
-      } else if (dtype == DType::float32) {
-        const float value = as<float>()[i];
-        if (value == value) bits = float_to_bits(value);
-      } else {
-        bits = as<uint16_t>()[i];
-        const uint64_t infinity = dtype == DType::bfloat16 ? 0x7f80 : 0x7c00;
-        if ((bits & 0x7fff) > infinity) bits = 0;
-      }
-      sum = (sum ^ bits) * 0x100000001b3u;
-    }
-    return sum;
-  }
-};
-
 struct Memory {
   Random random;
   std::vector<std::unique_ptr<Stream>> streams;
@@ -91,16 +36,11 @@ struct Memory {
   std::vector<Span> spans;
 
   Stream& add(DType dtype, int64_t numel, bool never_negative) {
-    streams.push_back(std::make_unique<Stream>());
+    streams.push_back(std::make_unique<Stream>(Stream::of(dtype, numel)));
     Stream& made = *streams.back();
-    made = {dtype, false, std::vector<unsigned char>(size_t(numel * size_of(dtype)))};
     for (int64_t i = 0; i < numel; ++i) {
       const double drawn = random.value();
-      const double value = never_negative ? fabs(drawn) : drawn;
-      if (dtype == DType::float64) made.as<double>()[i] = value;
-      if (dtype == DType::float32) made.as<float>()[i] = float(value);
-      if (dtype == DType::bfloat16) narrow(float(value), made.as<bfloat16>()[i]);
-      if (dtype == DType::float16) narrow(float(value), made.as<float16>()[i]);
+      made.set(i, never_negative ? fabs(drawn) : drawn);
     }
     return made;
   }
@@ -118,7 +58,7 @@ struct Memory {
     spans.push_back(span);
   }
   uint64_t step(const HyperRow& row, cpu::Isa isa) {
-    uint64_t sum = 0xcbf29ce484222325u;
+    uint64_t sum = kNoDigest;
     for (int i = 0; i < kSteps; ++i) {
       cpu::step(spans.data(), spans.size(), &row, isa, all_at_once);
       for (auto& coding : codings) ++coding->step;
