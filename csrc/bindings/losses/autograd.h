@@ -42,7 +42,7 @@ auto make_node(Args&&... args) {
 }
 
 // Of torch::Reduction.
-constexpr int64_t kNone = 0, kMean = 1, kSum = 2;
+constexpr int64_t kNone = 0, kMean = 1;
 
 bool is_traced(const Tensor& tensor) {
   const auto keys = tensor.key_set();

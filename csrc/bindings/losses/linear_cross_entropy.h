@@ -12,27 +12,62 @@ namespace {
 // The chunks' memory is this part of that of all logits at most, but for the rows that products
 // need to be quick, and not more than so many bytes.
 constexpr int64_t kLogitParts = 9;
-constexpr int64_t kLeastRows = 16;
 constexpr int64_t kMostLogitBytes = int64_t(1) << 30;
+// Products of a number of rows that is a multiple of this are the quickest.
+constexpr int64_t kRowsOfBlock = 16;
 // Columns of logits that are worked out at a time on a CPU: for few rows and many columns at once,
 // MKL's product takes a third longer.
 constexpr int64_t kColumns = 1024;
+// MKL works out the transpose of a product of whole blocks of rows in up to a fifth less time, from
+// so many rows and so long ones on.
+constexpr int64_t kLeastTransposedRows = 64;
+constexpr int64_t kLeastTransposedHidden = 256;
 // Columns of a chunk's gradient that are widened at a time.
 constexpr int64_t kWidenedColumns = 4096;
 
-int64_t rows_of_chunk(int64_t chunk_size, int64_t rows, int64_t row_bytes) {
-  if (chunk_size > 0) return std::min(chunk_size, std::max<int64_t>(1, rows));
-  const int64_t most = std::max<int64_t>(1, kMostLogitBytes / row_bytes);
-  const int64_t wanted = std::max(kLeastRows, (rows + kLogitParts - 1) / kLogitParts);
-  const int64_t chunks = (rows + wanted - 1) / wanted;
-  return std::min(most, std::max<int64_t>(1, (rows + chunks - 1) / std::max<int64_t>(1, chunks)));
+// The rows before which a chunk begins or ends: 0, ..., rows. Chunks are about equally long.
+std::vector<int64_t> bounds_of_chunks(int64_t chunk_size, int64_t rows, int64_t row_bytes) {
+  std::vector<int64_t> bounds{0};
+  if (chunk_size > 0) {
+    while (bounds.back() < rows) bounds.push_back(std::min(bounds.back() + chunk_size, rows));
+    return bounds;
+  }
+  const int64_t wanted = std::max(kRowsOfBlock, rows / kLogitParts);
+  const int64_t most =
+      std::max<int64_t>(1, std::min(wanted, kMostLogitBytes / std::max<int64_t>(1, row_bytes)));
+  const int64_t unit = std::min(kRowsOfBlock, most);
+  const int64_t units = (rows + unit - 1) / unit, in_chunk = most / unit;
+  const int64_t chunks = (units + in_chunk - 1) / in_chunk;
+  for (int64_t i = 1; i <= chunks; ++i) bounds.push_back(std::min(units * i / chunks * unit, rows));
+  return bounds;
 }
 
 struct LinearArguments {
-  Tensor input, linear_weight, target, bias, weight;
+  Tensor input, linear_weight, bias;
+  Tensor targets, probabilities;  // one of them is defined
+  Tensor weight;                  // of classes, or undefined
   CrossEntropyOptions options;
+  MeanOf mean;
   int64_t chunk_size;
 };
+
+LinearArguments linear_arguments(const Tensor& input, const Tensor& linear_weight,
+                                 const Tensor& target, const std::optional<Tensor>& bias,
+                                 const std::optional<Tensor>& weight,
+                                 const CrossEntropyOptions& options, int64_t chunk_size) {
+  const double rows = double(input.size(0));
+  LinearArguments a{
+      input,    linear_weight,      bias.value_or(Tensor()),
+      Tensor(), Tensor(),           converted_weight(weight.value_or(Tensor()), input),
+      options,  {{rows, rows}, {}}, chunk_size};
+  if (target.dim() == 2) {
+    a.probabilities = target.to(input.scalar_type()).contiguous();
+  } else {
+    a.targets = converted_targets(target);
+    a.mean = check_targets(a.targets, linear_weight.size(0), options.ignore_index, a.weight);
+  }
+  return a;
+}
 
 struct LinearGradients {
   Tensor input, linear_weight, bias;  // undefined where none is wanted
@@ -54,52 +89,88 @@ void add_product(const Tensor& sum, const Tensor& gradient, const Tensor& input,
   }
 }
 
+// What the products of a chunk are worked out in on a CPU, where the transposed ones are quicker.
+struct TransposedProducts {
+  Tensor logits, grad_input;  // [kColumns, rows], [hidden, rows]; undefined: as they are
+
+  TransposedProducts(const LinearArguments& a, int64_t rows, bool of_input) {
+    if (!a.input.is_cpu() || a.input.scalar_type() != at::kFloat || rows < kLeastTransposedRows ||
+        a.input.size(1) < kLeastTransposedHidden)
+      return;
+    logits = at::empty({kColumns, rows}, a.input.options());
+    if (of_input) grad_input = at::empty({a.input.size(1), rows}, a.input.options());
+  }
+  bool takes(int64_t rows) const {
+    return logits.defined() && rows >= kLeastTransposedRows && rows % kRowsOfBlock == 0;
+  }
+};
+
 // The logits of some rows.
-void fill_logits(const LinearArguments& a, const Tensor& input, const Tensor& logits) {
-  const int64_t classes = logits.size(1);
+void fill_logits(const LinearArguments& a, const Tensor& input, const TransposedProducts& by,
+                 const Tensor& logits) {
+  const int64_t rows = logits.size(0), classes = logits.size(1);
   const bool by_columns = input.is_cpu() && !at::isReducedFloatingType(input.scalar_type());
   const int64_t step = by_columns ? kColumns : classes;
   for (int64_t at = 0; at < classes; at += step) {
     const int64_t count = std::min(step, classes - at);
     Tensor part = logits.narrow(1, at, count);
-    const Tensor weight = a.linear_weight.narrow(0, at, count).t();
-    if (a.bias.defined())
-      at::addmm_out(part, a.bias.narrow(0, at, count), input, weight);
-    else
-      at::mm_out(part, input, weight);
+    const Tensor weight = a.linear_weight.narrow(0, at, count);
+    const Tensor bias = a.bias.defined() ? a.bias.narrow(0, at, count) : a.bias;
+    if (by.takes(rows)) {
+      Tensor transposed = by.logits.narrow(0, 0, count).narrow(1, 0, rows);
+      at::mm_out(transposed, weight, input.t());
+      bias.defined() ? at::add_out(part, transposed.t(), bias) : part.copy_(transposed.t());
+    } else if (bias.defined()) {
+      at::addmm_out(part, bias, input, weight.t());
+    } else {
+      at::mm_out(part, input, weight.t());
+    }
   }
 }
 
+// The gradient of the input of some rows, from that of their logits.
+void fill_grad_input(const LinearArguments& a, const Tensor& gradient, const TransposedProducts& by,
+                     Tensor part) {
+  const int64_t rows = gradient.size(0);
+  if (!by.takes(rows)) {
+    at::mm_out(part, gradient, a.linear_weight);
+    return;
+  }
+  Tensor transposed = by.grad_input.narrow(1, 0, rows);
+  at::mm_out(transposed, a.linear_weight.t(), gradient.t());
+  part.copy_(transposed.t());
+}
+
 // The losses of all rows, and the gradients. With row_grad, gradients of rows are multiplied by it.
-void run_chunks(const LinearArguments& a, const MeanOf& mean, const Tensor& targets,
-                const Tensor& probabilities, const Tensor& weight, const Tensor& row_grad,
-                const Tensor& losses, const Tensor& lse, const LinearGradients& gradients) {
+void run_chunks(const LinearArguments& a, const Tensor& row_grad, const Tensor& losses,
+                const Tensor& lse, const LinearGradients& gradients) {
   const int64_t rows = a.input.size(0), classes = a.linear_weight.size(0);
-  const int64_t chunk = rows_of_chunk(a.chunk_size, rows, classes * a.input.element_size());
-  const Tensor buffer = at::empty({std::min(chunk, rows), classes}, a.input.options());
+  const auto bounds = bounds_of_chunks(a.chunk_size, rows, classes * a.input.element_size());
+  int64_t most = 0;
+  for (size_t i = 1; i < bounds.size(); ++i) most = std::max(most, bounds[i] - bounds[i - 1]);
+  const Tensor buffer = at::empty({most, classes}, a.input.options());
+  const TransposedProducts by(a, most, gradients.input.defined());
   Tensor sum_of_weight = gradients.linear_weight, sum_of_bias = gradients.bias;
   const bool half = at::isReducedFloatingType(a.input.scalar_type());
-  if (half && chunk < rows && sum_of_weight.defined() &&
+  if (half && most < rows && sum_of_weight.defined() &&
       at::isReducedFloatingType(sum_of_weight.scalar_type()))
     sum_of_weight = at::empty_like(sum_of_weight, sum_of_weight.options().dtype(at::kFloat));
   if (half && sum_of_bias.defined() && at::isReducedFloatingType(sum_of_bias.scalar_type()))
     sum_of_bias = at::empty_like(sum_of_bias, sum_of_bias.options().dtype(at::kFloat));
-  for (int64_t at = 0; at < rows; at += chunk) {
-    const int64_t count = std::min(chunk, rows - at);
+  for (size_t i = 1; i < bounds.size(); ++i) {
+    const int64_t at = bounds[i - 1], count = bounds[i] - at;
     const Tensor input = a.input.narrow(0, at, count);
     Tensor logits = buffer.narrow(0, 0, count);
-    fill_logits(a, input, logits);
+    fill_logits(a, input, by, logits);
     const Rows walked = *find_rows(logits);
     run_rows(logits, walked, gradients.any() ? walked : Rows(),
-             targets.defined() ? targets.narrow(0, at, count) : targets,
-             probabilities.defined() ? probabilities.narrow(0, at, count) : probabilities, weight,
-             a.options, mean, losses.narrow(0, at, count),
+             a.targets.defined() ? a.targets.narrow(0, at, count) : a.targets,
+             a.probabilities.defined() ? a.probabilities.narrow(0, at, count) : a.probabilities,
+             a.weight, a.options, a.mean, losses.narrow(0, at, count),
              lse.defined() ? lse.narrow(0, at, count) : Tensor());
     if (row_grad.defined()) logits.mul_(row_grad.narrow(0, at, count).unsqueeze(1));
-    if (gradients.input.defined()) {
-      Tensor part = gradients.input.narrow(0, at, count);
-      at::mm_out(part, logits, a.linear_weight);
-    }
+    if (gradients.input.defined())
+      fill_grad_input(a, logits, by, gradients.input.narrow(0, at, count));
     if (sum_of_weight.defined()) add_product(sum_of_weight, logits, input, at == 0);
     if (sum_of_bias.defined()) {
       const Tensor of_chunk = logits.sum(0, false, sum_of_bias.scalar_type());
@@ -116,8 +187,7 @@ void run_chunks(const LinearArguments& a, const MeanOf& mean, const Tensor& targ
 
 Tensor empty_like_if(bool wanted, const Tensor& tensor, bool as_float = false) {
   const auto options = as_float ? tensor.options().dtype(at::kFloat) : tensor.options();
-  return wanted ? on_large_pages(at::empty_symint(tensor.sym_sizes(), options))
-                : at::empty({0}, options);
+  return wanted ? at::empty_symint(tensor.sym_sizes(), options) : at::empty({0}, options);
 }
 
 Tensor defined_if(bool wanted, const Tensor& tensor) { return wanted ? tensor : Tensor(); }
@@ -130,35 +200,14 @@ Tensor logits_like(const Tensor& input, const Tensor& linear_weight) {
                           input.options().device(at::kMeta));
 }
 
-void prepare_targets(const LinearArguments& a, Tensor& targets, Tensor& probabilities,
-                     Tensor& weight, MeanOf& mean) {
-  const int64_t rows = a.input.size(0), classes = a.linear_weight.size(0);
-  weight = converted_weight(a.weight, a.input);
-  mean = {{double(rows), double(rows)}, {}};
-  if (a.target.dim() == 2) {
-    probabilities = a.target.to(a.input.scalar_type()).contiguous();
-  } else {
-    targets = converted_targets(a.target);
-    mean = check_targets(targets, classes, a.options.ignore_index, weight);
-  }
-}
-
 LinearResults forward_linear(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
                              const std::optional<Tensor>& bias, const std::optional<Tensor>& weight,
                              int64_t reduction, int64_t ignore_index, double label_smoothing,
                              double z_loss, bool widen, bool with_lse, int64_t chunk_size,
                              bool of_input, bool of_weight, bool of_bias) {
-  const LinearArguments a{input,
-                          linear_weight,
-                          target,
-                          bias.value_or(Tensor()),
-                          weight.value_or(Tensor()),
-                          {reduction, ignore_index, label_smoothing, z_loss},
-                          chunk_size};
-  Tensor targets, probabilities, converted;
-  MeanOf mean;
   const c10::DeviceGuard guard(input.device());
-  prepare_targets(a, targets, probabilities, converted, mean);
+  const auto a = linear_arguments(input, linear_weight, target, bias, weight,
+                                  {reduction, ignore_index, label_smoothing, z_loss}, chunk_size);
   const int64_t rows = input.size(0);
   const auto options = widen ? input.options().dtype(at::kFloat) : input.options();
   const Tensor loss = reduction == kNone ? at::empty({rows}, options) : at::empty({}, options);
@@ -169,11 +218,10 @@ LinearResults forward_linear(const Tensor& input, const Tensor& linear_weight, c
   const Tensor grad_weight = empty_like_if(of_weight, linear_weight, divides);
   const Tensor grad_bias = empty_like_if(of_bias, a.bias.defined() ? a.bias : input, divides);
   const Tensor losses = empty_losses(input, rows);
-  run_chunks(a, mean, targets, probabilities, converted, Tensor(), losses,
-             defined_if(with_lse, lse),
+  run_chunks(a, Tensor(), losses, defined_if(with_lse, lse),
              {defined_if(of_input, grad_input), defined_if(of_weight, grad_weight),
               defined_if(of_bias, grad_bias)});
-  const Tensor later = fill_loss(loss, losses, a.options, mean, input.scalar_type());
+  const Tensor later = fill_loss(loss, losses, a.options, a.mean, input.scalar_type());
   return {loss, lse, grad_input, grad_weight, grad_bias, later};
 }
 
@@ -197,24 +245,17 @@ std::tuple<Tensor, Tensor, Tensor> backward_linear_rows(
     const std::optional<Tensor>& bias, const std::optional<Tensor>& weight, int64_t ignore_index,
     double label_smoothing, double z_loss, int64_t chunk_size, bool of_input, bool of_weight,
     bool of_bias) {
-  const LinearArguments a{input,
-                          linear_weight,
-                          target,
-                          bias.value_or(Tensor()),
-                          weight.value_or(Tensor()),
-                          {kNone, ignore_index, label_smoothing, z_loss},
-                          chunk_size};
-  Tensor targets, probabilities, converted;
-  MeanOf mean;
   const c10::DeviceGuard guard(input.device());
-  prepare_targets(a, targets, probabilities, converted, mean);
+  const auto a = linear_arguments(input, linear_weight, target, bias, weight,
+                                  {kNone, ignore_index, label_smoothing, z_loss}, chunk_size);
   const Tensor grad_input = empty_like_if(of_input, input);
   const Tensor grad_weight = empty_like_if(of_weight, linear_weight);
   const Tensor grad_bias = empty_like_if(of_bias, a.bias.defined() ? a.bias : input);
   const Tensor losses = empty_losses(input, input.size(0));
   // An ignored row has no gradient, whatever that of its loss is.
-  const Tensor of_loss = targets.defined() ? grad.masked_fill(targets.eq(ignore_index), 0) : grad;
-  run_chunks(a, mean, targets, probabilities, converted, of_loss, losses, Tensor(),
+  const Tensor of_loss =
+      a.targets.defined() ? grad.masked_fill(a.targets.eq(ignore_index), 0) : grad;
+  run_chunks(a, of_loss, losses, Tensor(),
              {defined_if(of_input, grad_input), defined_if(of_weight, grad_weight),
               defined_if(of_bias, grad_bias)});
   return {grad_input, grad_weight, grad_bias};
