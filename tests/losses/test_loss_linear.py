@@ -61,6 +61,36 @@ def test_one_chunk_is_the_plain_way(dtype: torch.dtype) -> None:
         assert_expected(got, ROW.expected(problem), ROW.roundings, name)
 
 
+@pytest.mark.parametrize("rows", [640, 641, 1290])
+@pytest.mark.parametrize("chunk_size", [None, 64, 80, 81])
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
+def test_products_that_are_transposed(rows: int, chunk_size: int | None, biased: bool) -> None:
+    """Those of whole blocks of rows, which a last chunk need not have, by 1024 columns at a time."""
+    generator = torch.Generator().manual_seed(rows)
+    hidden, classes = 256, 1300
+    shapes = [(rows, hidden), (classes, hidden)] + [(classes,)] * biased
+    tensors = [torch.randn(shape, generator=generator) * 0.25 for shape in shapes]
+    target = torch.randint(classes, (rows,), generator=generator)
+
+    def gradients(dtype: torch.dtype, loss: Any, **options: Any) -> list[Tensor]:
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+        bias = leaves[2] if biased else None
+        found = loss(*leaves[:2], target, linear_bias=bias, **options)
+        return [found.detach(), *torch.autograd.grad(found, leaves)]
+
+    def plain(
+        input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None
+    ) -> Tensor:
+        return F.cross_entropy(F.linear(input, linear_weight, linear_bias), target)
+
+    want = gradients(torch.float64, plain)
+    of_torch = gradients(torch.float32, plain)
+    got = gradients(torch.float32, linear_cross_entropy, chunk_size=chunk_size)
+    for ours, theirs, right in zip(got, of_torch, want, strict=True):
+        error, allowed = ((one - right).abs().mean() for one in (ours, theirs))
+        assert error <= 1.5 * allowed + 1e-7 * right.abs().max()
+
+
 @pytest.mark.parametrize("outputs", [(2,), (3, 2), (1,), (2, 1, 3)], ids=str)
 @pytest.mark.parametrize("dtype", MOST_DTYPES)
 def test_losses_of_several_dimensions(dtype: torch.dtype, outputs: tuple[int, ...]) -> None:
