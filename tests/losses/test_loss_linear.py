@@ -65,7 +65,7 @@ def test_one_chunk_is_the_plain_way(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("chunk_size", [None, 64, 80, 81])
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
 def test_products_that_are_transposed(rows: int, chunk_size: int | None, biased: bool) -> None:
-    """Those of whole blocks of rows, which a last chunk need not have, by 1024 columns at a time."""
+    """Those of whole blocks of rows, which a last chunk may not have; by 1024 columns at a time."""
     generator = torch.Generator().manual_seed(rows)
     hidden, classes = 256, 1300
     shapes = [(rows, hidden), (classes, hidden)] + [(classes,)] * biased
