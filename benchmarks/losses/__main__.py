@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.losses.cases import CASES, QUICK, SETTINGS
-from benchmarks.losses.tables import draw, tables
+from benchmarks.losses.tables import draw, short_table, tables
 from benchmarks.losses.training import MODELS
 from benchmarks.measure.provenance import provenance
 from benchmarks.report.case import Json
@@ -33,8 +33,9 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "losses.json"
 QUICK_RESULTS = RESULTS.with_name("latest-losses.json")
 PAGE = ROOT / "docs" / "losses.md"
+README = ROOT / "README.md"
 PLOT = ROOT / "docs" / "images" / "losses.png"
-MARKER = "losses"
+MARKER, SHORT_MARKER = "losses", "losses-short"
 ROUNDS, SECONDS = 31, 10.0  # at most, per case and setting
 QUICK_ROUNDS, QUICK_SECONDS = 5, 2.0
 
@@ -130,9 +131,12 @@ def main(arguments: list[str] | None = None) -> int:
     if output != RESULTS:
         print(tables(results))
         return 0
-    shown = show(PAGE, MARKER, tables(results), check=options.check)
+    shown = [
+        show(PAGE, MARKER, tables(results), check=options.check),
+        show(README, SHORT_MARKER, short_table(results), check=options.check),
+    ]
     if options.check:
-        return int(not shown)
+        return int(not all(shown))
     draw(results, PLOT)
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING
@@ -118,13 +119,18 @@ def notes(results: Json) -> str:
                 lines.append(f"- {case['name']}, {setting}, {name}: {note}.\n")
             for name, reason in one["skipped"].items():
                 lines.append(f"- {case['name']}, {setting}, {name}: not measured, {reason}.\n")
-    for case in (*results["cases"], *results["training"]):
-        again = case.get("again")
-        if again:
-            name = case["name"]
-            lines.append(f"- {name}: measured at commit {again['commit'][:10]}, {again['date']}.\n")
+    lines += measured_again((*results["cases"], *results["training"]))
     text = "".join(dict.fromkeys(lines))
     return f"{text}\n" if text else ""
+
+
+def measured_again(cases: Iterable[Json]) -> list[str]:
+    """A line for each that was measured at another commit than the others."""
+    return [
+        f"- {case['name']}: measured at commit {again['commit'][:10]}, {again['date'][:10]}.\n"
+        for case in cases
+        if (again := case.get("again"))
+    ]
 
 
 def tables(results: Json) -> str:
@@ -139,6 +145,31 @@ def tables(results: Json) -> str:
         head = ["iteration of", "loss and AdamW of", *columns, "peak"]
         text += f"{table(head, training_rows(results), left=2)}\n"
     return f"{text}{notes(results)}{where({**results, 'cases': []})}.\n"
+
+
+def short_table(results: Json) -> str:
+    """Each case in a row, as Markdown: ours and torch's, for the README."""
+    settings = settings_of(results["cases"])
+    head = ["loss", "size", OURS, *(f"{TORCH}, {one}" for one in settings)]
+    head += [f"in place: {TORCH}, {one}" for one in settings]
+    head += ["peak", "in place", f"of {TORCH}"]
+    rows = []
+    for case in results["cases"]:
+        of_settings = [case["settings"].get(one, {WALL: {}}) for one in settings]
+        seconds = of_settings[0][WALL].get(OURS)
+        rows.append(
+            [
+                case["loss"],
+                case["size"] if case["dtype"] == "float32" else f"{case['size']} {case['dtype']}",
+                "-" if seconds is None else duration(median(seconds)),
+                *(times(ratio(one, TORCH, OURS)) for one in of_settings),
+                *(times(ratio(one, TORCH, IN_PLACE)) for one in of_settings),
+                *(peak_share(case, name) for name in (OURS, IN_PLACE, TORCH)),
+            ]
+        )
+    again = "".join(measured_again(results["cases"]))
+    again = f"{again}\n" if again else ""
+    return f"{table(head, rows, left=2)}\n{again}{where({**results, 'cases': []})}.\n"
 
 
 # -- plot ---------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from benchmarks.losses.cases import (
     Case,
 )
 from benchmarks.losses.implementations import CHUNKS, Inputs, floors, makers
-from benchmarks.losses.tables import draw, names_of, tables
+from benchmarks.losses.tables import draw, names_of, short_table, tables
 from benchmarks.losses.training import Model
 from benchmarks.models.networks import GPT
 from benchmarks.models.text import load_text
@@ -182,6 +182,9 @@ def test_ratios_are_to_the_time_of_fusedopt() -> None:
         "| cross_entropy | 5x5 | torch | 800 ms | 600 ms to 850 ms | 3.00x | 300% |",
         "| cross_entropy | 5x5 | copy | 100 ms | 100 ms to 100 ms | 0.50x | - |",
     ]
+    text = short_table({"provenance": source, "cases": [case], "training": []})
+    (row,) = (line for line in text.splitlines() if line.startswith("| cross_entropy"))
+    assert row == "| cross_entropy | 5x5 | 200 ms | 3.00x | - | 100% | - | 300% |"
 
 
 def test_what_is_measured_again_says_so() -> None:
