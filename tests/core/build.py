@@ -222,7 +222,7 @@ def build_losses(
     parts = ("core", "cpu", "device")
     csrc_files = [path for part in parts for path in (ROOT / "csrc" / part).rglob("*.*")]
     key = checksum(
-        [source, HERE / "host_losses.h", Path(__file__), *sorted(csrc_files)],
+        [*sorted(HERE.glob("*loss*.h")), source, Path(__file__), *sorted(csrc_files)],
         target,
         flags,
         faults,

@@ -36,6 +36,9 @@ class Case:
     with_gradient: bool = True
     with_lse: bool = True
     padding: int = 0  # elements between rows
+    inner: int = 0  # rows in the inner dimension, which lie further apart; 0: there is one only
+    backwards: bool = False  # rows lie in memory the other way round
+    wrong: bool = False  # a third of the targets, and the last one, are no classes
     fill: str = "usual"
     seed: int = 0
 
@@ -50,6 +53,38 @@ def inside(array: np.ndarray) -> np.ndarray:
 
 def is_whole(array: np.ndarray) -> bool:
     return bool((array[:GUARD] == 0xA5).all() and (array[len(array) - GUARD :] == 0xA5).all())
+
+
+class CalledRows(ctypes.Structure):
+    """As loss_call.h has them, like those below."""
+
+    _fields_ = (
+        ("first", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("inner", "outer_bytes", "inner_bytes")),
+    )
+
+
+class CrossEntropyCall(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("dtype", "row_count", "classes")),
+        *((name, CalledRows) for name in ("logits", "gradient")),
+        ("targets", ctypes.c_void_p),
+        ("ignore_index", ctypes.c_int64),
+        ("probabilities", CalledRows),
+        ("weights", ctypes.c_void_p),
+        *((name, ctypes.c_double) for name in ("smoothing", "z_loss")),
+        ("is_mean", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("losses", "lse", "loss")),
+    )
+
+
+class MseCall(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("dtype", "numel")),
+        *((name, ctypes.c_void_p) for name in ("input", "target", "gradient")),
+        ("is_mean", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("sums", "loss")),
+    )
 
 
 class Data:
@@ -74,26 +109,45 @@ class Data:
         self.logits = to_values(case.dtype, bits)
         self.size = bits.itemsize
         self.stride = self.size * (case.classes + case.padding)
+        # Where in memory each row lies: those of an inner dimension are not neighbours.
+        self.places = np.arange(case.rows)
+        if case.inner:
+            assert case.rows % case.inner == 0, "as many rows in each of the outer dimension"
+            self.places = self.places.reshape(case.inner, -1).T.reshape(-1)
+        if case.backwards:
+            self.places = case.rows - 1 - self.places
         self.logit_memory = self.rows_in_memory(bits)
         self.targets = random.integers(case.classes, size=case.rows)
         self.ignored = random.random(case.rows) < 0.2
         probabilities = random.random(shape)
         probabilities /= probabilities.sum(1, keepdims=True)
-        self.probability_bits = np.ascontiguousarray(to_bits(case.dtype, probabilities))
-        self.probabilities = to_values(case.dtype, self.probability_bits)
+        probability_bits = np.ascontiguousarray(to_bits(case.dtype, probabilities))
+        self.probabilities = to_values(case.dtype, probability_bits)
+        self.probability_memory = np.empty_like(probability_bits)
+        self.probability_memory[self.places] = probability_bits
         weights = random.random(case.classes) + 0.25
         self.weights = weights.astype(self.compute)
 
     def rows_in_memory(self, bits: np.ndarray) -> np.ndarray:
         memory = guarded(self.stride * self.case.rows)
         rows = inside(memory).reshape(self.case.rows, self.stride)
-        rows[:, : self.size * self.case.classes] = bits.view(np.uint8).reshape(self.case.rows, -1)
+        used = self.size * self.case.classes
+        rows[self.places, :used] = bits.view(np.uint8).reshape(self.case.rows, used)
         return memory
+
+    def called(self, first: int | None, stride: int) -> CalledRows:
+        """The rows from an address on, one in so many bytes."""
+        inner, rows = self.case.inner, self.case.rows
+        if first is not None and self.case.backwards:
+            first, stride = first + (rows - 1) * stride, -stride
+        if inner == 0:
+            return CalledRows(first, rows + 1, 0, stride)
+        return CalledRows(first, inner, stride, rows // inner * stride)
 
     def values_of(self, memory: np.ndarray) -> np.ndarray:
         """The bits of rows, NaN as one for all."""
         rows = inside(memory).reshape(self.case.rows, self.stride)
-        bytes_of_rows = np.ascontiguousarray(rows[:, : self.size * self.case.classes])
+        bytes_of_rows = np.ascontiguousarray(rows[self.places, : self.size * self.case.classes])
         return canonical(
             self.case.dtype, bytes_of_rows.view(to_bits(self.case.dtype, np.zeros(1)).dtype)
         )
@@ -115,6 +169,93 @@ class Result:
             assert not len(differ), f"{what}: {name} differs at {differ[:5]} of {one.size}"
 
 
+class CrossEntropyArguments:
+    """A case in memory, and what a call has left there."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, data = case, Data(case)
+        targets = np.where(data.ignored, -100, data.targets).astype(np.int64)
+        if case.wrong:
+            targets[::3], targets[-1] = case.classes, -1
+        self.wrong = (targets != -100) & ((targets < 0) | (targets >= case.classes))
+        compute = to_bits(data.compute, np.zeros(0)).dtype
+        self.losses, self.lse = guarded(8 * case.rows), guarded(compute.itemsize * case.rows)
+        self.loss = guarded(data.size)
+        zeros = np.zeros((case.rows, case.classes), to_bits(case.dtype, np.zeros(1)).dtype)
+        self.gradient = data.logit_memory if case.in_place else data.rows_in_memory(zeros + 77)
+        self.data, self.element, self.compute = data, zeros.dtype, compute
+        self.read = [targets, data.probability_memory, data.weights]
+        self.written = [data.logit_memory, self.losses, self.lse, self.loss]
+        self.written += [] if case.in_place else [self.gradient]
+        probabilities = data.probability_memory.ctypes.data if case.probable else None
+        gradient = inside(self.gradient).ctypes.data if case.with_gradient else None
+        self.call = CrossEntropyCall(
+            *(DTYPES.index(case.dtype), case.rows, case.classes),
+            data.called(inside(data.logit_memory).ctypes.data, data.stride),
+            data.called(gradient, data.stride),
+            *(None if case.probable else targets.ctypes.data, -100),
+            data.called(probabilities, case.classes * data.size),
+            data.weights.ctypes.data if case.weighted else None,
+            *(case.smoothing, case.z_loss, case.is_mean),
+            inside(self.losses).ctypes.data,
+            inside(self.lse).ctypes.data if case.with_lse else None,
+            inside(self.loss).ctypes.data,
+        )
+
+    def result(self) -> Result:
+        assert all(map(is_whole, self.written)), "bytes beside an array were written"
+        case = self.case
+        has_gradient = case.with_gradient or case.in_place
+        return Result(
+            canonical(case.dtype, inside(self.loss).view(self.element)),
+            canonical("float64", inside(self.losses).view(np.uint64)),
+            canonical(self.data.compute, inside(self.lse).view(self.compute)),
+            self.data.values_of(self.gradient) if has_gradient else np.zeros(0, self.element),
+        )
+
+
+class MseArguments:
+    """Likewise, so many elements beside 16 bytes."""
+
+    def __init__(self, dtype: str, numel: int, offset: int, with_gradient: bool = True) -> None:
+        self.dtype, self.numel, self.with_gradient = dtype, numel, with_gradient
+        random = np.random.default_rng([numel, offset])
+        self.bits = [to_bits(dtype, random.standard_normal(numel + offset)) for _ in range(2)]
+        size = self.bits[0].itemsize
+        self.offset = offset * size
+        self.gradient, self.loss = guarded(size * (numel + offset)), guarded(size)
+        self.sums = np.zeros(numel // 16384 + 1)
+        self.arrays = [*self.bits, self.gradient, self.loss, self.sums]
+        gradient = inside(self.gradient).ctypes.data + self.offset
+        self.call = MseCall(
+            *(DTYPES.index(dtype), numel),
+            *(each.ctypes.data + self.offset for each in self.bits),
+            *(gradient if with_gradient else None, 1),
+            *(self.sums.ctypes.data, inside(self.loss).ctypes.data),
+        )
+
+    def result(self) -> list[np.ndarray]:
+        """The loss and the gradient, which have to be near those of the formula."""
+        dtype, numel = self.dtype, self.numel
+        assert is_whole(self.gradient)
+        assert is_whole(self.loss)
+        element = self.bits[0].dtype
+        values = [to_values(dtype, each[self.offset // element.itemsize :]) for each in self.bits]
+        got = to_values(dtype, inside(self.loss).view(element))[0]
+        mean = np.mean((values[0] - values[1]) ** 2) if numel else np.nan
+        assert abs(got - mean) <= 4 * UNITS[dtype] * mean or (numel == 0 and np.isnan(got)), "loss"
+        loss = canonical(dtype, inside(self.loss).view(element))
+        if not self.with_gradient:
+            assert (inside(self.gradient) == 0xA5).all()
+            return [loss]
+        assert (inside(self.gradient)[: self.offset] == 0xA5).all()
+        found = inside(self.gradient)[self.offset :].view(element)
+        want = 2 * (values[0] - values[1]) / max(1, numel)
+        error = np.abs(to_values(dtype, found) - want)
+        assert (error <= 4 * UNITS[dtype] * np.abs(want) + 2 * LEAST[dtype]).all(), "gradient"
+        return [canonical(dtype, found), loss]
+
+
 class Losses:
     """A library of losses_api.cpp."""
 
@@ -128,71 +269,31 @@ class Losses:
         self.library.losses_cross_entropy.restype = ctypes.c_int64
 
     def cross_entropy(self, case: Case, isa: int, threads: int = 1) -> Result:
-        data = Data(case)
-        targets = np.where(data.ignored, -100, data.targets).astype(np.int64)
-        compute = to_bits(data.compute, np.zeros(0)).dtype
-        losses = guarded(8 * case.rows)
-        lse = guarded(compute.itemsize * case.rows)
-        loss = guarded(data.size)
-        zeros = np.zeros((case.rows, case.classes), to_bits(case.dtype, np.zeros(1)).dtype)
-        gradient = data.logit_memory if case.in_place else data.rows_in_memory(zeros + 77)
-
-        def address(array: np.ndarray | None) -> ctypes.c_void_p:
-            return ctypes.c_void_p(None if array is None else array.ctypes.data)
-
-        wrong = self.library.losses_cross_entropy(
-            *(isa, threads, DTYPES.index(case.dtype)),
-            *(ctypes.c_int64(case.rows), ctypes.c_int64(case.classes)),
-            *(address(inside(data.logit_memory)), ctypes.c_int64(data.stride)),
-            address(inside(gradient) if case.with_gradient else None),
-            ctypes.c_int64(data.stride),
-            address(None if case.probable else targets),
-            ctypes.c_int64(-100),
-            address(data.probability_bits if case.probable else None),
-            address(data.weights if case.weighted else None),
-            *(ctypes.c_double(case.smoothing), ctypes.c_double(case.z_loss), int(case.is_mean)),
-            address(inside(losses)),
-            address(inside(lse) if case.with_lse else None),
-            address(inside(loss)),
-        )
+        arguments = CrossEntropyArguments(case)
+        wrong = self.library.losses_cross_entropy(isa, threads, ctypes.byref(arguments.call))
         assert wrong == case.rows
-        for memory in (data.logit_memory, gradient, losses, lse, loss):
-            assert is_whole(memory), "bytes beside an array were written"
-        written = case.with_gradient or case.in_place
-        return Result(
-            canonical(case.dtype, inside(loss).view(zeros.dtype)),
-            canonical("float64", inside(losses).view(np.uint64)),
-            canonical(data.compute, inside(lse).view(compute)),
-            data.values_of(gradient) if written else np.zeros(0, zeros.dtype),
-        )
+        return arguments.result()
 
     def mse(
-        self, dtype: str, numel: int, offset: int, isa: int, threads: int = 1
+        self,
+        dtype: str,
+        numel: int,
+        offset: int,
+        isa: int,
+        threads: int = 1,
+        with_gradient: bool = True,
     ) -> list[np.ndarray]:
-        """The loss and the gradient, from memory that lies so many elements beside 16 bytes."""
-        random = np.random.default_rng([numel, offset])
-        bits = [to_bits(dtype, random.standard_normal(numel + offset)) for _ in range(2)]
-        size = bits[0].itemsize
-        gradient, loss = guarded(size * (numel + offset)), guarded(size)
-        sums = np.zeros(numel // 16384 + 1)
-        self.library.losses_mse(
-            *(isa, threads, DTYPES.index(dtype), ctypes.c_int64(numel)),
-            *(ctypes.c_void_p(each.ctypes.data + size * offset) for each in bits),
-            ctypes.c_void_p(inside(gradient).ctypes.data + size * offset),
-            *(1, ctypes.c_void_p(sums.ctypes.data), ctypes.c_void_p(inside(loss).ctypes.data)),
+        arguments = MseArguments(dtype, numel, offset, with_gradient)
+        self.library.losses_mse(isa, threads, ctypes.byref(arguments.call))
+        return arguments.result()
+
+    def scale(self, dtype: str, values: np.ndarray, of: str, factor: np.ndarray) -> None:
+        """By a number of another dtype; both are bits."""
+        self.library.losses_scale(
+            *(ctypes.c_void_p(values.ctypes.data), ctypes.c_int64(len(values))),
+            DTYPES.index(dtype),
+            *(ctypes.c_void_p(factor.ctypes.data), DTYPES.index(of)),
         )
-        assert is_whole(gradient)
-        assert is_whole(loss)
-        assert (inside(gradient)[: size * offset] == 0xA5).all()
-        values = [to_values(dtype, each[offset:]) for each in bits]
-        found = inside(gradient)[size * offset :].view(bits[0].dtype)
-        want = 2 * (values[0] - values[1]) / max(1, numel)
-        error = np.abs(to_values(dtype, found) - want)
-        assert (error <= 4 * UNITS[dtype] * np.abs(want) + 2 * LEAST[dtype]).all(), "gradient"
-        mean = np.mean((values[0] - values[1]) ** 2) if numel else np.nan
-        got = to_values(dtype, inside(loss).view(bits[0].dtype))[0]
-        assert abs(got - mean) <= 4 * UNITS[dtype] * mean or (numel == 0 and np.isnan(got)), "loss"
-        return [canonical(dtype, found), canonical(dtype, inside(loss).view(bits[0].dtype))]
 
 
 def assert_right(case: Case, result: Result) -> None:
@@ -256,11 +357,12 @@ SIZES = (1, 2, 3, 10, 16, 63, 64, 65, 130, 255, 256, 257, 1000, 1023, 1024, 1025
 def cases(dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]:
     """Usual values: their formula can be worked out."""
     for i, (classes, dtype) in enumerate(product(SIZES, dtypes)):
-        plain = Case(dtype, rows=5 if classes > 64 else 70, classes=classes, seed=i)
+        plain = Case(dtype, rows=6 if classes > 64 else 72, classes=classes, seed=i)
         yield replace(plain, padding=i % 3)
-        yield replace(plain, smoothing=0.1, weighted=i % 2 == 0, is_mean=i % 3 == 0)
-        yield replace(plain, probable=True, weighted=i % 2 == 1, smoothing=0.3 * (i % 2))
-        yield replace(plain, z_loss=1e-3, weighted=i % 2 == 0, with_lse=False, in_place=True)
+        yield replace(plain, smoothing=0.1, weighted=i % 2 == 0, is_mean=i % 3 == 0, inner=3)
+        yield replace(plain, probable=True, weighted=i % 2 == 1, smoothing=0.3 * (i % 2), inner=3)
+        in_place = replace(plain, in_place=True, backwards=i % 3 == 0)
+        yield replace(in_place, z_loss=1e-3, weighted=i % 2 == 0, with_lse=False)
         yield replace(plain, with_gradient=False, padding=4, fill="large")
 
 
@@ -321,11 +423,7 @@ def assert_scaled(losses: Losses) -> None:
         values = np.random.default_rng(numel).standard_normal(numel)
         bits = to_bits(dtype, values)
         memory = bits.copy()
-        given = to_bits("float32", np.array([factor]))
-        losses.library.losses_scale(
-            *(ctypes.c_void_p(memory.ctypes.data), ctypes.c_int64(numel), DTYPES.index(dtype)),
-            *(ctypes.c_void_p(given.ctypes.data), DTYPES.index("float32")),
-        )
+        losses.scale(dtype, memory, "float32", to_bits("float32", np.array([factor])))
         want = to_values(dtype, bits) * factor
         assert (np.abs(to_values(dtype, memory) - want) <= UNITS[dtype] * np.abs(want)).all()
         assert factor != 1 or np.array_equal(memory, bits)

@@ -7,6 +7,7 @@
 
 #include "cpu/losses/losses.h"
 #include "host_losses.h"
+#include "loss_call.h"
 
 #define API extern "C" __attribute__((visibility("default")))
 
@@ -29,74 +30,51 @@ void in_threads(int64_t size, int64_t grain, void* context, void (*body)(void*, 
 
 // An isa of -1 means the kernels of a device, on the host.
 
-// The loss of rows of logits; see CrossEntropyWork. Strides are in bytes. Returns the first row
-// whose target is no class, or rows.
-API int64_t losses_cross_entropy(int isa, int threads, int dtype, int64_t rows, int64_t classes,
-                                 void* logits, int64_t stride, void* gradient,
-                                 int64_t gradient_stride, const int64_t* targets,
-                                 int64_t ignore_index, void* probabilities, const void* weights,
-                                 double smoothing, double z_loss, int is_mean, double* losses,
-                                 void* lse, void* loss) {
+// The loss of rows of logits. Returns the first row whose target is no class, or their number.
+API int64_t losses_cross_entropy(int isa, int threads, const CrossEntropyCall* call) {
   threads_of_loops = threads;
-  const DType type = DType(dtype);
-  const auto bytes = [](void* first) { return static_cast<unsigned char*>(first); };
-  CrossEntropyWork work;
-  work.loss.classes = classes;
-  work.loss.smoothing = smoothing;
-  work.loss.z_loss = z_loss;
-  work.rows = rows;
-  work.logits = {bytes(logits), rows + 1, 0, stride};
-  work.gradient = {bytes(gradient), rows + 1, 0, gradient_stride};
-  work.targets = targets;
-  work.ignore_index = ignore_index;
-  work.probabilities = {bytes(probabilities), rows + 1, 0, classes * size_of(type)};
-  work.weights = weights;
-  work.losses = losses;
-  work.lse = lse;
-  const bool float64 = type == DType::float64;
-  Divisors divisors{double(rows), double(rows)};
-  LossArgs finish{losses, rows, 1, is_mean ? &divisors : nullptr, loss, type, is_mean != 0};
+  CrossEntropyWork work = call->work();
+  const DType type = call->type();
+  Divisors divisors{double(work.rows), double(work.rows)};
+  const LossArgs total = call->total(&divisors);
   if (isa < 0) {
-    if (targets != nullptr)
-      host_check_targets({targets, weights, rows, classes, ignore_index, float64, &divisors});
-    if (is_mean) work.divisors = &divisors;
+    if (work.targets != nullptr) host_check_targets(target_args(*call, &divisors));
+    if (call->is_mean) work.divisors = &divisors;
     std::vector<unsigned char> terms(size_t(bytes_of_terms(work)) + 1);
     launch_cross_entropy(work, terms.data(), [&](const CrossEntropyArgs& args) -> const char* {
       host_cross_entropy(args, type);
       return nullptr;
     });
-    host_finish_loss(finish);
-    return rows;
+    host_finish_loss(total);
+    return work.rows;
   }
-  if (targets != nullptr) {
-    const auto found = cpu::check_targets(targets, rows, classes, ignore_index, weights,
-                                          float64 ? DType::float64 : DType::float32);
-    if (found.first_wrong < rows) return found.first_wrong;
+  if (work.targets != nullptr) {
+    const auto found =
+        cpu::check_targets(work.targets, work.rows, work.loss.classes, work.ignore_index,
+                           work.weights, type == DType::float64 ? type : DType::float32);
+    if (found.first_wrong < work.rows) return found.first_wrong;
     divisors = {found.weight, double(found.valid)};
   }
-  if (is_mean) {
+  if (call->is_mean) {
     work.loss.factor = 1 / divisors.weight;
     work.loss.z_factor = 1 / divisors.valid;
   }
   cpu::cross_entropy(work, type, cpu::Isa(isa), threads, in_threads);
-  finish_loss(finish, cpu::total(losses, rows));
-  return rows;
+  finish_loss(total, cpu::total(work.losses, work.rows));
+  return work.rows;
 }
 
-API void losses_mse(int isa, int threads, int dtype, int64_t numel, const void* input,
-                    const void* target, void* gradient, int is_mean, double* sums, void* loss) {
+API void losses_mse(int isa, int threads, const MseCall* call) {
   threads_of_loops = threads;
-  const double factor = is_mean ? 1 / double(numel) : 1.0;
-  const MseWork work{input, target, gradient, numel, factor, sums};
-  const Divisors divisors{double(numel), double(numel)};
-  const LossArgs finish{sums, norm_chunks(numel), factor,      &divisors,
-                        loss, DType(dtype),       is_mean != 0};
+  const MseWork work = call->work();
+  const Divisors divisors{double(work.numel), double(work.numel)};
+  const LossArgs total = call->total(&divisors);
   if (isa < 0) {
-    host_mse(work, DType(dtype));
-    host_finish_loss(finish);
+    host_mse(work, call->type());
+    host_finish_loss(total);
   } else {
-    cpu::mse(work, DType(dtype), cpu::Isa(isa), in_threads);
-    finish_loss(finish, cpu::total(sums, norm_chunks(numel)));
+    cpu::mse(work, call->type(), cpu::Isa(isa), in_threads);
+    finish_loss(total, cpu::total(work.sums, norm_chunks(work.numel)));
   }
 }
 

@@ -5,19 +5,35 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from core.build import build
+from core.build import build, build_losses
 from core.library import Core
+from core.loss_library import Losses
 
 from fusedopt._extension import _C
 
-from .emulator import ARGUMENT, Machine
-from .machine_api import NORM, PREPARE, MachineApi, build_machine_api
+from .emulator import ARGUMENT, ELEMENTS, Machine
+from .machine_api import (
+    CROSS_ENTROPY,
+    LOSS,
+    MSE,
+    NORM,
+    PREPARE,
+    SCALE,
+    TARGETS,
+    MachineApi,
+    build_machine_api,
+)
 from .sass import find_disassembler, read_kernels
 
 
 @pytest.fixture(scope="session")
 def core() -> Core:
     return Core(build("plain"))
+
+
+@pytest.fixture(scope="session")
+def losses() -> Losses:
+    return Losses(build_losses("losses"))
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +56,9 @@ def machine_of(api: MachineApi) -> Callable[[str], Machine]:
         coded = enumerate("coded" in name for name in api.kernel_names())
         of_steps = {(k, f) for k, c in coded for f in range(len(api.state_formats()) if c else 1)}
         of_rules = {(PREPARE, rule) for rule in range(len(api.rules()))}
-        assert set(machine.code) == of_steps | of_rules | {(NORM, 0)}, "a kernel is missing"
+        of_losses = {(k, e) for k in (CROSS_ENTROPY, MSE, SCALE) for e in range(len(ELEMENTS))}
+        others = {(NORM, 0), (TARGETS, 0), (LOSS, 0)}
+        assert set(machine.code) == of_steps | of_rules | of_losses | others, "a kernel is missing"
         return machine
 
     return make

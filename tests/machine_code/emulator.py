@@ -15,11 +15,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from .machine_api import NORM, PREPARE, Launch, MachineApi
+from .machine_api import (
+    CROSS_ENTROPY,
+    LOSS,
+    MSE,
+    NORM,
+    PREPARE,
+    SCALE,
+    TARGETS,
+    Launch,
+    MachineApi,
+    Placed,
+)
 from .sass import Instruction
 
 THREADS = 256  # of a block
 MOST_BLOCKS = 32  # that run at a time
+MOST_KEPT = 8  # times blocks, for other launches
 WARP = 32
 U32, U64, I32, F32, F64 = np.uint32, np.uint64, np.int32, np.float32, np.float64
 LOW = U64(0xFFFFFFFF)
@@ -30,14 +42,24 @@ ARGUMENT = {"sm_90": 0x210, "sm_100": 0x380}
 GRID_SIZE = {"sm_90": 0xC, "sm_100": 0x370}
 MOST_INSTRUCTIONS = 4_000_000
 WHOLE_WARP, WHOLE_BLOCK = 16, 17  # after the numbers of barriers
-SHARED_BYTES = 0x400 + 2048 + 16  # what the norm has, behind what is reserved
+RESERVED = 0x400  # bytes of shared memory
+SHARED_BYTES = {NORM: 2048 + 16, TARGETS: 4096, LOSS: 2048}  # behind them
 Key = tuple[int, int]
-"""Of a kernel: its number, and of one of codings that of the format of states."""
+"""Of a kernel: its number, and of one of codings that of the format of states, of a loss's that of
+its dtype."""
 KERNEL = re.compile(
     r"(?P<coded>coded_)?step_kernel<(?P<types>(?P<variant>.*?<.*?>|[^,]*), (?P<format>.*?)) *>"
     r"\(fusedopt::LaunchArgs\)"
 )
 PREPARE_KERNEL = re.compile(r"prepare_kernel<(?P<rule>.*?)>\(fusedopt::PrepareArgs\)")
+LOSS_KERNEL = re.compile(
+    r"(?P<name>cross_entropy|mse|scale|targets|loss)_kernel(?:<(?P<element>.*?)>)?\(fusedopt::"
+)
+LOSS_KERNELS = {
+    **{"cross_entropy": CROSS_ENTROPY, "mse": MSE, "scale": SCALE},
+    **{"targets": TARGETS, "loss": LOSS},
+}
+ELEMENTS = ("float", "double", "fusedopt::bfloat16", "fusedopt::float16")  # in DType's order
 NORM_KERNEL = re.compile(r"norm_kernel\(fusedopt::NormArgs\)")
 CODED = "fusedopt::Types<fusedopt::coded, fusedopt::coded, fusedopt::coded>"
 
@@ -60,12 +82,14 @@ COMPARISONS: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 class Memory:
-    """What kernels may touch: arrays, at the addresses that they have."""
+    """What kernels may touch: arrays, at the addresses that they have or are said to have."""
 
-    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
-        every = [array.view(np.uint8).reshape(-1) for array in arrays if array.size]
-        self._arrays = sorted(every, key=lambda array: array.ctypes.data)
-        self._begins = np.array([array.ctypes.data for array in self._arrays], U64)
+    def __init__(self, arrays: Sequence[Placed]) -> None:
+        placed = [(one.ctypes.data, one) if isinstance(one, np.ndarray) else one for one in arrays]
+        every = [(begin, one.view(np.uint8).reshape(-1)) for begin, one in placed if one.size]
+        every.sort(key=lambda each: each[0])
+        self._arrays = [array for _, array in every]
+        self._begins = np.array([begin for begin, _ in every], U64)
 
     def _pieces(self, addresses: np.ndarray, size: int) -> Iterator[Piece]:
         """Those that lie in one array: which they are, the array, and the places of their bytes."""
@@ -107,16 +131,13 @@ class Blocks:
         code: Sequence[Instruction],
         arch: str,
         api: MachineApi,
-        memory: Memory,
         count: int,
         ulps: int = 0,
-        watch: Watch | None = None,
-        order: int | None = None,
+        shared: int = 0,
     ) -> None:
-        """Ulps: how far off quick reciprocals and roots are. Order: a seed, of that in which warps
-        run one by one; None: all run together."""
-        self.code, self.arch, self.api, self.memory, self.ulps = code, arch, api, memory, ulps
-        self.watch, self.order = watch, order
+        """Ulps: how far off quick reciprocals and roots are. Shared: bytes of a block's shared
+        memory."""
+        self.code, self.arch, self.api, self.ulps = code, arch, api, ulps
         self.place_of = {instruction.address: i for i, instruction in enumerate(code)}
         self.constants = np.zeros(1 << 16, np.uint8)
         self.lanes = lanes = count * THREADS
@@ -126,17 +147,33 @@ class Blocks:
         self.uniform_predicates = np.zeros((8, lanes), bool)
         self.next = np.zeros(lanes, np.int64)
         self.done = np.zeros(lanes, bool)
+        self.issued = self.done  # what the current instruction is issued to
         self.waits_at = np.full(lanes, -1)
         self.barriers = np.zeros((16, lanes), bool)
-        self.shared = np.full((count, SHARED_BYTES), 0xFF, np.uint8)
-        self.shared[::2] = 0  # neither is what a kernel may take it for
+        self.shared = np.zeros((count, RESERVED + shared), np.uint8)
         self.first = 0
+        self.memory = Memory([])
+        self.watch: Watch | None = None
+        self.order: int | None = None
         self.executed: set[int] = set()
-        self._random, self._warp = np.random.default_rng(order or 0), 0
+        self._random, self._warp = np.random.default_rng(0), 0
         self._decoded: dict[int, tuple[Read | None, Run]] = {}
 
-    def run(self, argument: bytes, first: int, blocks: int) -> None:
-        """Run all threads to their ends, of the blocks from the first one on, of so many in all."""
+    def run(
+        self,
+        argument: bytes,
+        first: int,
+        blocks: int,
+        memory: Memory,
+        watch: Watch | None = None,
+        order: int | None = None,
+    ) -> None:
+        """Run all threads to their ends, of the blocks from the first one on, of so many in all.
+        Order: a seed, of that in which warps run one by one; None: all run together."""
+        self.memory, self.watch, self.order = memory, watch, order
+        self._random, self._warp = np.random.default_rng(order or 0), 0
+        self.executed = set()
+        self.shared[:], self.shared[::2] = 0xFF, 0  # neither is what a kernel may take it for
         begin, size = ARGUMENT[self.arch], GRID_SIZE[self.arch]
         self.constants[begin : begin + len(argument)] = np.frombuffer(argument, np.uint8)
         self.constants[size : size + 4] = np.frombuffer(U32(blocks).tobytes(), np.uint8)
@@ -163,6 +200,10 @@ class Blocks:
                 self._step(place, active)
         raise AssertionError("a kernel does not end")
 
+    def forget(self) -> None:
+        """What has been decoded refers to all of this, which is large."""
+        self._decoded.clear()
+
     def _step(self, place: int, active: Lanes) -> None:
         if place not in self._decoded:
             instruction = self.code[place]
@@ -170,7 +211,7 @@ class Blocks:
             run = self._decoder(instruction.opcode[0].lower())(instruction)
             self._decoded[place] = (self._predicate(predicate) if predicate else None, run)
         predicate_of, run = self._decoded[place]
-        issued = active
+        self.issued = issued = active
         if predicate_of is not None:
             active = active & predicate_of()
         if self.watch is not None:
@@ -241,7 +282,7 @@ class Blocks:
         elif name[0] in "RU":
             raw = self._raw(name)
         else:
-            value = FLOAT_NAN if name == "QNAN" else F32(float(name)).view(U32)
+            value = U32(int(name, 16)) if name[:2] == "0x" else F32(float(name)).view(U32)
             raw = lambda: np.full(self.lanes, value)  # noqa: E731
         if not (sign or absolute):
             return raw
@@ -340,9 +381,22 @@ class Blocks:
 
     def _bra(self, i: Instruction) -> Run:
         if "DIV" in i.opcode:  # taken where lanes of a warp have parted before a shuffle
-            return lambda active: None
+            mask = self._integer(i.operands[0])
+
+            def run_never(active: Lanes) -> None:
+                assert (mask()[active] == LOW).all(), "a shuffle is not of a whole warp"
+
+            return run_never
         target = self.place_of[int(i.operands[-1], 16)]
         condition = self._predicate(i.operands[0]) if len(i.operands) == 2 else None
+        if "U" in i.opcode and condition is None:
+
+            def run_whole(active: Lanes) -> None:
+                """By warps that it takes whole: behind it stands the branch for others."""
+                left = (self.issued & ~active).reshape(-1, WARP).any(1)
+                self.next[active & ~left.repeat(WARP)] = target
+
+            return run_whole
 
         def run(active: Lanes) -> None:
             self.next[active if condition is None else active & condition()] = target
@@ -573,14 +627,14 @@ class Blocks:
         match = re.fullmatch(r"\[(U?R\w+)\+?(-?0x[0-9a-f]+)?\]", text)
         assert match is not None, text
         base, offset = self._raw(match[1]), int(match[2] or "0", 16)
-        blocks = np.arange(self.lanes) // THREADS
+        blocks, size_of_all = np.arange(self.lanes) // THREADS, self.shared.shape[1]
 
         def read(active: Lanes) -> np.ndarray:
             places = (base().astype(np.int64) + offset)[active]
             assert not (places % size).any(), "an address of shared memory is misaligned"
-            inside = (places >= 0x400) & (places + size <= SHARED_BYTES)
+            inside = (places >= RESERVED) & (places + size <= size_of_all)
             assert inside.all(), "out of the bounds of shared memory"
-            of_all: np.ndarray = (blocks[active] * SHARED_BYTES + places)[:, None] + np.arange(size)
+            of_all: np.ndarray = (blocks[active] * size_of_all + places)[:, None] + np.arange(size)
             return of_all
 
         return read
@@ -655,11 +709,14 @@ class Blocks:
         a, b = self._integer(rest[0]), self._integer(rest[1])
         wide = "WIDE" in i.opcode
         if wide or "HI" in i.opcode:
-            assert "U32" in i.opcode and not any(name != "PT" for name in carries), str(i)
+            assert "U32" in i.opcode and "X" not in i.opcode, str(i)
             c = self._pair(rest[2])
 
             def run_wide(active: Lanes) -> None:
-                total = a() * b() + c()
+                product = a() * b()
+                total = product + c()
+                for name in carries:
+                    self._write_predicate(name, total < product, active)
                 if wide:
                     self._write_pair(to, total, active)
                 else:
@@ -676,9 +733,10 @@ class Blocks:
 
     def _lea(self, i: Instruction) -> Run:
         to, carries, rest = self._split(i.operands)
-        low, added = self._integer(rest[0]), self._integer(rest[1], "HI" not in i.opcode)
+        added = self._integer(rest[1], "HI" not in i.opcode)
         carry: Read | None = None
         if "HI" in i.opcode:
+            low = self._integer(rest[0])
             signed = "SX32" in i.opcode
             shift = U64(32 - int(rest[2 if signed else 3], 16))
             high = None if signed else self._integer(rest[2])
@@ -690,10 +748,12 @@ class Blocks:
                 above = high() if high is not None else np.where(bits >> U64(31), LOW, U64(0))
                 return ((above << U64(32) | bits) >> shift) & LOW
         else:
-            left = U64(int(rest[2], 16))
+            left, is_negative = U64(int(rest[2], 16)), rest[0][0] == "-"
+            value = self._integer(rest[0].removeprefix("-"))
 
             def shifted() -> np.ndarray:
-                return (low() << left) & LOW
+                bits = (value() << left) & LOW
+                return U64(1 << 32) - bits if is_negative else bits  # also of zero: it carries
 
         def run(active: Lanes) -> None:
             self._write_sum(to, carries, shifted() + added(), [carry] if carry else [], active)
@@ -703,7 +763,9 @@ class Blocks:
     def _shf(self, i: Instruction) -> Run:
         to, low, by, high = i.operands[0], *(self._integer(text) for text in i.operands[1:])
         _, direction, kind, *rest = i.opcode
-        takes_high = "HI" in rest
+        takes_high, is_wide = "HI" in rest, kind in ("U64", "S64")
+        assert is_wide or kind in ("U32", "S32"), str(i)
+        assert not (kind == "S64" and takes_high), str(i)
 
         def run(active: Lanes) -> None:
             shift, below, above = by(), low(), high()
@@ -711,8 +773,9 @@ class Blocks:
             within = np.minimum(shift, U64(31))
             if direction == "L" and not takes_high:
                 found = np.where(shift < U64(32), below << within, U64(0))
-            elif direction == "L" or kind == "U64":
-                assert (shift[active] < U64(32 if direction == "L" else 64)).all()
+            elif direction == "L" or is_wide:
+                # Within 32 bits, no sign is shifted in.
+                assert (shift[active] < U64(64 if kind == "U64" else 32)).all()
                 found = wide << within >> U64(32) if direction == "L" else wide >> shift
             elif kind == "S32":
                 signed = above.astype(U32).view(I32) >> within.astype(I32)
@@ -865,14 +928,18 @@ class Blocks:
         return run
 
     def _shfl(self, i: Instruction) -> Run:
-        assert i.opcode[1] == "BFLY", str(i)
-        _, to, value, distance = (*i.operands[:2], *map(self._integer, i.operands[2:4]))
+        """From the lane so far away, or the one of that number."""
+        is_distance = i.opcode[1] == "BFLY"
+        assert is_distance or i.opcode[1] == "IDX", str(i)
+        _, to, value, given = (*i.operands[:2], *map(self._integer, i.operands[2:4]))
+        lanes = np.arange(self.lanes)
 
         def run(active: Lanes) -> None:
             self._assert_whole(active)
-            distances = np.unique(distance()[active])
-            assert len(distances) == 1 and i.operands[4] == "0x1f", str(i)
-            other = np.arange(self.lanes) ^ int(distances[0])
+            numbers = np.unique(given()[active])
+            assert len(numbers) == 1 and i.operands[4] == "0x1f", str(i)
+            number = int(numbers[0])
+            other = lanes ^ number if is_distance else lanes // WARP * WARP + number % WARP
             self._write(to, value()[other], active)
             self._write_predicate(i.operands[0], np.ones(self.lanes, bool), active)
 
@@ -969,7 +1036,22 @@ class Blocks:
 
     def _dsetp(self, i: Instruction) -> Run:
         a, b = (self._double(text) for text in i.operands[2:4])
+        if i.opcode[1] == "MAX":
+            return self._larger(i, a, b)
         return self._set_predicate(i, self._float_comparison(i.opcode[1], a, b))
+
+    def _larger(self, i: Instruction, a: Read, b: Read) -> Run:
+        """Whether the first one is the maximum, and whether that is to become a NaN. Known where
+        the second one is none, which then is not."""
+        assert i.opcode[2] == "AND" and i.operands[4] == "PT", str(i)
+
+        def run(active: Lanes) -> None:
+            x, y = a(), b()
+            assert not np.isnan(y[active]).any(), "the maximum of anything and NaN is not known"
+            self._write_predicate(i.operands[0], x > y, active)
+            self._write_predicate(i.operands[1], np.zeros(self.lanes, bool), active)
+
+        return run
 
     def _fmnmx(self, i: Instruction) -> Run:
         """A NaN wins only where that is asked for. A zero of either sign is none of theirs."""
@@ -1038,15 +1120,28 @@ class Blocks:
         return run
 
     def _i2f(self, i: Instruction) -> Run:
-        value = self._integer(i.operands[1])
-        narrow, upwards = "U16" in i.opcode, "RP" in i.opcode
-        assert narrow or "U32" in i.opcode, str(i)
+        if i.opcode[1] == "F64":
+            wide = i.opcode[2:] == ("S64",)
+            assert wide or i.opcode[2:] == (), str(i)
+            raw = self._pair(i.operands[1]) if wide else self._integer(i.operands[1])
+
+            def run_double(active: Lanes) -> None:
+                found = raw().view(np.int64) if wide else raw().astype(U32).view(I32)
+                self._write_double(i.operands[0], found.astype(F64), active)
+
+            return run_double
+        narrow, wide, upwards = ("U16" in i.opcode, "U64" in i.opcode, "RP" in i.opcode)
+        value = (self._pair if wide else self._integer)(i.operands[1])
+        assert narrow or wide or "U32" in i.opcode, str(i)
 
         def run(active: Lanes) -> None:
-            exact = (value() & U64(0xFFFF) if narrow else value()).astype(F64)
+            exact = value() & U64(0xFFFF) if narrow else value()
             found = exact.astype(F32)
             if upwards:
-                found = np.where(found < exact, np.nextafter(found, F32(np.inf)), found)
+                whole = np.minimum(found, F32(2.0**63)).astype(U64)
+                less = np.where(found < F32(2.0**63), whole < exact, False)
+                assert (exact[active] <= U64(2**63)).all(), str(i)
+                found = np.where(less, np.nextafter(found, F32(np.inf)), found)
             self._write_float(i.operands[0], found, active, False)
 
         return run
@@ -1063,8 +1158,16 @@ class Blocks:
             assert "TRUNC" in i.opcode, str(i)
             return run_double
         (value,) = self._floats(i, i.operands[1:])
-        low, high = (0, 2**32 - 1) if "U32" in i.opcode else (-(2**31), 2**31 - 1)
         assert "TRUNC" in i.opcode, str(i)
+        if "U64" in i.opcode:
+
+            def run_wide(active: Lanes) -> None:
+                found = value()
+                assert ((found >= 0) & (found < F32(2.0**64)))[active].all(), "no 64 bits have that"
+                self._write_pair(i.operands[0], found.astype(U64), active)
+
+            return run_wide
+        low, high = (0, 2**32 - 1) if "U32" in i.opcode else (-(2**31), 2**31 - 1)
 
         def run(active: Lanes) -> None:
             exact = value().astype(F64)
@@ -1114,6 +1217,7 @@ class Machine:
         self, kernels: Mapping[str, Sequence[Instruction]], arch: str, api: MachineApi
     ) -> None:
         self.arch, self.api = arch, api
+        self._kept: dict[tuple[Key, int], Blocks] = {}  # the last one was used last
         self.code: dict[Key, Sequence[Instruction]] = {}
         self.symbols: dict[Key, str] = {}
         numbers = {name: number for number, name in enumerate(api.kernel_names())}
@@ -1126,6 +1230,9 @@ class Machine:
                 key = NORM, 0
             elif prepares := PREPARE_KERNEL.search(name):
                 key = PREPARE, rules[prepares["rule"]]
+            elif of_loss := LOSS_KERNEL.search(name):
+                element = of_loss["element"]
+                key = LOSS_KERNELS[of_loss["name"]], ELEMENTS.index(element) if element else 0
             elif match is None:
                 continue
             elif match["coded"] is None:
@@ -1170,13 +1277,27 @@ class Machine:
         for place in range(launch.members.bit_length()):
             if not launch.members >> place & 1:
                 continue
-            key, api = (launch.kernel, place), self.api
+            key = launch.kernel, place
             count = launch.blocks if blocks is None else blocks
-            for first in range(0, count, MOST_BLOCKS):
-                together = min(count - first, MOST_BLOCKS)
-                some = Blocks(self.code[key], self.arch, api, memory, together, 1, watch, order)
-                some.run(launch.argument, first, count)
+            for done in range(0, count, MOST_BLOCKS):
+                some = self._blocks(key, min(count - done, MOST_BLOCKS))
+                where = launch.first + done, launch.first + count
+                some.run(launch.argument, *where, memory, watch, order)
                 self.executed[key] |= some.executed
+
+    def _blocks(self, key: Key, count: int) -> Blocks:
+        """So many, which may have run before: their instructions are decoded already."""
+        code, shared = self.code[key], SHARED_BYTES.get(key[0], 0)
+        found = self._kept.pop((key, count), None)
+        if found is not None and found.code is not code:
+            found.forget()
+            found = None
+        if found is None:
+            found = Blocks(code, self.arch, self.api, count, 1, shared)
+        self._kept[key, count] = found
+        if len(self._kept) > MOST_KEPT:
+            self._kept.pop(next(iter(self._kept))).forget()
+        return found
 
     def executed_share(self, key: Key) -> float:
         """Of the instructions of a kernel, but for those behind its end, where what is rare is:

@@ -2,7 +2,8 @@
 // Copyright the fusedopt authors
 //
 // What an emulator of the machine code needs of the headers, as a C API for ctypes: the arguments
-// of the launches that a step is made of, which kernel is which, and arithmetic that numpy lacks.
+// of the launches that a step or a loss is made of, which kernel is which, and arithmetic that
+// numpy lacks.
 #include <cxxabi.h>
 
 #include <cfenv>
@@ -12,6 +13,8 @@
 #include <typeinfo>
 #include <vector>
 
+#include "../core/loss_call.h"
+#include "device/losses/launches.h"
 #include "device/step.h"
 
 #define API extern "C" __attribute__((visibility("default")))
@@ -50,12 +53,14 @@ const std::vector<Packed>& kernels() {
 
 // The numbers of kernels that are not a step's.
 constexpr int kNorm = -1, kPrepare = -2;
+constexpr int kCrossEntropy = -3, kMse = -4, kScale = -5, kTargets = -6, kLoss = -7;
 
 // Keeps the arguments instead of launching anything.
 struct Recorder {
   struct Launch {
     int kernel;
     uint32_t blocks;
+    uint32_t first;  // block that runs: those before it have nothing to do
     uint32_t members;
     std::vector<unsigned char> argument;
   };
@@ -70,11 +75,16 @@ struct Recorder {
   int step(int kernel, const LaunchArgs& args) {
     return keep(kernel, args.chunks, args.formats, args);
   }
+  // A kernel for each dtype.
+  template <class Args>
+  void loss(int kernel, int64_t blocks, DType dtype, const Args& args, int64_t first = 0) {
+    keep(kernel, uint32_t(std::max<int64_t>(blocks, 1)), 1u << int(dtype), args, uint32_t(first));
+  }
 
   template <class Args>
-  int keep(int kernel, uint32_t blocks, uint32_t members, const Args& args) {
+  int keep(int kernel, uint32_t blocks, uint32_t members, const Args& args, uint32_t first = 0) {
     const auto* bytes = reinterpret_cast<const unsigned char*>(&args);
-    launches.push_back({kernel, blocks, members, {bytes, bytes + sizeof args}});
+    launches.push_back({kernel, blocks, first, members, {bytes, bytes + sizeof args}});
     return 0;
   }
 
@@ -91,6 +101,29 @@ struct Rounding {
   ~Rounding() { fesetround(before); }
   int before;
 };
+
+// Addresses wrap.
+template <class T>
+void move_back(T*& address, uint64_t bytes) {
+  if (address != nullptr)
+    address = reinterpret_cast<T*>(reinterpret_cast<uint64_t>(address) - bytes);
+}
+
+// Has the rows come after so many others, which nobody touches; these fill all of the inner
+// dimensions that they have a part in. Returns where the RowFactors of the first one are then.
+uint64_t put_behind(CrossEntropyArgs& args, uint64_t before, bool float64) {
+  CrossEntropyWork& work = args.work;
+  const uint64_t chunks = uint64_t(loss_chunks(work.loss.classes));
+  for (Rows* rows : {&work.logits, &work.gradient, &work.probabilities})
+    move_back(rows->first, before / uint64_t(rows->inner) * uint64_t(rows->outer_bytes));
+  move_back(work.targets, before * sizeof *work.targets);
+  move_back(work.losses, before * sizeof *work.losses);
+  move_back(work.lse, before * (float64 ? sizeof(double) : sizeof(float)));
+  const uint64_t of_chunk = float64 ? sizeof(ChunkTerms<double>) : sizeof(ChunkTerms<float>);
+  move_back(args.terms, before * chunks * of_chunk);
+  work.rows += int64_t(before);
+  return uint64_t(factors_of(args, int64_t(before), int64_t(chunks)));
+}
 
 template <class Real>
 void multiply_add(const Real* a, const Real* b, const Real* c, size_t count, int mode, Real* to) {
@@ -162,6 +195,7 @@ API size_t record(const Span* spans, size_t count, HyperRow* rows, int rows_in_m
 }
 API int launched_kernel(size_t launch) { return recorder.launches[launch].kernel; }
 API uint32_t launched_blocks(size_t launch) { return recorder.launches[launch].blocks; }
+API uint32_t launched_first(size_t launch) { return recorder.launches[launch].first; }
 // Which formats of states its spans have, or which rule: a bit for each kernel that is launched.
 API uint32_t launched_members(size_t launch) { return recorder.launches[launch].members; }
 API const void* launched_argument(size_t launch) {
@@ -198,6 +232,49 @@ API size_t record_prepare(int rule, const RowSource* sources, size_t source_coun
   step.device_rows = rows;
   recorder.launches.clear();
   launch_prepare<int>(step, recorder);
+  return recorder.launches.size();
+}
+
+// Records the launches of a loss. What is there for a mean, and for cross-entropy besides, is the
+// caller's. As if the rows were so many at least, which decides on how they are shared out, and
+// came after so many others: see put_behind().
+API size_t record_cross_entropy(const CrossEntropyCall* call, Divisors* divisors, void* terms,
+                                int64_t least_rows, int64_t before, uint64_t* row_factors) {
+  recorder.launches.clear();
+  CrossEntropyWork work = call->work();
+  if (call->is_mean) work.divisors = divisors;
+  if (work.targets != nullptr) recorder.keep(kTargets, 1, 1, target_args(*call, divisors));
+  work.rows = std::max(work.rows, least_rows);
+  launch_cross_entropy(work, terms, [&](CrossEntropyArgs args) -> const char* {
+    args.work.rows = call->row_count;
+    const int64_t tasks = tasks_of(args), of_row = tasks / std::max<int64_t>(args.work.rows, 1);
+    const int64_t teams = args.team == Team::block ? 1 : kThreads / kWarp;
+    *row_factors = put_behind(args, uint64_t(before), call->type() == DType::float64);
+    recorder.loss(kCrossEntropy, (tasks + teams - 1) / teams, call->type(), args,
+                  before * of_row / teams);
+    return nullptr;
+  });
+  recorder.keep(kLoss, 1, 1, call->total(divisors));
+  return recorder.launches.size();
+}
+// Of so many rows a block takes each.
+API size_t rows_that_fill() { return size_t(kRowsThatFill); }
+API size_t bytes_of_cross_entropy(const CrossEntropyCall* call) {
+  return size_t(bytes_of_terms(call->work()));
+}
+API size_t record_mse(const MseCall* call, const Divisors* divisors) {
+  recorder.launches.clear();
+  const int64_t warps = norm_chunks(call->numel);
+  recorder.loss(kMse, (warps * kWarp + kThreads - 1) / kThreads, call->type(), call->work());
+  recorder.keep(kLoss, 1, 1, call->total(divisors));
+  return recorder.launches.size();
+}
+API size_t record_scale(void* values, int64_t count, int dtype, const void* factor,
+                        int factor_dtype) {
+  recorder.launches.clear();
+  const ScaleArgs args{values, count, factor, DType(factor_dtype)};
+  const int64_t of_block = kThreads * 16 / size_of(DType(dtype));
+  recorder.loss(kScale, (count + of_block - 1) / of_block, DType(dtype), args);
   return recorder.launches.size();
 }
 

@@ -1,12 +1,13 @@
 """What headers say of launches, and arithmetic that numpy lacks: machine_api.cpp from Python."""
 
 import ctypes
-from ctypes import c_char_p, c_double, c_int, c_size_t, c_uint32, c_void_p
+from ctypes import byref, c_char_p, c_double, c_int, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from core.build import build_alone
+from core.loss_library import CrossEntropyCall, MseCall
 
 SOURCE = Path(__file__).with_name("machine_api.cpp")
 # Multiplications and additions round as the environment says, and are one instruction.
@@ -19,13 +20,19 @@ def build_machine_api() -> Path:
 
 
 NORM, PREPARE = -1, -2
+CROSS_ENTROPY, MSE, SCALE, TARGETS, LOSS = -3, -4, -5, -6, -7
+
+
+Placed = np.ndarray | tuple[int, np.ndarray]
+"""An array, at another address than its own where one is given."""
 
 
 class Launch(NamedTuple):
-    kernel: int  # or NORM, or PREPARE
-    members: int  # a bit for each: formats of states, or the rule that PREPARE is for
+    kernel: int  # or NORM, PREPARE, or one of losses
+    members: int  # a bit for each: formats of states, the rule that PREPARE is for, a loss's dtype
     blocks: int
     argument: bytes
+    first: int  # block that runs
 
 
 class MachineApi:
@@ -45,6 +52,8 @@ class MachineApi:
         self._library.launched_members.restype = c_uint32
         self._library.launched_blocks.argtypes = [c_size_t]
         self._library.launched_blocks.restype = c_uint32
+        self._library.launched_first.argtypes = [c_size_t]
+        self._library.launched_first.restype = c_uint32
         self._library.launched_argument.argtypes = [c_size_t]
         self._library.launched_argument.restype = c_void_p
         self._library.launched_bytes.argtypes = [c_size_t]
@@ -58,6 +67,10 @@ class MachineApi:
         self._library.record_prepare.argtypes = [
             *(c_int, c_void_p, c_size_t, c_void_p, c_size_t, *[c_void_p] * 3)
         ]
+        for name in ("record_cross_entropy", "record_mse", "record_scale"):
+            getattr(self._library, name).restype = c_size_t
+        for name in ("bytes_of_cross_entropy", "rows_that_fill"):
+            getattr(self._library, name).restype = c_size_t
         for name in ("fma32", "fma64"):
             getattr(self._library, name).argtypes = [*[c_void_p] * 3, c_size_t, c_int, c_void_p]
 
@@ -141,6 +154,39 @@ class MachineApi:
         )
         return self._recorded(count)
 
+    def cross_entropy(
+        self, call: CrossEntropyCall, as_many: bool = False, before: int = 0
+    ) -> tuple[list[Launch], list[Placed]]:
+        """What cross-entropy launches, and the memory that it needs for itself. As if rows were as
+        many as fill a device, where that is asked for, or came after so many others."""
+        terms = np.full(self._library.bytes_of_cross_entropy(byref(call)), 0xFF, np.uint8)
+        divisors, factors = np.full(2, float(call.row_count)), c_uint64()
+        addresses = [c_void_p(each.ctypes.data) for each in (divisors, terms)]
+        least = self._library.rows_that_fill() if as_many else 0
+        count = self._library.record_cross_entropy(
+            *(byref(call), *addresses, c_int64(least), c_int64(before), byref(factors))
+        )
+        arrays: list[Placed] = [terms, divisors]
+        if before:
+            arrays.append((factors.value, np.full(call.row_count * 64, 0xFF, np.uint8)))
+        return self._recorded(count), arrays
+
+    def mse(self, call: MseCall) -> tuple[list[Launch], list[Placed]]:
+        """Likewise, the mean squared error."""
+        divisors = np.full(2, float(call.numel))
+        count = self._library.record_mse(byref(call), c_void_p(divisors.ctypes.data))
+        return self._recorded(count), [divisors]
+
+    def scale(
+        self, dtype: int, values: np.ndarray, of: int, factor: np.ndarray
+    ) -> tuple[list[Launch], list[Placed]]:
+        """Likewise, what multiplies values by a number of another dtype."""
+        count = self._library.record_scale(
+            *(c_void_p(values.ctypes.data), c_int64(len(values)), dtype),
+            *(c_void_p(factor.ctypes.data), of),
+        )
+        return self._recorded(count), []
+
     def _recorded(self, count: int) -> list[Launch]:
         library = self._library
         return [
@@ -149,6 +195,7 @@ class MachineApi:
                 int(library.launched_members(number)),
                 int(library.launched_blocks(number)),
                 ctypes.string_at(library.launched_argument(number), library.launched_bytes(number)),
+                int(library.launched_first(number)),
             )
             for number in range(count)
         ]

@@ -9,9 +9,8 @@ from pathlib import Path
 
 LINE = re.compile(
     r"\s+/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@(?P<predicate>!?U?P[T\d]+)\s+)?"
-    r"(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>.*?)\s*;"
+    r"(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>.*?)\s*;\s+/\* (?P<immediate>0x[0-9a-f]{8})"
 )
-
 UPPER = re.compile(r"\s+/\* 0x([0-9a-f]{16}) \*/$")
 
 
@@ -28,8 +27,10 @@ class Instruction:
         return f"{self.address:#x}: {predicate}{'.'.join(self.opcode)} {', '.join(self.operands)}"
 
 
-def split_operands(text: str) -> tuple[str, ...]:
-    """At the commas outside of brackets. Hints to the caches of registers are dropped."""
+def split_operands(text: str, immediate: str) -> tuple[str, ...]:
+    """At the commas outside of brackets. Hints to the caches of registers are dropped. What is
+    listed as a NaN has any of its bits: it may be the upper half of an infinite float64."""
+    text = re.sub(r"[-+]QNAN\b", immediate, text)
     found = re.findall(r"(?:\[[^]]*\]|[^,\[])+", text)
     return tuple(operand.strip().replace(".reuse", "") for operand in found)
 
@@ -57,7 +58,7 @@ def read_kernels(disassembler: str, module: Path, arch: str) -> dict[str, list[I
                     int(match["address"], 16),
                     match["predicate"] or "",
                     tuple(match["opcode"].split(".")),
-                    split_operands(match["operands"]),
+                    split_operands(match["operands"], match["immediate"]),
                 )
             )
     return kernels
