@@ -12,6 +12,7 @@ namespace {
 // The chunks' memory is this part of that of all logits at most, but for the rows that products
 // need to be quick, and not more than so many bytes.
 constexpr int64_t kLogitParts = 9;
+constexpr int64_t kLeastRows = 112;
 constexpr int64_t kMostLogitBytes = int64_t(1) << 30;
 // Products of a number of rows that is a multiple of this are the quickest.
 constexpr int64_t kRowsOfBlock = 16;
@@ -32,7 +33,7 @@ std::vector<int64_t> bounds_of_chunks(int64_t chunk_size, int64_t rows, int64_t 
     while (bounds.back() < rows) bounds.push_back(std::min(bounds.back() + chunk_size, rows));
     return bounds;
   }
-  const int64_t wanted = std::max(kRowsOfBlock, rows / kLogitParts);
+  const int64_t wanted = std::max(kLeastRows, rows / kLogitParts);
   const int64_t most =
       std::max<int64_t>(1, std::min(wanted, kMostLogitBytes / std::max<int64_t>(1, row_bytes)));
   const int64_t unit = std::min(kRowsOfBlock, most);
