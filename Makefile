@@ -99,6 +99,7 @@ check-tables: env  ## check that the tables in the documentation are those of th
 	$(PY) -m benchmarks.sharded --check
 	$(PY) -m benchmarks.losses --check
 	$(PY) -m benchmarks.gpu.model --check
+	$(PY) -m benchmarks.gpu.loss_model --check
 
 tables: env  ## write the tables of the results into the documentation
 	$(PY) -m benchmarks.report $(RESULTS) --readme

@@ -156,10 +156,15 @@ def pipe_of(opcode: str) -> str:
     return next((pipe for pipe, members in PIPES.items() if opcode in members), "other")
 
 
-def cycles(code: Sequence[Instruction], issued: Sequence[tuple[int, bool]]) -> int:
-    """How long a warp takes by itself, from how long its instructions say that they wait."""
+def cycles(
+    code: Sequence[Instruction],
+    issued: Sequence[tuple[int, bool]],
+    latencies: Mapping[int, int] | None = None,
+) -> int:
+    """How long a warp takes by itself, from how long its instructions say that they wait.
+    Latencies: of some, by their number in the order of issue; None: by their kind."""
     time, done, before = 0, [0] * 6, -1
-    for place, is_done in issued:
+    for number, (place, is_done) in enumerate(issued):
         control = code[place].control
         stall, written, read, awaited = (
             (control >> shift & mask) for shift, mask in ((41, 15), (46, 7), (49, 7), (52, 63))
@@ -167,6 +172,7 @@ def cycles(code: Sequence[Instruction], issued: Sequence[tuple[int, bool]]) -> i
         time += BRANCH * (place != before + 1)
         time = max(time, *(done[i] for i in range(6) if awaited >> i & 1), time)
         latency = LATENCIES.get(code[place].opcode[0], LATENCY) if is_done else 2
+        latency = (latencies or {}).get(number, latency)
         if written < 6:
             done[written] = max(done[written], time + latency)
         if read < 6:
