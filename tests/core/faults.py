@@ -24,6 +24,7 @@ TILE, CODED_TILE, LANES, QUICK, NORM_TILE, PREPARE, DEVICE_STEP = (
 )
 
 BIAS = "correction1 = one_minus_power(o.beta1, (long long)(step"
+EPS = "corrected_eps(o.eps, correction2)"
 DECAY = "row.coupled_decay = o.decoupled_weight_decay != 0 ? 0 : o.weight_decay;"
 COUPLED = "row.coupled_decay = o.weight_decay; if (true) row.decoupled_decay = 0; else"
 ROW = "to.row = args.rows == nullptr ? packed_rows - 1 : uint32_t(from.row);"
@@ -50,9 +51,9 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "no-op": (ADAM, "p -= change;", ""),
         "no-op of the loop": (LOOP, "narrow(p, param[i]);", ""),
         "no-op of the tile": (TILE, "narrow(value, s.param[i]);", ""),
-        "no eps": (ADAM, "o.eps * correction2", "0"),
-        "ten times eps": (ADAM, "o.eps * correction2", "10 * o.eps * correction2"),
-        "eps not corrected": (ADAM, "o.eps * correction2", "o.eps"),
+        "no eps": (ADAM, EPS, "0"),
+        "ten times eps": (ADAM, EPS, EPS.replace("o.eps", "10 * o.eps")),
+        "eps not corrected": (ADAM, EPS, "o.eps"),
         "no eps in the root": (RMSPROP, "variance + row.eps_inside", "variance"),
         "decay coupled": (ADAM, DECAY, COUPLED),
         "step off by one": (ADAM, BIAS, f"{BIAS} - 1"),

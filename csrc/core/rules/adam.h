@@ -63,10 +63,7 @@ struct Adam {
     row.beta2 = o.beta2;
     row.one_minus_beta2 = 1 - o.beta2;
     row.step_size = o.lr * correction2 / correction1;
-    row.eps = o.eps * correction2;
-    // Where beta2 is nearly 1 it would be zero in float32, and zero by zero is no number.
-    constexpr double least = 0x1p-149;
-    if (o.eps > least / 2 && row.eps < least) row.eps = least;
+    row.eps = corrected_eps(o.eps, correction2);
     return row;
   }
 

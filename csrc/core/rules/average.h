@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
 //
-// Moving averages, which several rules share.
+// Moving averages, and what is divided by their roots, which several rules share.
 #pragma once
 
 #include "../arithmetic.h"
@@ -29,6 +29,14 @@ FUSEDOPT_HD T moving_average_of_square(T average, T value, T weight, T one_minus
                         : multiply_add(weighted, value, one_minus_weight * average);
   if (Math::template redoes_nan<T>) return updated;
   return average == T(INFINITY) ? average + weighted * value : updated;
+}
+
+// eps beside a root of which the factor that corrects its average stands elsewhere. Where beta is
+// nearly 1 it would be zero in float32, and zero by zero is no number.
+FUSEDOPT_HD double corrected_eps(double eps, double factor) {
+  constexpr double least = 0x1p-149;
+  const double corrected = eps * factor;
+  return eps > least / 2 && corrected < least ? least : corrected;
 }
 
 }  // namespace fusedopt
