@@ -103,7 +103,11 @@ FUSEDOPT_HD float exponential(float x) {
   return x < -105.0f ? 0.0f : result;  // NaN stays
 }
 
-FUSEDOPT_HD double exponential(double x) {
+// exp(x) is scale / 2^64 * (1 + rest), with |rest| < 0.42.
+struct Exponential {
+  double scale, rest;
+};
+FUSEDOPT_HD Exponential exponential_in_parts(double x) {
   const double shift = 0x1.8p52 + 1087;  // 2^(n + 64)
   const double shifted = multiply_add(x, 0x1.71547652b82fep0, shift);
   const double n = shifted - shift;
@@ -120,14 +124,26 @@ FUSEDOPT_HD double exponential(double x) {
   tail = multiply_add(tail, r, 0x1.555555555007cp-5);
   tail = multiply_add(tail, r, 0x1.5555555555561p-3);
   tail = multiply_add(tail, r, 0x1.000000000000bp-1);
-  const double power = 1.0 + (nearly + multiply_add(tail, r * r, rest));
   uint64_t bits;
   memcpy(&bits, &shifted, sizeof bits);
   bits <<= 52;
   double scale;
   memcpy(&scale, &bits, sizeof scale);
-  const double result = power * scale * 0x1p-64;
+  return {scale, nearly + multiply_add(tail, r * r, rest)};
+}
+
+FUSEDOPT_HD double exponential(double x) {
+  const Exponential parts = exponential_in_parts(x);
+  const double result = (1.0 + parts.rest) * parts.scale * 0x1p-64;
   return x < -746.0 ? 0.0 : result;
+}
+
+// 1 - exp(x) of x <= 0, to a unit in its own last place where it is nearly 0.
+FUSEDOPT_HD double one_minus_exponential(double x) {
+  const Exponential parts = exponential_in_parts(x);
+  const double scale = parts.scale * 0x1p-64;
+  const double result = multiply_add(-scale, parts.rest, 1.0 - scale);
+  return x < -746.0 ? 1.0 : result;
 }
 
 // At most 1 ulp from the exact value. x = 2^k (1 + f) with 1 + f between the roots of 1/2 and of 2;

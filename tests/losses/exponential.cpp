@@ -89,6 +89,25 @@ void check_exp(int64_t count) {
   worst.print("exp");
 }
 
+void check_one_minus_exp(int64_t count) {
+  Worst worst;
+  std::mt19937_64 random(3);
+  for (int64_t i = 0; i < count; ++i) {
+    const double part = double(random() >> 11) * 0x1p-53;
+    // The range in which it is not 1, and the part next to zero on every scale.
+    const double x = i % 2 == 0 ? part * -40 : -ldexp(1 + part, -int(random() % 1022));
+    const double got = one_minus_exponential(x);
+    worst.odd += !(got <= 1) | (got < 0);
+    worst.compare(x, got, -expm1l(x), 53, -1074);
+  }
+  const double infinity = __builtin_huge_val();
+  worst.odd += one_minus_exponential(0.0) != 0 || one_minus_exponential(-0.0) != 0;
+  worst.odd += one_minus_exponential(-infinity) != 1 || one_minus_exponential(-1e308) != 1;
+  const double nan = one_minus_exponential(__builtin_nan(""));
+  worst.odd += nan == nan;
+  worst.print("one-minus-exp");
+}
+
 void check_log(int64_t count) {
   Worst worst;
   std::mt19937_64 random(2);
@@ -114,5 +133,6 @@ void check_log(int64_t count) {
 int main(int, char** arguments) {
   check_float(strtoull(arguments[1], nullptr, 10));
   check_exp(strtoll(arguments[2], nullptr, 10));
+  check_one_minus_exp(strtoll(arguments[2], nullptr, 10));
   check_log(strtoll(arguments[2], nullptr, 10));
 }
