@@ -82,7 +82,10 @@ class OptionReader {
       py::object element;
       if (option.element >= 0) {
         element = py::reinterpret_steal<py::object>(PySequence_GetItem(value, option.element));
-        if (!element) throw py::error_already_set();
+        if (!element) {
+          PyErr_Clear();
+          throw py::value_error(what() + " is missing in " + py::repr(value).cast<std::string>());
+        }
         value = element.ptr();
       }
       if (options.on_device[i]) options.on_device[i] = py::object();

@@ -17,6 +17,8 @@ from support.training import (
 
 every_class = pytest.mark.parametrize("case", RICHEST, ids=str)
 every_class_in_torch = pytest.mark.parametrize("case", RICHEST_IN_TORCH, ids=str)
+of_ours = [case for case in RICHEST if case.row.theirs is None]
+every_class_of_ours = pytest.mark.parametrize("case", of_ours, ids=str)
 
 
 @every_class_in_torch
@@ -68,6 +70,38 @@ def test_refusals_of_the_constructor(case: Case, options: dict[str, Any]) -> Non
     with pytest.raises(ValueError) as ours:
         case.ours(make_params(), **options)
     assert str(theirs.value) in str(ours.value)
+
+
+@pytest.mark.parametrize("key", ["lr", "weight_decay", "eps"])
+@pytest.mark.parametrize("value", [-1.0, torch.tensor(-1.0)], ids=["number", "tensor"])
+@every_class_of_ours
+def test_negative_options(case: Case, key: str, value: Any) -> None:
+    """Of classes that torch has none for."""
+    if key not in case.row.defaults:
+        pytest.skip(f"{case.ours.__name__} has no {key}")
+    with pytest.raises(ValueError, match=f"{case.ours.__name__}: {key} is -1.0; expected at least"):
+        case.ours(make_params(), **{key: value})
+
+
+@every_class_of_ours
+def test_betas(case: Case) -> None:
+    """As many as there have to be, and each of them below 1."""
+    betas = case.row.defaults.get("betas")
+    if betas is None:
+        pytest.skip(f"{case.ours.__name__} has none")
+    name = case.ours.__name__
+    for wrong in (betas[:-1], (*betas, 0.5), betas[0]):
+        with pytest.raises(ValueError, match=rf"{name}: betas is .*; expected {len(betas)} num"):
+            case.ours(make_params(), betas=wrong)
+    for wrong, at in ((1.0, 1), (-0.1, 0), (torch.tensor(1.0), 1)):
+        given = [*betas[:at], wrong, *betas[at + 1 :]]
+        with pytest.raises(ValueError, match=rf"{name}: betas\[{at}\] is .*; expected at least 0"):
+            case.ours(make_params(), betas=given)
+    # The constructor does not look into groups.
+    for wrong in (betas[:-1], betas[0]):
+        at = len(betas) - 1 if isinstance(wrong, tuple) else 0
+        with pytest.raises(ValueError, match=rf"{name}: group 0: betas\[{at}\] is missing in"):
+            case.ours([{"params": make_params(), "betas": wrong}])
 
 
 @every_class_in_torch

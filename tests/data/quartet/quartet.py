@@ -8,6 +8,7 @@ from torch.optim.optimizer import ParamsT
 
 from fusedopt._formats import storage_options
 from fusedopt._optimizer import FusedOptimizer
+from fusedopt.optimizers._checks import check_options
 
 
 class Quartet(FusedOptimizer):
@@ -82,9 +83,7 @@ class Quartet(FusedOptimizer):
             "share": share,
             "follow": follow,
         }
-        for name, value in defaults.items():
-            if name != "betas" and not isinstance(value, Tensor) and value < 0:
-                raise ValueError(f"Quartet: {name} is {value}; expected at least 0")
+        check_options(type(self).__name__, defaults, betas=2)
         defaults |= {"maximize": maximize, "capturable": capturable}
         options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
         self._init(options, flat, max_grad_norm, {"params": params, "defaults": defaults})

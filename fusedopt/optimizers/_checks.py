@@ -1,0 +1,39 @@
+"""Checks of options, for the constructors of optimizers that torch.optim has no class for."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def check_options(optimizer: str, options: Mapping[str, Any], betas: int) -> None:
+    """None may be negative, and there are as many betas, all of them below 1.
+
+    What is no number, or NaN, is found when a parameter group is read, whoever has made it.
+
+    Raises:
+        ValueError: says which option is wrong.
+    """
+    for name, value in options.items():
+        if name == "betas":
+            check_betas(optimizer, value, betas)
+        elif (number := number_in(value)) is not None and number < 0:
+            raise ValueError(f"{optimizer}: {name} is {value}; expected at least 0")
+
+
+def check_betas(optimizer: str, betas: Any, count: int) -> None:
+    if not isinstance(betas, tuple | list) or len(betas) != count:
+        raise ValueError(f"{optimizer}: betas is {betas!r}; expected {count} numbers")
+    for index, beta in enumerate(betas):
+        number = number_in(beta)
+        if number is not None and not 0 <= number < 1:
+            raise ValueError(
+                f"{optimizer}: betas[{index}] is {beta}; expected at least 0 and less than 1"
+            )
+
+
+def number_in(value: Any) -> float | None:
+    """The number that a value is; None where it is none, or lies on a device."""
+    if isinstance(value, Tensor):
+        return float(value) if value.numel() == 1 and value.device.type == "cpu" else None
+    return float(value) if isinstance(value, int | float) else None
