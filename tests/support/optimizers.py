@@ -33,6 +33,8 @@ class Row:
     begins: Begins = field(default_factory=dict)
     never_negative: frozenset[str] = frozenset()  # states that are no less than zero
     takes_codes: Callable[[Options], bool] = lambda options: True  # whether states may be int8
+    made_anew: frozenset[str] = frozenset()  # states that do not depend on what they have been
+    turns: bool = False  # whether a step may turn round where an average is rounded
 
     @property
     def reference(self) -> Callable[..., dict[str, Array]]:

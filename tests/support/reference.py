@@ -98,7 +98,9 @@ class FormulaOptimizer(Optimizer):
         for group in self.param_groups:
             # Numbers of Python leave the arrays' type as it is.
             options = {
-                key: tuple(map(float, value)) if isinstance(value, tuple | list) else float(value)
+                key: tuple(map(float, value))
+                if isinstance(value, tuple | list)
+                else float(value or 0)  # None is "off", as 0 is
                 for key, value in group.items()
                 if key in self.defaults
             }
