@@ -234,4 +234,29 @@ RMSPROP = Row(
     takes_codes=lambda options: not options.get("centered"),
 )
 
-ROWS = [ADAMW, ADAM, SGD, RMSPROP]
+
+def lion_step(
+    o: Options, step: int, first: bool, p: Array, g: Array, s: State
+) -> tuple[Array, State]:
+    beta1, beta2 = o["betas"]
+    p = p * (1 - o["lr"] * o["weight_decay"])
+    p = p - o["lr"] * np.sign(beta1 * s["exp_avg"] + (1 - beta1) * g)
+    return p, {"exp_avg": beta2 * s["exp_avg"] + (1 - beta2) * g}
+
+
+LION = Row(
+    name="lion",
+    ours=fusedopt.Lion,
+    step=lion_step,
+    defaults={"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0, "maximize": False},
+    option_sets={
+        "default": {},
+        "decay-maximize": {"lr": 1e-3, "weight_decay": 0.1, "maximize": True},
+        "short-memory": {"betas": (0.4, 0.3), "weight_decay": 0.5},
+    },
+    state_keys=lambda options: ("exp_avg",),
+    counts_steps=False,
+    turns=True,
+)
+
+ROWS = [ADAMW, ADAM, SGD, RMSPROP, LION]

@@ -5,11 +5,12 @@
 #pragma once
 
 #include "adam.h"
+#include "lion.h"
 #include "rmsprop.h"
 #include "sgd.h"
 
 namespace fusedopt {
 
-using Rules = TypeList<Adam, Sgd, RmsProp>;
+using Rules = TypeList<Adam, Sgd, RmsProp, Lion>;
 
 }  // namespace fusedopt
