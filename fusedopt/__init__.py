@@ -11,6 +11,7 @@ from fusedopt._flat import FlatParameters
 from fusedopt._memory_report import MemoryReport, memory_report
 from fusedopt.optimizers import adam, rmsprop, sgd
 from fusedopt.optimizers.adam import Adam, AdamW
+from fusedopt.optimizers.ademamix import AdEMAMix
 from fusedopt.optimizers.lion import Lion
 from fusedopt.optimizers.rmsprop import RMSprop
 from fusedopt.optimizers.sgd import SGD
@@ -18,6 +19,7 @@ from fusedopt.optimizers.sgd import SGD
 __version__ = _C.version
 __all__ = [
     "SGD",
+    "AdEMAMix",
     "Adam",
     "AdamW",
     "FlatParameters",

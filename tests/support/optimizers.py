@@ -259,4 +259,50 @@ LION = Row(
     turns=True,
 )
 
-ROWS = [ADAMW, ADAM, SGD, RMSPROP, LION]
+
+def ademamix_step(
+    o: Options, step: int, first: bool, p: Array, g: Array, s: State
+) -> tuple[Array, State]:
+    beta1, beta2, beta3 = o["betas"]
+    alpha, slow = o["alpha"], beta3
+    if step < o["alpha_warmup"]:
+        alpha = alpha * step / o["alpha_warmup"]
+    if step < o["beta3_warmup"]:
+        t, log1, log3 = step / o["beta3_warmup"], np.log(beta1), np.log(beta3)
+        slow = min(beta3, np.exp(log1 * log3 / ((1 - t) * log3 + t * log1)))
+        slow = type(beta3)(slow)  # an array stays in its own type beside a number of Python
+    new = {
+        "exp_avg_fast": beta1 * s["exp_avg_fast"] + (1 - beta1) * g,
+        "exp_avg_slow": slow * s["exp_avg_slow"] + (1 - slow) * g,
+        "exp_avg_sq": beta2 * s["exp_avg_sq"] + (1 - beta2) * g**2,
+    }
+    m_hat = new["exp_avg_fast"] / (1 - beta1**step)
+    v_hat = new["exp_avg_sq"] / (1 - beta2**step)
+    change = (m_hat + alpha * new["exp_avg_slow"]) / (np.sqrt(v_hat) + o["eps"])
+    return p - o["lr"] * (change + o["weight_decay"] * p), new
+
+
+ADEMAMIX = Row(
+    name="ademamix",
+    ours=fusedopt.AdEMAMix,
+    step=ademamix_step,
+    defaults={
+        **{"lr": 1e-3, "betas": (0.9, 0.999, 0.9999), "alpha": 2.0, "eps": 1e-8},
+        **{"beta3_warmup": 0, "alpha_warmup": 0, "weight_decay": 0.0, "maximize": False},
+    },
+    option_sets={
+        "default": {},
+        # Warm-ups that end after the steps of most tests, and within those of some.
+        "warmup": {"lr": 1e-2, "beta3_warmup": 60, "alpha_warmup": 90, "weight_decay": 0.1},
+        "no-share": {"alpha": 0.0, "betas": (0.8, 0.99, 0.7), "beta3_warmup": 9, "eps": 1e-3},
+        "short-memory-maximize": {
+            **{"betas": (0.4, 0.95, 0.45), "alpha": 8.0, "alpha_warmup": 3, "eps": 1e-3},
+            **{"weight_decay": 0.1, "maximize": True},
+        },
+    },
+    state_keys=lambda options: ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq"),
+    never_negative=frozenset({"exp_avg_sq"}),
+    takes_codes=lambda options: False,
+)
+
+ROWS = [ADAMW, ADAM, SGD, RMSPROP, LION, ADEMAMIX]

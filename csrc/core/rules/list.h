@@ -5,12 +5,13 @@
 #pragma once
 
 #include "adam.h"
+#include "ademamix.h"
 #include "lion.h"
 #include "rmsprop.h"
 #include "sgd.h"
 
 namespace fusedopt {
 
-using Rules = TypeList<Adam, Sgd, RmsProp, Lion>;
+using Rules = TypeList<Adam, Sgd, RmsProp, Lion, AdEMAMix>;
 
 }  // namespace fusedopt
