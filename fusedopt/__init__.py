@@ -12,12 +12,14 @@ from fusedopt._memory_report import MemoryReport, memory_report
 from fusedopt.optimizers import adam, rmsprop, sgd
 from fusedopt.optimizers.adam import Adam, AdamW
 from fusedopt.optimizers.ademamix import AdEMAMix
+from fusedopt.optimizers.adopt import ADOPT
 from fusedopt.optimizers.lion import Lion
 from fusedopt.optimizers.rmsprop import RMSprop
 from fusedopt.optimizers.sgd import SGD
 
 __version__ = _C.version
 __all__ = [
+    "ADOPT",
     "SGD",
     "AdEMAMix",
     "Adam",

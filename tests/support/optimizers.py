@@ -305,4 +305,46 @@ ADEMAMIX = Row(
     takes_codes=lambda options: False,
 )
 
-ROWS = [ADAMW, ADAM, SGD, RMSPROP, LION, ADEMAMIX]
+
+def adopt_step(
+    o: Options, step: int, first: bool, p: Array, g: Array, s: State
+) -> tuple[Array, State]:
+    beta1, beta2 = o["betas"]
+    if not o["decouple"]:
+        g = g + o["weight_decay"] * p
+    if step == 1:
+        return p, {"exp_avg": s["exp_avg"], "exp_avg_sq": g**2}
+    change = g / np.maximum(np.sqrt(s["exp_avg_sq"]), o["eps"])
+    if o["clip"]:
+        most = type(beta1)(step - 1) ** 0.25
+        change = np.clip(change, -most, most)
+    if o["decouple"]:
+        p = p * (1 - o["lr"] * o["weight_decay"])
+    new = {
+        "exp_avg": beta1 * s["exp_avg"] + (1 - beta1) * change,
+        "exp_avg_sq": beta2 * s["exp_avg_sq"] + (1 - beta2) * g**2,
+    }
+    return p - o["lr"] * new["exp_avg"], new
+
+
+ADOPT = Row(
+    name="adopt",
+    ours=fusedopt.ADOPT,
+    step=adopt_step,
+    defaults={
+        **{"lr": 1e-3, "betas": (0.9, 0.9999), "eps": 1e-6, "clip": True},
+        **{"weight_decay": 0.0, "decouple": False, "maximize": False},
+    },
+    option_sets={
+        "default": {},
+        "decoupled-decay": {"lr": 1e-2, "weight_decay": 0.1, "decouple": True, "eps": 1e-3},
+        "short-memory-maximize": {
+            **{"betas": (0.4, 0.3), "weight_decay": 0.05, "decouple": True, "maximize": True},
+        },
+        "coupled-decay-no-clip": {"weight_decay": 0.1, "clip": False, "eps": 0.1},
+    },
+    state_keys=lambda options: ("exp_avg", "exp_avg_sq"),
+    never_negative=frozenset({"exp_avg_sq"}),
+)
+
+ROWS = [ADAMW, ADAM, SGD, RMSPROP, LION, ADEMAMIX, ADOPT]

@@ -6,12 +6,13 @@
 
 #include "adam.h"
 #include "ademamix.h"
+#include "adopt.h"
 #include "lion.h"
 #include "rmsprop.h"
 #include "sgd.h"
 
 namespace fusedopt {
 
-using Rules = TypeList<Adam, Sgd, RmsProp, Lion, AdEMAMix>;
+using Rules = TypeList<Adam, Sgd, RmsProp, Lion, AdEMAMix, Adopt>;
 
 }  // namespace fusedopt
