@@ -11,6 +11,7 @@ from fusedopt._flat import FlatParameters
 from fusedopt._memory_report import MemoryReport, memory_report
 from fusedopt.optimizers import adam, rmsprop, sgd
 from fusedopt.optimizers.adam import Adam, AdamW
+from fusedopt.optimizers.adan import Adan
 from fusedopt.optimizers.ademamix import AdEMAMix
 from fusedopt.optimizers.adopt import ADOPT
 from fusedopt.optimizers.lion import Lion
@@ -24,6 +25,7 @@ __all__ = [
     "AdEMAMix",
     "Adam",
     "AdamW",
+    "Adan",
     "FlatParameters",
     "Lion",
     "MemoryReport",

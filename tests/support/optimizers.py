@@ -347,4 +347,46 @@ ADOPT = Row(
     never_negative=frozenset({"exp_avg_sq"}),
 )
 
-ROWS = [ADAMW, ADAM, SGD, RMSPROP, LION, ADEMAMIX, ADOPT]
+
+def adan_step(
+    o: Options, step: int, first: bool, p: Array, g: Array, s: State
+) -> tuple[Array, State]:
+    beta1, beta2, beta3 = o["betas"]
+    diff = g + s["neg_pre_grad"] if step > 1 else np.zeros_like(g)
+    new = {
+        "exp_avg": beta1 * s["exp_avg"] + (1 - beta1) * g,
+        "exp_avg_sq": beta3 * s["exp_avg_sq"] + (1 - beta3) * (g + beta2 * diff) ** 2,
+        "exp_avg_diff": beta2 * s["exp_avg_diff"] + (1 - beta2) * diff,
+        "neg_pre_grad": -g,
+    }
+    m_hat = new["exp_avg"] / (1 - beta1**step)
+    d_hat = new["exp_avg_diff"] / (1 - beta2**step)
+    v_hat = new["exp_avg_sq"] / (1 - beta3**step)
+    change = o["lr"] * (m_hat + beta2 * d_hat) / (np.sqrt(v_hat) + o["eps"])
+    if o["no_prox"]:
+        return (1 - o["lr"] * o["weight_decay"]) * p - change, new
+    return (p - change) / (1 + o["lr"] * o["weight_decay"]), new
+
+
+ADAN = Row(
+    name="adan",
+    ours=fusedopt.Adan,
+    step=adan_step,
+    defaults={
+        **{"lr": 1e-3, "betas": (0.98, 0.92, 0.99), "eps": 1e-8, "weight_decay": 0.0},
+        **{"no_prox": False, "maximize": False},
+    },
+    option_sets={
+        "default": {},
+        "decay": {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-3},
+        "short-memory-maximize": {
+            **{"lr": 1e-2, "betas": (0.4, 0.3, 0.45), "weight_decay": 0.1, "eps": 1e-3},
+            **{"no_prox": True, "maximize": True},
+        },
+    },
+    state_keys=lambda options: ("exp_avg", "exp_avg_sq", "exp_avg_diff", "neg_pre_grad"),
+    never_negative=frozenset({"exp_avg_sq"}),
+    made_anew=frozenset({"neg_pre_grad"}),
+)
+
+ROWS = [ADAMW, ADAM, SGD, RMSPROP, LION, ADEMAMIX, ADOPT, ADAN]

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "adam.h"
+#include "adan.h"
 #include "ademamix.h"
 #include "adopt.h"
 #include "lion.h"
@@ -13,6 +14,6 @@
 
 namespace fusedopt {
 
-using Rules = TypeList<Adam, Sgd, RmsProp, Lion, AdEMAMix, Adopt>;
+using Rules = TypeList<Adam, Sgd, RmsProp, Lion, AdEMAMix, Adopt, Adan>;
 
 }  // namespace fusedopt
