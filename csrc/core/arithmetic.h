@@ -21,8 +21,8 @@ namespace fusedopt {
 FUSEDOPT_HD float square_root(float value) { return sqrtf(value); }
 FUSEDOPT_HD double square_root(double value) { return sqrt(value); }
 
-// How a rule divides by a root: rounded correctly in each step, whichever way that is done. This is
-// compilers' own way; a device has a quicker one, see quick_math.h.
+// How a rule divides, and takes roots: rounded correctly in each step, whichever way that is done.
+// This is compilers' own way; a device has a quicker one, see quick_math.h.
 struct PlainMath {
   template <class T>
   static constexpr bool redoes_nan = false;
@@ -30,6 +30,15 @@ struct PlainMath {
   template <class T>
   FUSEDOPT_HD T divide_by_root(T a, T value, T eps) {
     return a / (square_root(value) + eps);
+  }
+  // By what is not negative.
+  template <class T>
+  FUSEDOPT_HD T divide(T a, T b) {
+    return a / b;
+  }
+  template <class T>
+  FUSEDOPT_HD T root(T value) {
+    return square_root(value);
   }
 };
 

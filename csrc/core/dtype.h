@@ -4,6 +4,7 @@
 // Dtypes, their conversions to and from what a rule computes in, and which go together.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -64,6 +65,7 @@ FUSEDOPT_HD float bits_to_float(uint32_t bits) {
 }
 FUSEDOPT_HD uint32_t magnitude_bits(float value) { return float_to_bits(value) & 0x7fffffffu; }
 FUSEDOPT_HD float absolute(float value) { return bits_to_float(magnitude_bits(value)); }
+FUSEDOPT_HD double absolute(double value) { return fabs(value); }
 
 FUSEDOPT_HD float widen(float value) { return value; }
 FUSEDOPT_HD double widen(double value) { return value; }

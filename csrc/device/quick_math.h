@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
 //
-// Division by a root on a device, without a branch, which holds for nearly all operands.
+// Division and roots on a device, without a branch, which holds for nearly all operands.
 #pragma once
 
 #include "../core/arithmetic.h"
@@ -81,8 +81,30 @@ class BasicQuickMath {
   // denormal.
   FUSEDOPT_HD float divide_by_root(float a, float value, float eps) {
     const float root = quick_root<Approximate>(value * 0x1p48f);
-    // Of a larger divisor the reciprocal would be zero; a negative one changes signs.
-    const float b = multiply_add(root, 0x1p-24f, eps >= 0 && eps < 0x1p100f ? eps : NAN);
+    return quotient_of(a, multiply_add(root, 0x1p-24f, divisor(eps)));
+  }
+  FUSEDOPT_HD double divide_by_root(double a, double value, double eps) {
+    return a / (square_root(value) + eps);
+  }
+
+  // a / b of a divisor that is not negative. Out of range is the same, and a denormal divisor.
+  FUSEDOPT_HD float divide(float a, float b) { return quotient_of(a, divisor(b)); }
+  FUSEDOPT_HD double divide(double a, double b) { return a / b; }
+
+  // sqrt(value), scaled likewise.
+  FUSEDOPT_HD float root(float value) {
+    const float result = quick_root<Approximate>(value * 0x1p48f) * 0x1p-24f;
+    note(result);
+    return result;
+  }
+  FUSEDOPT_HD double root(double value) { return square_root(value); }
+
+ private:
+  // Of a larger divisor the reciprocal would be zero; a negative one changes signs.
+  FUSEDOPT_HD static float divisor(float value) {
+    return value >= 0 && value < 0x1p100f ? value : NAN;
+  }
+  FUSEDOPT_HD float quotient_of(float a, float b) {
     const float quotient = quick_quotient<Approximate>(a * 0x1p48f, b);
     // A negative zero has lost its sign.
     const uint32_t sign = float_to_bits(a) & 0x80000000u;
@@ -90,11 +112,7 @@ class BasicQuickMath {
     note_unless_scaled(result, quotient);
     return result;
   }
-  FUSEDOPT_HD double divide_by_root(double a, double value, double eps) {
-    return a / (square_root(value) + eps);
-  }
 
- private:
   // On the device it keeps its place: compilers would put all of them at the end, and what they
   // look at into registers until then.
   FUSEDOPT_HD void note_unless_scaled(float result, float scaled) {

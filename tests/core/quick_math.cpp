@@ -66,6 +66,16 @@ void check_hard_quotients() {
   }
 }
 
+// A division, and a root, by themselves.
+template <int units>
+void check_alone(bool usual, float a, float b) {
+  BasicQuickMath<Moved<units>> division, root;
+  const float quotient = division.divide(a, b), length = root.root(b);
+  if (usual || !division.is_rare())
+    compare(a, b, division.is_rare() ? NAN : quotient, PlainMath().divide(a, b));
+  if (usual || !root.is_rare()) compare(b, 0, root.is_rare() ? NAN : length, PlainMath().root(b));
+}
+
 // Any bits, and those of training; what is not rare is right, and what is usual is not rare.
 template <int units>
 void check_any() {
@@ -86,6 +96,7 @@ void check_any() {
     const float got = math.divide_by_root(a, value, eps);
     const float want = PlainMath().divide_by_root(a, value, eps);
     if (usual || !math.is_rare()) compare(a, value, math.is_rare() ? NAN : got, want);
+    check_alone<units>(usual, a, usual ? sqrtf(value) + eps : value);
   }
 }
 
