@@ -101,8 +101,10 @@ class HyperTable {
     const int index = int(work.notes.size());
     const bool source_of_row = makes_rows(work.device);
     HyperRow row{};
-    // What a device is to make differs from this in no way that matters for zeros.
-    rule.row(options.values.data(), source_of_row ? 1 : double(taken) + 1,
+    // What a device is to make differs from this in no way that matters for zeros: in first steps,
+    // a rule may not divide by what is zero later on.
+    constexpr double late = 1e6;
+    rule.row(options.values.data(), source_of_row ? late : double(taken) + 1,
              source_of_row ? e.first : first, e.float64, row);
     work.notes.push_back({&rule, e.float64, group.variant_info().zero_stays_zero(row, e.float64)});
     if (!source_of_row) {

@@ -17,7 +17,7 @@ namespace {
 struct RowNote {
   const RuleInfo* rule;
   bool float64;
-  bool keeps_zero;  // whether elements that are zero stay so, as padding has to
+  bool keeps_zero;  // whether parameters that are zero stay so, as padding has to
 };
 
 struct DeviceWork {

@@ -24,7 +24,7 @@ struct OptionInfo {
 
 struct VariantInfo {
   std::vector<State> states;
-  // Whether an element that is zero in all streams stays so, as padding has to.
+  // Whether a parameter stays zero, as padding has to, whose gradient and states are zero at first.
   bool (*zero_stays_zero)(const HyperRow& row, bool float64);
 };
 
@@ -120,11 +120,16 @@ bool zero_stays_zero_in(const HyperRow& packed_row) {
   typename Variant::Rule::template Row<T> row;
   memcpy(&row, packed_row.bytes, sizeof row);
   T p = 0;
-  T state[kMaxStates] = {};
+  T state[kMaxStates] = {}, before[kMaxStates];
   PlainMath math;
   Variant::template update<false>(row, p, T(0), state, math);
   bool result = p == 0;
-  for (T value : state) result = result && value == 0;
+  memcpy(before, state, sizeof state);
+  Variant::template update<false>(row, p, T(0), state, math);
+  result = result && p == 0;
+  // States may leave zero for a number at which they stay.
+  for (int k = 0; k < kMaxStates; ++k)
+    result = result && state[k] == before[k] && state[k] - state[k] == 0;
   return result;
 }
 
