@@ -56,7 +56,8 @@ def test_exchange_with_torch(case: Case, direction: str) -> None:
         optimizer.param_groups[0]["lr"] = 0.004
         optimizer.param_groups[0]["mine"] = ["kept"]
     # A constructor with other options: all of them come from the checkpoint.
-    other = then(clone_params(params_of(start)), lr=0.9, weight_decay=0.9)
+    others = case.row.known({"lr": 0.9, "weight_decay": 0.9})
+    other = then(clone_params(params_of(start)), **others)
     other.load_state_dict(saved(start))
     for key, value in control.param_groups[0].items():
         if key != "params":
@@ -137,6 +138,7 @@ def test_old_forms_of_step_put_into_state(case: Case, kind: str) -> None:
 def test_missing_group_keys(case: Case) -> None:
     """A checkpoint of a version that did not have these options yet."""
     old = {"lr", "betas", "eps", "weight_decay", "momentum", "dampening", "alpha", "params"}
+    old |= {"rho", "lr_decay", "initial_accumulator_value", "etas", "step_sizes"}
     options = {k: v for k, v in case.options.items() if k in old}
     start = case.counterpart(make_params(torch.float64), **options)
     train(start, range(3))

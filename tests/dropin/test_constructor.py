@@ -65,6 +65,8 @@ def test_differentiable_is_refused(case: Case) -> None:
 )
 @every_class_in_torch
 def test_refusals_of_the_constructor(case: Case, options: dict[str, Any]) -> None:
+    if not case.row.known(options):
+        pytest.skip(f"{case.ours.__name__} has no {', '.join(options)}")
     with pytest.raises(ValueError) as theirs:
         case.row.theirs(make_params(), **options)
     with pytest.raises(ValueError) as ours:

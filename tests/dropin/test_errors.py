@@ -319,6 +319,13 @@ BAD_OPTIONS: dict[str, tuple[str, Any]] = {
     "momentum": ("momentum", NAN),
     "dampening": ("dampening", NAN),
     "alpha": ("alpha", NAN),
+    "rho": ("rho", NAN),
+    "lr_decay": ("lr_decay", NAN),
+    "initial_accumulator_value": ("initial_accumulator_value", NAN),
+    "etas[0]": ("etas", (NAN, 1.2)),
+    "etas[1]": ("etas", (0.5, NAN)),
+    "step_sizes[0]": ("step_sizes", (NAN, 50)),
+    "step_sizes[1]": ("step_sizes", (1e-6, NAN)),
 }
 
 
@@ -338,8 +345,8 @@ OPTION_CASES = [
 def test_nan_in_the_constructor(case: Case, name: str) -> None:
     """torch's own checks find most of these, in its own words; the rest is found all the same."""
     key, value = BAD_OPTIONS[name]
-    words = {"lr": "learning rate", "eps": "epsilon", "betas": "beta"}.get(key, key)
-    with pytest.raises(ValueError, match=f"{key}|{words}"):
+    words = {"lr": "learning rate", "eps": "epsilon", "betas": "beta", "etas": "eta values"}
+    with pytest.raises(ValueError, match=f"{key}|{words.get(key, key)}"):
         case.ours(make_params(), **{**case.options, key: value})
 
 
@@ -397,8 +404,8 @@ def test_options_that_are_no_numbers(case: Case, value: Any) -> None:
 @every_class
 def test_missing_option(case: Case) -> None:
     optimizer = build(case)
-    del optimizer.param_groups[1]["weight_decay"]
-    refuse(optimizer, optimizer.step, "group 1", "weight_decay", error=KeyError)
+    del optimizer.param_groups[1]["maximize"]
+    refuse(optimizer, optimizer.step, "group 1", "maximize", error=KeyError)
 
 
 @every_class

@@ -251,8 +251,8 @@ def train(
             {"params": [next(members) for _ in group], **options}
             for group, options in zip(groups.layouts, groups.options, strict=True)
         ],
-        **({"flat": True} if flat else {}),
-        **common,
+        # Also where an option is that of all groups in torch, which of Adagrad's one is.
+        **{**groups.options[0], **({"flat": True} if flat else {}), **common},
     )
     for t, values in enumerate(data.grads):
         for i, (param, layout, grad) in enumerate(

@@ -1,7 +1,7 @@
 """The one table of optimizers that drives all tests: a row per optimizer.
 
 To have a new optimizer tested: add its formula, as its paper or torch's documentation writes it,
-and its row. All optimizers have the options lr, weight_decay and maximize.
+and its row. All optimizers have the options lr and maximize, and all but one weight_decay.
 """
 
 from collections.abc import Callable
@@ -31,6 +31,7 @@ class Row:
     counts_steps: bool = True
     ours_only: frozenset[str] = frozenset()  # options that torch does not have
     begins: Begins = field(default_factory=dict)
+    states_at_once: bool = False  # whether the constructor makes states, torch's of any parameter
     never_negative: frozenset[str] = frozenset()  # states that are no less than zero
     takes_codes: Callable[[Options], bool] = lambda options: True  # whether states may be int8
     made_anew: frozenset[str] = frozenset()  # states that do not depend on what they have been
@@ -47,6 +48,10 @@ class Row:
             return self.theirs
         made = {"formula": self.step, "defaults": self.defaults, "begins": self.begins}
         return partial(FormulaOptimizer, **made, keys=self.ordered_keys)
+
+    def known(self, options: Options) -> Options:
+        """Those of the options that it has."""
+        return {key: value for key, value in options.items() if key in self.defaults}
 
     def counterpart_has(self, options: Options) -> bool:
         return not self.ours_only & options.keys()
