@@ -11,6 +11,7 @@ from fusedopt._flat import FlatParameters
 from fusedopt._memory_report import MemoryReport, memory_report
 from fusedopt.optimizers import adam, rmsprop, sgd
 from fusedopt.optimizers.adam import Adam, AdamW
+from fusedopt.optimizers.adamax import Adamax
 from fusedopt.optimizers.adan import Adan
 from fusedopt.optimizers.ademamix import AdEMAMix
 from fusedopt.optimizers.adopt import ADOPT
@@ -25,6 +26,7 @@ __all__ = [
     "AdEMAMix",
     "Adam",
     "AdamW",
+    "Adamax",
     "Adan",
     "FlatParameters",
     "Lion",

@@ -115,6 +115,18 @@ def rmsprop_step(
     return p - o["lr"] * change, new
 
 
+def adamax_step(
+    o: Options, step: int, first: bool, p: Array, g: Array, s: State
+) -> tuple[Array, State]:
+    beta1, beta2 = o["betas"]
+    g = g + o["weight_decay"] * p
+    new = {
+        "exp_avg": beta1 * s["exp_avg"] + (1 - beta1) * g,
+        "exp_inf": np.maximum(beta2 * s["exp_inf"], np.abs(g) + o["eps"]),
+    }
+    return p - o["lr"] / (1 - beta1**step) * new["exp_avg"] / new["exp_inf"], new
+
+
 def _adam_keys(options: Options) -> tuple[str, ...]:
     keys = ("exp_avg", "exp_avg_sq")
     return (*keys, "max_exp_avg_sq") if options.get("amsgrad") else keys
@@ -394,4 +406,30 @@ ADAN = Row(
     made_anew=frozenset({"neg_pre_grad"}),
 )
 
-ROWS = [ADAMW, ADAM, SGD, RMSPROP, LION, ADEMAMIX, ADOPT, ADAN]
+
+ADAMAX = Row(
+    name="adamax",
+    ours=fusedopt.Adamax,
+    theirs=torch.optim.Adamax,
+    step=adamax_step,
+    defaults={
+        **{"lr": 2e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "maximize": False}
+    },
+    option_sets={
+        "default": {},
+        # A large eps, or a weight with decay but no gradients would take steps as long as lr around
+        # zero for ever, of which rounding decides the signs.
+        "short-memory": {"lr": 1e-2, "betas": (0.8, 0.9), "eps": 1e-2, "weight_decay": 0.1},
+        "all": {
+            "lr": 1e-2,
+            "betas": (0.3, 0.99),
+            "eps": 1e-3,
+            "weight_decay": 0.05,
+            "maximize": True,
+        },
+    },
+    state_keys=lambda options: ("exp_avg", "exp_inf"),
+    never_negative=frozenset({"exp_inf"}),
+)
+
+ROWS = [ADAMW, ADAM, SGD, RMSPROP, LION, ADEMAMIX, ADOPT, ADAN, ADAMAX]

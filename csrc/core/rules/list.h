@@ -5,6 +5,7 @@
 #pragma once
 
 #include "adam.h"
+#include "adamax.h"
 #include "adan.h"
 #include "ademamix.h"
 #include "adopt.h"
@@ -14,6 +15,6 @@
 
 namespace fusedopt {
 
-using Rules = TypeList<Adam, Sgd, RmsProp, Lion, AdEMAMix, Adopt, Adan>;
+using Rules = TypeList<Adam, Sgd, RmsProp, Lion, AdEMAMix, Adopt, Adan, Adamax>;
 
 }  // namespace fusedopt
