@@ -10,6 +10,7 @@ from fusedopt._extension import _C
 from fusedopt._flat import FlatParameters
 from fusedopt._memory_report import MemoryReport, memory_report
 from fusedopt.optimizers import adam, rmsprop, sgd
+from fusedopt.optimizers.adadelta import Adadelta
 from fusedopt.optimizers.adam import Adam, AdamW
 from fusedopt.optimizers.adamax import Adamax
 from fusedopt.optimizers.adan import Adan
@@ -24,6 +25,7 @@ __all__ = [
     "ADOPT",
     "SGD",
     "AdEMAMix",
+    "Adadelta",
     "Adam",
     "AdamW",
     "Adamax",

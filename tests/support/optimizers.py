@@ -127,6 +127,16 @@ def adamax_step(
     return p - o["lr"] / (1 - beta1**step) * new["exp_avg"] / new["exp_inf"], new
 
 
+def adadelta_step(
+    o: Options, step: int, first: bool, p: Array, g: Array, s: State
+) -> tuple[Array, State]:
+    g = g + o["weight_decay"] * p
+    square_avg = o["rho"] * s["square_avg"] + (1 - o["rho"]) * g**2
+    delta = np.sqrt(s["acc_delta"] + o["eps"]) / np.sqrt(square_avg + o["eps"]) * g
+    acc_delta = o["rho"] * s["acc_delta"] + (1 - o["rho"]) * delta**2
+    return p - o["lr"] * delta, {"square_avg": square_avg, "acc_delta": acc_delta}
+
+
 def _adam_keys(options: Options) -> tuple[str, ...]:
     keys = ("exp_avg", "exp_avg_sq")
     return (*keys, "max_exp_avg_sq") if options.get("amsgrad") else keys
@@ -432,4 +442,19 @@ ADAMAX = Row(
     never_negative=frozenset({"exp_inf"}),
 )
 
-ROWS = [ADAMW, ADAM, SGD, RMSPROP, LION, ADEMAMIX, ADOPT, ADAN, ADAMAX]
+ADADELTA = Row(
+    name="adadelta",
+    ours=fusedopt.Adadelta,
+    theirs=torch.optim.Adadelta,
+    step=adadelta_step,
+    defaults={"lr": 1.0, "rho": 0.9, "eps": 1e-6, "weight_decay": 0.0, "maximize": False},
+    option_sets={
+        "default": {},
+        "long-memory": {"rho": 0.99, "weight_decay": 0.1},
+        "all": {"lr": 0.1, "rho": 0.4, "eps": 1e-3, "weight_decay": 0.05, "maximize": True},
+    },
+    state_keys=lambda options: ("square_avg", "acc_delta"),
+    never_negative=frozenset({"square_avg", "acc_delta"}),
+)
+
+ROWS = [ADAMW, ADAM, SGD, RMSPROP, LION, ADEMAMIX, ADOPT, ADAN, ADAMAX, ADADELTA]

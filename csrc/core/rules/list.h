@@ -4,6 +4,7 @@
 // Every rule. CPU loops, CUDA kernels, bindings and tests follow from this list.
 #pragma once
 
+#include "adadelta.h"
 #include "adam.h"
 #include "adamax.h"
 #include "adan.h"
@@ -15,6 +16,6 @@
 
 namespace fusedopt {
 
-using Rules = TypeList<Adam, Sgd, RmsProp, Lion, AdEMAMix, Adopt, Adan, Adamax>;
+using Rules = TypeList<Adam, Sgd, RmsProp, Lion, AdEMAMix, Adopt, Adan, Adamax, Adadelta>;
 
 }  // namespace fusedopt

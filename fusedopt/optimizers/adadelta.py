@@ -1,0 +1,91 @@
+"""Adadelta."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from fusedopt._formats import storage_options
+from fusedopt._optimizer import FusedOptimizer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Adadelta(FusedOptimizer, torch.optim.Adadelta):
+    r"""Adadelta, as :class:`torch.optim.Adadelta`, in one fused pass.
+
+    For a parameter :math:`\theta` with gradient :math:`g`, element by element:
+
+    .. math::
+        v \leftarrow \rho v + (1 - \rho) g^2, \quad
+        \Delta = \frac{\sqrt{u + \epsilon}}{\sqrt{v + \epsilon}} g, \quad
+        u \leftarrow \rho u + (1 - \rho) \Delta^2, \quad
+        \theta \leftarrow \theta - lr \cdot \Delta
+
+    with :math:`g + \lambda \theta` in place of :math:`g` for weight decay :math:`\lambda`. Zeiler,
+    ADADELTA: An Adaptive Learning Rate Method, 2012 (arXiv:1212.5701).
+
+    Args:
+        params, lr, rho, eps, weight_decay, maximize: as in torch.optim.Adadelta. lr may be a tensor
+            of one element.
+        capturable: keep the step counts on the parameters' CUDA device, so that a step can be
+            captured into a CUDA graph. A replay follows lr and weight_decay where
+            these are tensors on that device; any other option stays as it was.
+        foreach: accepted; the step is always the fused one.
+        differentiable: must be False.
+        state_dtype: dtype of the states, as in :class:`fusedopt.Adam`.
+        min_8bit_size, master_bits, rounding, seed, max_grad_norm, norm_group, flat: as in
+            :class:`fusedopt.Adam`.
+
+    The state of a parameter is step (float32, 0-dim, on the CPU unless capturable), square_avg and
+    acc_delta, in the parameter's shape.
+
+    Raises:
+        ValueError: as torch.optim.Adadelta; for differentiable=True, NaN options, a negative
+            max_grad_norm, parameters that overlap in memory, and choices of storage that make no
+            sense together.
+        TypeError: for a state_dtype that is not supported.
+
+    A parameter that cannot be stepped is an error of the first step in which it has a gradient.
+
+    See docs/precision.md for state_dtype, master_bits and rounding, and the keys that they add.
+    """
+
+    __module__ = "fusedopt"
+    _rule = "adadelta"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        rho: float = 0.9,
+        eps: float = 1e-6,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        *,
+        capturable: bool = False,
+        maximize: bool = False,
+        differentiable: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        min_8bit_size: int = 4096,
+        master_bits: int | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
+        max_grad_norm: float | None = None,
+        norm_group: "ProcessGroup | None" = None,
+        flat: bool = False,
+    ) -> None:
+        args: dict[str, Any] = {
+            "params": params,
+            "lr": lr,
+            "rho": rho,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "capturable": capturable,
+            "maximize": maximize,
+        }
+        options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        self._init(options, flat, max_grad_norm, args, differentiable, norm_group)
