@@ -17,6 +17,7 @@ from fusedopt.optimizers.adan import Adan
 from fusedopt.optimizers.ademamix import AdEMAMix
 from fusedopt.optimizers.adopt import ADOPT
 from fusedopt.optimizers.lion import Lion
+from fusedopt.optimizers.radam import RAdam
 from fusedopt.optimizers.rmsprop import RMSprop
 from fusedopt.optimizers.sgd import SGD
 
@@ -33,6 +34,7 @@ __all__ = [
     "FlatParameters",
     "Lion",
     "MemoryReport",
+    "RAdam",
     "RMSprop",
     "isa",
     "memory_report",

@@ -137,6 +137,28 @@ def adadelta_step(
     return p - o["lr"] * delta, {"square_avg": square_avg, "acc_delta": acc_delta}
 
 
+def radam_step(
+    o: Options, step: int, first: bool, p: Array, g: Array, s: State
+) -> tuple[Array, State]:
+    beta1, beta2 = o["betas"]
+    if not o["decoupled_weight_decay"]:
+        g = g + o["weight_decay"] * p
+    new = {
+        "exp_avg": beta1 * s["exp_avg"] + (1 - beta1) * g,
+        "exp_avg_sq": beta2 * s["exp_avg_sq"] + (1 - beta2) * g**2,
+    }
+    change = new["exp_avg"] / (1 - beta1**step)
+    longest = 2 / (1 - beta2) - 1
+    length = longest - 2 * step * beta2**step / (1 - beta2**step)
+    if length > 5:
+        rectified = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+        change = change * (rectified * (1 - beta2**step)) ** 0.5
+        change = change / (np.sqrt(new["exp_avg_sq"]) + o["eps"])
+    if o["decoupled_weight_decay"]:
+        p = p * (1 - o["lr"] * o["weight_decay"])
+    return p - o["lr"] * change, new
+
+
 def _adam_keys(options: Options) -> tuple[str, ...]:
     keys = ("exp_avg", "exp_avg_sq")
     return (*keys, "max_exp_avg_sq") if options.get("amsgrad") else keys
@@ -457,4 +479,29 @@ ADADELTA = Row(
     never_negative=frozenset({"square_avg", "acc_delta"}),
 )
 
-ROWS = [ADAMW, ADAM, SGD, RMSPROP, LION, ADEMAMIX, ADOPT, ADAN, ADAMAX, ADADELTA]
+RADAM = Row(
+    name="radam",
+    ours=fusedopt.RAdam,
+    theirs=torch.optim.RAdam,
+    step=radam_step,
+    defaults={
+        **{"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0},
+        **{"decoupled_weight_decay": False, "maximize": False},
+    },
+    option_sets={
+        "default": {},
+        "coupled-decay": {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1},
+        "decoupled-decay": {
+            "lr": 1e-2,
+            "betas": (0.3, 0.99),
+            "weight_decay": 0.1,
+            "decoupled_weight_decay": True,
+            "maximize": True,
+        },
+        "never-rectified": {"lr": 1e-2, "betas": (0.9, 0.4), "weight_decay": 0.05},
+    },
+    state_keys=_adam_keys,
+    never_negative=ADAM_SQUARES,
+)
+
+ROWS = [ADAMW, ADAM, SGD, RMSPROP, LION, ADEMAMIX, ADOPT, ADAN, ADAMAX, ADADELTA, RADAM]

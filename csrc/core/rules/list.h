@@ -11,11 +11,12 @@
 #include "ademamix.h"
 #include "adopt.h"
 #include "lion.h"
+#include "radam.h"
 #include "rmsprop.h"
 #include "sgd.h"
 
 namespace fusedopt {
 
-using Rules = TypeList<Adam, Sgd, RmsProp, Lion, AdEMAMix, Adopt, Adan, Adamax, Adadelta>;
+using Rules = TypeList<Adam, Sgd, RmsProp, Lion, AdEMAMix, Adopt, Adan, Adamax, Adadelta, RAdam>;
 
 }  // namespace fusedopt
