@@ -1,4 +1,4 @@
-"""Fused Adam, AdamW, RMSprop and SGD: drop-ins for torch.optim, with the same bits on every device.
+"""Fused optimizers and losses: drop-ins for torch's, with the same bits on every device.
 
 >>> optimizer = fusedopt.AdamW(model.parameters(), lr=3e-4)
 """

@@ -161,8 +161,8 @@ FUSEDOPT_HD double one_minus_exponential(double x) {
 FUSEDOPT_HD double logarithm(double x) {
   int64_t bits;
   memcpy(&bits, &x, sizeof bits);
-  const int64_t root_of_half = 0x3fe6a09e667f3bcd;
-  const int64_t exponent = (bits - root_of_half) >> 52;
+  const uint64_t root_of_half = 0x3fe6a09e667f3bcd;
+  const int64_t exponent = int64_t(uint64_t(bits) - root_of_half) >> 52;  // may wrap below zero
   bits -= int64_t(uint64_t(exponent) << 52);
   double mantissa;
   memcpy(&mantissa, &bits, sizeof mantissa);
