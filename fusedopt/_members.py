@@ -170,9 +170,13 @@ def is_ready(param: Tensor) -> bool:
     Another may become so (it is frozen, uninitialised, or has no memory yet) or will never have a
     gradient.
     """
+    return param.requires_grad and can_have_state(param)
+
+
+def can_have_state(param: Tensor) -> bool:
+    """Whether a parameter is one that a step could be asked of, were it not frozen."""
     return (
-        param.requires_grad
-        and not is_lazy(param)
+        not is_lazy(param)
         and param.layout == torch.strided
         and _real(param) in _PARAM_DTYPES
         and _has_memory(local_of(param))

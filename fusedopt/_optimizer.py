@@ -33,10 +33,11 @@ from fusedopt._masters import (
     read_masters,
     with_known_weights,
 )
-from fusedopt._members import Group, check_members, is_ready, list_members
+from fusedopt._members import Group, can_have_state, check_members, is_ready, list_members
 from fusedopt._norms import NormGroup
+from fusedopt._overlap import has_own_elements
 from fusedopt._rules import state_keys
-from fusedopt._sharded import is_sharded
+from fusedopt._sharded import is_sharded, local_of
 from fusedopt._states import is_begun, note_begun
 from fusedopt._step import SteppingOptimizer
 from fusedopt._watched_state import OptimizerState, plain, watched
@@ -55,6 +56,8 @@ class FusedOptimizer(SteppingOptimizer):
     _rule: str
     # Options with which states must not be codes, and why.
     _unsafe_in_int8: Mapping[str, str] = {}
+    # Whether the constructor makes states, as that of torch's class does.
+    _states_at_once = False
 
     # Class-level, as unpickling calls no constructor.
     _flats: tuple[FlatParameters, ...] = ()
@@ -91,6 +94,9 @@ class FusedOptimizer(SteppingOptimizer):
         super().__init__(**args)
         self.defaults.update(options)
         self.state = OptimizerState(dict, self.state)
+        if self._states_at_once:
+            those = [p for p in self._params() if can_have_state(p)]
+            self._make_plan(self.state, [p for p in those if has_own_elements(local_of(p))])
 
     @classmethod
     def _twin(cls) -> type[Optimizer] | None:
