@@ -11,6 +11,7 @@ from fusedopt._flat import FlatParameters
 from fusedopt._memory_report import MemoryReport, memory_report
 from fusedopt.optimizers import adam, rmsprop, sgd
 from fusedopt.optimizers.adadelta import Adadelta
+from fusedopt.optimizers.adagrad import Adagrad
 from fusedopt.optimizers.adam import Adam, AdamW
 from fusedopt.optimizers.adamax import Adamax
 from fusedopt.optimizers.adan import Adan
@@ -27,6 +28,7 @@ __all__ = [
     "SGD",
     "AdEMAMix",
     "Adadelta",
+    "Adagrad",
     "Adam",
     "AdamW",
     "Adamax",

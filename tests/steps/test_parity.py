@@ -100,7 +100,7 @@ def assert_parity(
     for key in reference:
         # What grows for ever overflows in float16.
         alive = np.isfinite(theirs[key])
-        assert (np.isfinite(ours[key]) == alive).all() and alive.mean() > 0.9
+        assert np.isfinite(ours[key])[alive].all() and alive.mean() > 0.9
         mine, torchs, exact = (values[key][alive] for values in (ours, theirs, reference))
         apart = np.abs(mine - torchs).max()
         torch_error = np.abs(torchs - exact)

@@ -159,6 +159,15 @@ def radam_step(
     return p - o["lr"] * change, new
 
 
+def adagrad_step(
+    o: Options, step: int, first: bool, p: Array, g: Array, s: State
+) -> tuple[Array, State]:
+    g = g + o["weight_decay"] * p
+    new = {"sum": s["sum"] + g**2}
+    lr = o["lr"] / (1 + o["lr_decay"] * (step - 1))
+    return p - lr * g / (np.sqrt(new["sum"]) + o["eps"]), new
+
+
 def _adam_keys(options: Options) -> tuple[str, ...]:
     keys = ("exp_avg", "exp_avg_sq")
     return (*keys, "max_exp_avg_sq") if options.get("amsgrad") else keys
@@ -504,4 +513,32 @@ RADAM = Row(
     never_negative=ADAM_SQUARES,
 )
 
-ROWS = [ADAMW, ADAM, SGD, RMSPROP, LION, ADEMAMIX, ADOPT, ADAN, ADAMAX, ADADELTA, RADAM]
+ADAGRAD = Row(
+    name="adagrad",
+    ours=fusedopt.Adagrad,
+    theirs=torch.optim.Adagrad,
+    step=adagrad_step,
+    defaults={
+        **{"lr": 1e-2, "lr_decay": 0.0, "weight_decay": 0.0, "initial_accumulator_value": 0.0},
+        **{"eps": 1e-10, "maximize": False},
+    },
+    option_sets={
+        "default": {},
+        "decay": {"lr_decay": 0.1, "weight_decay": 0.1},
+        "all": {
+            "lr": 1e-1,
+            "lr_decay": 0.01,
+            "weight_decay": 0.05,
+            "initial_accumulator_value": 0.3,
+            "eps": 1e-3,
+            "maximize": True,
+        },
+    },
+    state_keys=lambda options: ("sum",),
+    begins={"sum": "initial_accumulator_value"},
+    states_at_once=True,
+    never_negative=frozenset({"sum"}),
+    takes_codes=lambda options: False,
+)
+
+ROWS = [ADAMW, ADAM, SGD, RMSPROP, LION, ADEMAMIX, ADOPT, ADAN, ADAMAX, ADADELTA, RADAM, ADAGRAD]

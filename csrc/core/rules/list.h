@@ -5,6 +5,7 @@
 #pragma once
 
 #include "adadelta.h"
+#include "adagrad.h"
 #include "adam.h"
 #include "adamax.h"
 #include "adan.h"
@@ -17,6 +18,7 @@
 
 namespace fusedopt {
 
-using Rules = TypeList<Adam, Sgd, RmsProp, Lion, AdEMAMix, Adopt, Adan, Adamax, Adadelta, RAdam>;
+using Rules =
+    TypeList<Adam, Sgd, RmsProp, Lion, AdEMAMix, Adopt, Adan, Adamax, Adadelta, RAdam, Adagrad>;
 
 }  // namespace fusedopt
