@@ -20,6 +20,7 @@ from fusedopt.optimizers.adopt import ADOPT
 from fusedopt.optimizers.lion import Lion
 from fusedopt.optimizers.radam import RAdam
 from fusedopt.optimizers.rmsprop import RMSprop
+from fusedopt.optimizers.rprop import Rprop
 from fusedopt.optimizers.sgd import SGD
 
 __version__ = _C.version
@@ -38,6 +39,7 @@ __all__ = [
     "MemoryReport",
     "RAdam",
     "RMSprop",
+    "Rprop",
     "isa",
     "memory_report",
     "nn",

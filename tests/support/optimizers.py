@@ -168,6 +168,17 @@ def adagrad_step(
     return p - lr * g / (np.sqrt(new["sum"]) + o["eps"]), new
 
 
+def rprop_step(
+    o: Options, step: int, first: bool, p: Array, g: Array, s: State
+) -> tuple[Array, State]:
+    (shorter, longer), (shortest, longest) = o["etas"], o["step_sizes"]
+    turned = g * s["prev"] < 0
+    factor = np.where(g * s["prev"] > 0, longer, np.where(turned, shorter, 1))
+    step_size = np.clip(s["step_size"] * factor.astype(p.dtype), shortest, longest)
+    g = np.where(turned, 0, g).astype(p.dtype)
+    return p - np.sign(g) * step_size, {"prev": g, "step_size": step_size}
+
+
 def _adam_keys(options: Options) -> tuple[str, ...]:
     keys = ("exp_avg", "exp_avg_sq")
     return (*keys, "max_exp_avg_sq") if options.get("amsgrad") else keys
@@ -541,4 +552,34 @@ ADAGRAD = Row(
     takes_codes=lambda options: False,
 )
 
-ROWS = [ADAMW, ADAM, SGD, RMSPROP, LION, ADEMAMIX, ADOPT, ADAN, ADAMAX, ADADELTA, RADAM, ADAGRAD]
+RPROP = Row(
+    name="rprop",
+    ours=fusedopt.Rprop,
+    theirs=torch.optim.Rprop,
+    step=rprop_step,
+    defaults={"lr": 1e-2, "etas": (0.5, 1.2), "step_sizes": (1e-6, 50.0), "maximize": False},
+    option_sets={
+        "default": {},
+        "short": {"lr": 0.1, "etas": (0.75, 1.0625), "step_sizes": (1e-3, 0.05)},
+        "all": {"lr": 1e-3, "etas": (0.25, 1.5), "step_sizes": (1e-4, 0.02), "maximize": True},
+    },
+    state_keys=lambda options: ("prev", "step_size"),
+    begins={"step_size": "lr"},
+    takes_codes=lambda options: False,
+)
+
+ROWS = [
+    ADAMW,
+    ADAM,
+    SGD,
+    RMSPROP,
+    LION,
+    ADEMAMIX,
+    ADOPT,
+    ADAN,
+    ADAMAX,
+    ADADELTA,
+    RADAM,
+    ADAGRAD,
+    RPROP,
+]

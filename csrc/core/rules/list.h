@@ -14,11 +14,12 @@
 #include "lion.h"
 #include "radam.h"
 #include "rmsprop.h"
+#include "rprop.h"
 #include "sgd.h"
 
 namespace fusedopt {
 
-using Rules =
-    TypeList<Adam, Sgd, RmsProp, Lion, AdEMAMix, Adopt, Adan, Adamax, Adadelta, RAdam, Adagrad>;
+using Rules = TypeList<Adam, Sgd, RmsProp, Lion, AdEMAMix, Adopt, Adan, Adamax, Adadelta, RAdam,
+                       Adagrad, Rprop>;
 
 }  // namespace fusedopt
