@@ -110,6 +110,14 @@ IMPLEMENTATIONS = {
             dtypes=FLOAT32,
         ),
         Implementation(
+            "deepspeed-cpu-lion",
+            "deepspeed.ops.lion",
+            classes={"Lion": ("DeepSpeedCPULion", {})},
+            package="deepspeed",
+            devices=("cpu",),
+            dtypes=FLOAT32,
+        ),
+        Implementation(
             "flashoptim",
             "flashoptim",
             {"quantize": False, "master_weight_bits": None},
@@ -121,7 +129,11 @@ IMPLEMENTATIONS = {
             "torch-optimi",
             "optimi",
             {"kahan_sum": False},
-            classes={"AdamW": ("AdamW", {}), "SGD": ("SGD", {"torch_init": True})},
+            classes={
+                "AdamW": ("AdamW", {}),
+                "SGD": ("SGD", {"torch_init": True}),
+                "Lion": ("Lion", {}),
+            },
             package="torch-optimi",
         ),
         Implementation(
@@ -131,6 +143,8 @@ IMPLEMENTATIONS = {
                 "AdamW": ("AdamW32bit", {}),
                 "SGD": ("SGD32bit", {}),
                 "RMSprop": ("RMSprop32bit", {}),
+                "Lion": ("Lion32bit", {}),
+                "AdEMAMix": ("AdEMAMix32bit", {"alpha": 2.0}),
             },
             package="bitsandbytes",
             dtypes=FLOAT32,

@@ -115,6 +115,7 @@ KI, MI, GI = 2**10, 2**20, 2**30
 # Given to all implementations, as other packages have other defaults than torch.
 ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 RMSPROP = {"alpha": 0.99, "eps": 1e-8}
+LION = {"betas": (0.9, 0.99), "weight_decay": 1e-2}
 # A step of AdamW hardly depends on the scale of its gradients, so that a missing clip would go
 # unnoticed. With an eps as large as the clipped gradients it does depend on it.
 ADAMW_CLIP = {**ADAMW, "eps": 1e-4}
@@ -125,6 +126,15 @@ OPTIMIZERS = {
         OptimizerSetup("AdamW", "AdamW", states=2, options=ADAMW),
         OptimizerSetup("SGD", "SGD", states=1, options={"momentum": 0.9}),
         OptimizerSetup("RMSprop", "RMSprop", states=1, options=RMSPROP),
+        OptimizerSetup("Lion", "Lion", states=1, options=LION),
+        OptimizerSetup("AdEMAMix", "AdEMAMix", states=3, options={"weight_decay": 1e-2}),
+        OptimizerSetup("ADOPT", "ADOPT", states=2),
+        OptimizerSetup("Adan", "Adan", states=4),
+        OptimizerSetup("RAdam", "RAdam", states=2),
+        OptimizerSetup("Adagrad", "Adagrad", states=1),
+        OptimizerSetup("Adamax", "Adamax", states=2),
+        OptimizerSetup("Adadelta", "Adadelta", states=2),
+        OptimizerSetup("Rprop", "Rprop", states=2),
         OptimizerSetup("AdamW-bf16", "AdamW", states=2, options=ADAMW, dtype=torch.bfloat16),
         OptimizerSetup(
             "AdamW-master", "AdamW", states=2, options=ADAMW, dtype=torch.bfloat16, masters=True
@@ -141,6 +151,7 @@ OPTIMIZERS = {
     )
 }
 PLAIN = ("AdamW", "SGD", "RMSprop")
+OTHERS = ("Lion", "AdEMAMix", "ADOPT", "Adan", "RAdam", "Adagrad", "Adamax", "Adadelta", "Rprop")
 
 # With tensors as large as this only the memory's bandwidth counts, not how tensors lie or how a
 # step is launched.
@@ -177,8 +188,8 @@ SCENARIOS = {
 # What is measured by default, by the type of device: scenarios, and the optimizers in each.
 SUITES: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
-        "1x64Mi": (*PLAIN, "AdamW-bf16", "AdamW-master"),
-        "1000x1Ki": PLAIN,
+        "1x64Mi": (*PLAIN, "AdamW-bf16", "AdamW-master", *OTHERS),
+        "1000x1Ki": (*PLAIN, *OTHERS),
         "500-groups": ("AdamW",),
         "200x100K": (*PLAIN, "AdamW-clip"),
         "1x1": ("AdamW", "SGD"),

@@ -10,7 +10,15 @@ from .build import Fault, build
 
 FLAGS = ["-O0"]  # what the compiler makes of a fault is not the point
 
-ADAM, SGD, RMSPROP = (f"core/rules/{name}.h" for name in ("adam", "sgd", "rmsprop"))
+# The files of rules, each with its rule as core/rules/list.h calls it.
+RULES = {
+    f"core/rules/{name.lower()}.h": name
+    for name in (
+        *("Adam", "Sgd", "RmsProp", "Lion", "AdEMAMix", "Adopt", "Adan"),
+        *("Adamax", "Adadelta", "RAdam", "Adagrad", "Rprop"),
+    )
+}
+ADAM, SGD, RMSPROP, LION, ADEMAMIX, ADOPT, ADAN, ADAMAX, ADADELTA, RADAM, ADAGRAD, RPROP = RULES
 ARITHMETIC, BLOCKS, CODES, CONTROL, DTYPE, NORM, RANDOM = (
     f"core/{name}.h"
     for name in ("arithmetic", "blocks", "codes", "control", "dtype", "norm", "random")
@@ -60,6 +68,32 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "first ignored": (SGD, "row.first != 0 ? g : ", ""),
         "maximize ignored": (SGD, "o.maximize != 0 ? -1 : 1", "1"),
         "no maximum in amsgrad": (ADAM, "second_moment = max_exp_avg_sq;", ""),
+        "lion with one beta": (
+            LION,
+            "row.one_minus_beta2, row.beta2);",
+            "row.one_minus_beta1, row.beta1);",
+        ),
+        "lion without decay": (LION, "row.decay = o.lr * o.weight_decay;", "row.decay = 0;"),
+        "alpha not warmed up": (ADEMAMIX, "row.slow_size *= step / o.alpha_warmup;", ";"),
+        "slow average as fast": (
+            ADEMAMIX,
+            "g, row.one_minus_slow, row.slow)",
+            "g, row.one_minus_beta1, row.beta1)",
+        ),
+        "clipped a step late": (ADOPT, "square_root(step - 1)", "square_root(step)"),
+        "no eps in ADOPT": (ADOPT, "corrected_eps(o.eps, o.eps)", "0"),
+        "a first difference": (ADAN, "row.first = step <= 1 ? 1 : 0;", "row.first = 0;"),
+        "difference not in the square": (ADAN, "multiply_add(row.beta2, diff, g)", "g"),
+        "norm without eps": (ADAMAX, "absolute(g) + row.eps", "absolute(g)"),
+        "norm not decayed": (ADAMAX, "row.beta2 * exp_inf", "exp_inf"),
+        "no eps in the numerator": (ADADELTA, "acc_delta + row.eps", "acc_delta"),
+        "average of g, not delta": (ADADELTA, "(acc_delta, delta, row", "(acc_delta, g, row"),
+        "rectified by another root": (RADAM, "(rho - 4) * (rho - 2) *", "(rho - 4) * (rho - 3) *"),
+        "rectified too early": (RADAM, "rectified = rho > 5", "rectified = rho > 4.5"),
+        "decay of lr a step early": (ADAGRAD, "o.lr_decay * (step - 1)", "o.lr_decay * step"),
+        "sum forgets": (ADAGRAD, "multiply_add(g, g, sum)", "multiply_add(g, g, T(0.9) * sum)"),
+        "step back": (RPROP, "g = agreement < 0 ? T(0) : g;", ""),
+        "steps of any length": (RPROP, "length > row.longest ? row.longest : length", "length"),
         "tail skipped by the loop": (LOOP, "i < end; ++i", "i < end - end % 8; ++i"),
         "tail skipped by the tile": (TILE, "i < s.numel)", "i < s.numel - s.numel % 8)"),
     },
@@ -392,7 +426,7 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
 
 def rule_of(check: str, name: str) -> str:
     """That a build with a fault has, as it is called in core/rules/list.h."""
-    of_file = {SGD: "Sgd", RMSPROP: "RmsProp"}.get(FAULTS[check][name][0], "Adam")
+    of_file = RULES.get(FAULTS[check][name][0], "Adam")
     return RULES_OF_FAULTS.get(f"{check}: {name}", RULES_OF_CHECKS.get(check, of_file))
 
 
