@@ -119,6 +119,10 @@ def clip_by_hand(params: list[nn.Parameter], largest: float) -> None:
         local.mul_(min(1.0, largest / (norm + 1e-6)))
 
 
+# torch's Rprop writes where a mask tells it to, which a DTensor cannot do.
+SHARDED_IN_TORCH = [case for case in RICHEST_IN_TORCH if case.row.name != "rprop"]
+
+
 def as_torch(case: Case, way: str, clip: float | None) -> None:
     models = [WAYS[way][1](Model()) for _ in range(2)]
     ours = case.ours(models[0].parameters(), max_grad_norm=clip, **case.options)
@@ -236,7 +240,7 @@ def where_strided_shards_lie() -> None:
 def trials(world: int) -> dict[str, Trial]:
     each: dict[str, Trial] = {}
     for way, (sizes, _) in WAYS.items():
-        for case in RICHEST_IN_TORCH if world in sizes else ():
+        for case in SHARDED_IN_TORCH if world in sizes else ():
             for clip in (None, 0.05):
                 name = f"{way}-{case}-{'clipped' if clip else 'as-it-is'}"
                 each[name] = functools.partial(as_torch, case, way, clip)

@@ -89,6 +89,10 @@ class FormulaOptimizer(Optimizer):
         self._formula, self._keys, self._begins = formula, keys, begins
         super().__init__(params, {**defaults, **options})
 
+    def __getstate__(self) -> dict[str, Any]:
+        ours = {key: self.__dict__[key] for key in ("_formula", "_keys", "_begins")}
+        return {**super().__getstate__(), **ours}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -110,6 +114,8 @@ class FormulaOptimizer(Optimizer):
         return loss
 
     def _update(self, param: Tensor, options: Options) -> None:
+        if param.grad is not None and param.grad.is_sparse:
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
         keys = self._keys(options)
         state = self.state[param] if keys else {}
         first = not state.keys() & set(keys)
@@ -123,7 +129,7 @@ class FormulaOptimizer(Optimizer):
         set_array(param, p)
         for key in keys:
             if key == "step":
-                state[key] = torch.tensor(float(number))
+                state.setdefault(key, torch.tensor(0.0)).fill_(number)
             else:
                 set_array(state.setdefault(key, torch.empty_like(param)), after[key])
 
