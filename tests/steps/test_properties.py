@@ -140,7 +140,7 @@ def test_as_if_each_parameter_were_alone(case: Case, flat: bool, half_states: bo
         stateful = any(member.present) and bool(row.keys(group))
         # Flat gradients always exist, and states are made before the first step.
         made_early = (flat or row.states_at_once) and bool(row.keys(group))
-            assert (param in optimizer.state) == (stateful or made_early)
+        assert (param in optimizer.state) == (stateful or made_early)
         if not stateful:
             continue
         state = optimizer.state[param]

@@ -122,7 +122,7 @@ class FormulaOptimizer(Optimizer):
         p, g = array_of(param), array_of(param.grad)
         before = begun(self._begins, options, p)
         before.update({key: array_of(state[key]) for key in keys if key in state})
-        number = int(before.pop("step", 0)) + 1
+        number = int(np.reshape(before.pop("step", 0), ())) + 1
         with np.errstate(all="ignore"):
             signed = -g if options["maximize"] else g
             p, after = self._formula(options, number, first, p, signed, before)
