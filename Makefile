@@ -96,6 +96,7 @@ check-tables: env  ## check that the tables in the documentation are those of th
 	$(PY) -m benchmarks.report $(RESULTS) --check --readme-file docs/performance.md
 	$(PY) -m benchmarks.report --gpu $(GPU_RESULTS) --check
 	$(PY) -m benchmarks.studies.precision --check
+	$(PY) -m benchmarks.studies.convergence --check
 	$(PY) -m benchmarks.sharded --check
 	$(PY) -m benchmarks.losses --check
 	$(PY) -m benchmarks.gpu.model --check
@@ -107,6 +108,7 @@ tables: env  ## write the tables of the results into the documentation
 	$(PY) -m benchmarks.report --gpu $(GPU_RESULTS) --readme
 	$(PY) -m benchmarks.report $(RESULTS) --plots docs/images
 	$(PY) -m benchmarks.studies.precision --tables
+	$(PY) -m benchmarks.studies.convergence --tables
 	$(PY) -m benchmarks.sharded --tables
 	$(PY) -m benchmarks.losses --tables
 
