@@ -1034,6 +1034,21 @@ class Blocks:
         a, b = self._floats(i, i.operands[2:4])
         return self._set_predicate(i, self._float_comparison(i.opcode[1], a, b))
 
+    def _fset(self, i: Instruction) -> Run:
+        """1 where the comparison holds, else 0."""
+        assert i.opcode[1] == "BF" and "AND" in i.opcode, str(i)
+        a, b = self._floats(i, i.operands[1:3])
+        compare, combined = (
+            self._float_comparison(i.opcode[2], a, b),
+            self._predicate(i.operands[3]),
+        )
+
+        def run(active: Lanes) -> None:
+            found = (compare() & combined()).astype(F32)
+            self._write_float(i.operands[0], found, active, False)
+
+        return run
+
     def _dsetp(self, i: Instruction) -> Run:
         a, b = (self._double(text) for text in i.operands[2:4])
         if i.opcode[1] == "MAX":

@@ -72,9 +72,8 @@ struct Rprop {
       step_size = length;
 
       g = agreement < 0 ? T(0) : g;
-      // The sign of a NaN is zero, as in torch.
-      const T direction = g > 0 ? T(1) : g < 0 ? T(-1) : T(0);
-      p = multiply_add(-direction, step_size, p);
+      // The sign of a NaN is zero, as in torch. Of a product with it, nvcc loses a zero's sign.
+      p -= g > 0 ? step_size : g < 0 ? -step_size : T(0);
       prev = g;
     }
   };
