@@ -73,7 +73,8 @@ def test_what_bounds_a_step() -> None:
     bytes_of = {name: setup.bytes_per_parameter for name, setup in OPTIMIZERS.items()}
     assert bytes_of == {
         **{"AdamW": 28, "SGD": 20, "RMSprop": 20, "AdamW-bf16": 14, "AdamW-master": 26},
-        **{"AdamW-clip": 32, "AdamW-pipeline": 32},
+        **{"AdamW-clip": 32, "AdamW-pipeline": 32, "Lion": 20, "AdEMAMix": 36, "ADOPT": 28},
+        **{"Adan": 44, "RAdam": 28, "Adagrad": 20, "Adamax": 28, "Adadelta": 28, "Rprop": 28},
     }
 
 

@@ -19,7 +19,17 @@ from support.cases import (
     train,
 )
 from support.optimizers import ROWS, Options, Row
-from support.storing import BF16, CHOICES, PAIRS, SHAPES, Choice, every_pair, masters_of, step
+from support.storing import (
+    BF16,
+    CHOICES,
+    PAIRS,
+    SHAPES,
+    Choice,
+    every_pair,
+    marks,
+    masters_of,
+    step,
+)
 from support.training import (
     Case,
     assert_equal,
@@ -71,7 +81,7 @@ def groups_of(row: Row, choice: Choice) -> Groups:
 
 
 WITH_ROWS = [
-    pytest.param(name, row, id=f"{name}-{row.name}")
+    pytest.param(name, row, id=f"{name}-{row.name}", marks=marks(row, name))
     for name, choice in CHOICES.items()
     for row in ROWS
     if groups_of(row, choice).options

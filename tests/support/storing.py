@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from fusedopt._extension import _C
 
-from .optimizers import Options, Row
+from .optimizers import ROWS, Options, Row
 from .training import EVERY_CASE, RICHEST, Case, make_params, params_of, set_grads
 
 BLOCK: int = _C.block
@@ -75,8 +75,19 @@ def richest_with(case: Case, choice: Choice) -> Case | None:
     return max(same, key=lambda c: (len(c.state_keys), len(c.options)), default=None)
 
 
+FIRST = (
+    4  # rows of the table of which every choice is among the fast tests, as of a third of others
+)
+
+
+def marks(row: Row, choice: str) -> tuple[pytest.MarkDecorator, ...]:
+    """Of a test of this row with this choice."""
+    place, number = ROWS.index(row), list(CHOICES).index(choice)
+    return () if place < FIRST or place % 3 == number % 3 else (pytest.mark.slow,)
+
+
 PAIRS = [
-    pytest.param(richest, choice, id=f"{name}-{richest}")
+    pytest.param(richest, choice, id=f"{name}-{richest}", marks=marks(richest.row, name))
     for name, choice in CHOICES.items()
     for case in RICHEST
     if (richest := richest_with(case, choice)) is not None

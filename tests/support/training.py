@@ -47,8 +47,23 @@ EVERY_CASE = [
     for row in ROWS
     for name, options in row.option_sets.items()
 ]
+
+
+def with_own_states(cases: list[Case]) -> list[Case]:
+    """The last one of a class whose states are the same with all options: what is done with it then
+    does not depend on them, either."""
+    alike = len({frozenset(case.state_keys) for case in cases}) == 1
+    return cases[-1:] if alike else cases
+
+
 # Those that the counterpart has, too.
-CASES = [case for case in EVERY_CASE if case.row.counterpart_has(case.options)]
+CASES = [
+    case
+    for row in ROWS
+    for case in with_own_states(
+        [case for case in EVERY_CASE if case.row is row and row.counterpart_has(case.options)]
+    )
+]
 # Of each class the one with the most states.
 RICHEST = list(
     {case.ours: case for case in sorted(CASES, key=lambda case: len(case.state_keys))}.values()
