@@ -162,6 +162,8 @@ class Checker:
             text=True,
             errors="replace",
             start_new_session=True,  # its children end with it
+            # Ignored in the background, it would be so in the command, too.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         too_long = threading.Event()
 

@@ -46,12 +46,22 @@ from benchmarks.report.tables import table as markdown
 # model.py has made these importable.
 from core.loss_library import DTYPES, Case, CrossEntropyArguments, MseArguments
 from machine_code.emulator import THREADS, WARP, Memory
-from machine_code.machine_api import CROSS_ENTROPY, LOSS, MSE, TARGETS, Launch, Placed
+from machine_code.machine_api import (
+    CROSS_ENTROPY,
+    LOSS,
+    MSE,
+    ROWS,
+    SHORT_ROWS,
+    TARGETS,
+    Launch,
+    Placed,
+)
 
 RESULTS = Path(__file__).parents[1] / "results" / "predicted_losses.json"
 MARKER = "predicted-losses"
 WARPS = THREADS // WARP
-CHUNK, NORM_CHUNK = 1024, 16384  # classes, and elements of squared errors
+SHORT_ROW, CHUNK, NORM_CHUNK = 16, 1024, 16384  # classes, and elements of squared errors
+BF16 = "bfloat16"
 FILL = 264  # rows of more than a chunk: a block takes each
 CLOSE = 128 << 10  # bytes that a multiprocessor's own cache has, of those that it moved last
 LATENCIES = {"memory": 800, "L2": 270, "L1": 40}  # cycles
@@ -76,17 +86,27 @@ class LossCase:
 
     @property
     def kernel(self) -> int:
-        return CROSS_ENTROPY if self.classes else MSE
+        if self.classes > CHUNK:
+            return CROSS_ENTROPY
+        return MSE if self.classes == 0 else ROWS if self.classes > SHORT_ROW else SHORT_ROWS
+
+    @property
+    def member(self) -> int:
+        """Of the kernel's: its dtype, and whether rows are made of whole accesses of 16 bytes."""
+        of_access = {"float32": 4, BF16: 8}[self.dtype]
+        has_wide = self.kernel in (ROWS, CROSS_ENTROPY)
+        is_wide = has_wide and self.classes % of_access == 0
+        return DTYPES.index(self.dtype) + is_wide * len(DTYPES)
 
     @property
     def task(self) -> int:
         """Rows, or elements, that a block takes at a time."""
         if self.classes == 0:
             return WARPS * NORM_CHUNK
-        return 1 if self.classes > CHUNK else WARPS
+        return {CROSS_ENTROPY: 1, ROWS: WARPS, SHORT_ROWS: THREADS}[self.kernel]
 
 
-VOCABULARY, BF16 = (1024, 50257), "bfloat16"
+VOCABULARY, ALIGNED = (1024, 50257), (1024, 50304)
 CASES = {
     "cross_entropy 1024x50257": LossCase(*VOCABULARY),
     "cross_entropy 1024x50257, in place": LossCase(*VOCABULARY, in_place=True),
@@ -96,6 +116,10 @@ CASES = {
     "cross_entropy 1024x50257 bfloat16, loss only": LossCase(
         *VOCABULARY, BF16, with_gradient=False
     ),
+    "cross_entropy 1024x50304": LossCase(*ALIGNED),
+    "cross_entropy 1024x50304, in place": LossCase(*ALIGNED, in_place=True),
+    "cross_entropy 1024x50304 bfloat16": LossCase(*ALIGNED, BF16),
+    "cross_entropy 1024x50304 bfloat16, in place": LossCase(*ALIGNED, BF16, in_place=True),
     "cross_entropy 65536x10": LossCase(65536, 10),
     "cross_entropy 65536x10 bfloat16": LossCase(65536, 10, BF16),
     "cross_entropy 4096x1000": LossCase(4096, 1000),
@@ -294,9 +318,8 @@ def cycles_of_totals(kernels: Kernels, case: LossCase) -> int:
 
 
 def measure(kernels: Kernels, case: LossCase) -> Measured:
-    machine, key = kernels.machine, (case.kernel, DTYPES.index(case.dtype))
-    # Where a block has rows to itself, so many that each lies otherwise beside 16 bytes.
-    added = {"float32": 4, BF16: 8}[case.dtype] if case.classes > CHUNK else 1
+    machine, key = kernels.machine, (case.kernel, case.member)
+    added = 1
     less, more = (issued(kernels, case, tasks) for tasks in (2, 2 + added))
     code, task = machine.code[key], case.task * max(1, case.classes)
     counts, elements = Counter[str](), added * task

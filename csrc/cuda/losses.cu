@@ -27,33 +27,31 @@ __device__ __forceinline__ double warp_sum(double value) {
   return value;
 }
 
-// One warp: the terms of a chunk.
-template <class Element>
-__device__ __forceinline__ void begin_chunk(const CrossEntropyWork& work, int64_t row,
-                                            int64_t chunk, uint32_t lane,
-                                            typename CrossEntropyLane<Element>::Terms& terms) {
-  using Lane = CrossEntropyLane<Element>;
+// One warp: the terms of a chunk, whose exponentials its lanes have then.
+template <class Lane>
+__device__ __forceinline__ typename Lane::Terms begin_chunk(Lane& own, const CrossEntropyWork& work,
+                                                            int64_t row, int64_t chunk,
+                                                            uint32_t lane) {
   using T = typename Lane::T;
-  Lane own;
-  const T maximum = warp_maximum(Lane::maximum(work, row, chunk, lane));
-  own.add_up(work, row, chunk, lane, maximum);
+  own.load(work, row, chunk, lane);
+  const T maximum = warp_maximum(own.maximum());
+  own.add_up(work, maximum);
   const auto exchange = [](T value, int distance) {
     return __shfl_xor_sync(kAll, value, distance);
   };
-  const T sum = Lane::tree(own.sums, exchange);
-  T distance = 0, share = 0;
+  typename Lane::Terms terms{maximum, Lane::tree(own.sums, exchange), 0, 0};
   if (work.has_shares()) {
-    distance = Lane::tree(own.distances, exchange);
-    share = Lane::tree(own.shares, exchange);
+    terms.distance = Lane::tree(own.distances, exchange);
+    terms.share = Lane::tree(own.shares, exchange);
   }
-  if (lane == 0) terms = {maximum, sum, distance, share};
+  return terms;
 }
 
 // One warp: the loss of a row, and the scales of its chunks.
 template <class Element>
 __device__ __forceinline__ void end_row(const CrossEntropyArgs& args, int64_t row, uint32_t lane,
                                         int64_t chunks) {
-  using T = typename CrossEntropyLane<Element>::T;
+  using T = typename ElementTraits<Element>::Compute;
   ChunkTerms<T>* terms = terms_of<T>(args, row, chunks);
   T largest = lowest(T());
   for (int64_t i = lane; i < chunks; i += kWarp) largest = larger_of(terms[i].maximum, largest);
@@ -63,23 +61,60 @@ __device__ __forceinline__ void end_row(const CrossEntropyArgs& args, int64_t ro
                         warp_sum(parts.share)};
   double scale = 0;
   if (lane == 0)
-    *factors_of(args, row, chunks) = finish_row<Element>(args.work, row, of_row, &scale);
+    *factors_of(args, row, chunks) = finish_row<Element>(args.work, row, of_row, true, &scale);
   scale = __shfl_sync(kAll, scale, 0);
   set_scales(terms, chunks, lane, maximum, scale);
 }
 
-// A team, a warp or the whole block, takes one task after the other: a row, or a chunk of one.
-// (With three blocks on a multiprocessor in mind, ptxas would spill a register.)
 template <class Element>
-__global__ void __launch_bounds__(kThreads, 2)
-    cross_entropy_kernel(const __grid_constant__ CrossEntropyArgs args) {
-  using Lane = CrossEntropyLane<Element>;
+__global__ void __launch_bounds__(kThreads)
+    short_rows_kernel(const __grid_constant__ CrossEntropyArgs args) {
+  for (int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x; row < args.work.rows;
+       row += int64_t(gridDim.x) * kThreads)
+    short_row<Element>(args.work, row);
+}
+
+// A multiprocessor has registers for two blocks; for one of float64, and of elements of two bytes
+// that are loaded one by one, which would spill.
+template <class Element, int width>
+constexpr int kBlocks = sizeof(Element) == sizeof(double) || sizeof(Element) * width == 2 ? 1 : 2;
+
+// A warp has a row of one chunk.
+template <class Element, int width>
+__global__ void __launch_bounds__(kThreads, kBlocks<Element, width>)
+    rows_kernel(const __grid_constant__ CrossEntropyArgs args) {
+  using Lane = CrossEntropyLane<Element, width>;
+  const CrossEntropyWork& work = args.work;
   const uint32_t lane = threadIdx.x % kWarp;
-  const bool is_block = args.team == Team::block;
-  const uint32_t warps = is_block ? kWarpsOfBlock : 1;
-  const uint32_t warp = is_block ? threadIdx.x / kWarp : 0;
-  const int64_t teams = int64_t(gridDim.x) * (is_block ? 1 : kWarpsOfBlock);
-  const int64_t chunks = loss_chunks(args.work.loss.classes);
+  for (int64_t row = int64_t(blockIdx.x) * kWarpsOfBlock + threadIdx.x / kWarp; row < work.rows;
+       row += int64_t(gridDim.x) * kWarpsOfBlock) {
+    Lane own;
+    typename Lane::Terms terms = begin_chunk(own, work, row, 0, lane);
+    const RowTerms of_row{double(terms.maximum), double(terms.sum), double(terms.distance),
+                          double(terms.share)};
+    double scale;
+    const RowFactors factors = finish_row<Element>(work, row, of_row, lane == 0, &scale);
+    if (work.gradient.first == nullptr) continue;
+    __syncwarp();  // a gradient in place takes the place of the target's logit
+    terms.sum = typename Lane::T(scale);
+    if (work.has_shares())
+      own.store_gradient_with_shares(work, terms, factors);
+    else
+      own.template store_gradient<false>(work, terms, factors);
+  }
+}
+
+// A team, a warp or the whole block, takes one task after the other: a row, or a chunk of one.
+template <class Element, int width>
+__global__ void __launch_bounds__(kThreads, kBlocks<Element, width>)
+    cross_entropy_kernel(const __grid_constant__ CrossEntropyArgs args) {
+  using Lane = CrossEntropyLane<Element, width>;
+  const CrossEntropyWork& work = args.work;
+  const uint32_t lane = threadIdx.x % kWarp;
+  const bool is_block = args.form == Form::blocks, by_chunk = is_by_chunk(args);
+  const int warps = is_block ? kWarpsOfBlock : 1;
+  const int teams = int(gridDim.x) * (is_block ? 1 : kWarpsOfBlock);
+  const int chunks = int(loss_chunks(work.loss.classes));
   const auto synchronize = [=] {
     if (is_block)
       __syncthreads();
@@ -89,28 +124,40 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int64_t task = is_block ? blockIdx.x
                                : int64_t(blockIdx.x) * kWarpsOfBlock + threadIdx.x / kWarp;
        task < tasks_of(args); task += teams) {
-    const int64_t row = args.by_chunk ? task / chunks : task;
-    const int64_t first = args.by_chunk ? task % chunks : 0;
-    const int64_t last = args.by_chunk ? first + 1 : chunks;
+    const int64_t row = by_chunk ? task / chunks : task;
+    const int first = by_chunk ? int(task % chunks) : is_block ? int(threadIdx.x / kWarp) : 0;
+    const int last = by_chunk ? first + 1 : chunks;
     typename Lane::Terms* terms = terms_of<typename Lane::T>(args, row, chunks);
     if (args.phases & kBegin) {
-      for (int64_t chunk = first + warp; chunk < last; chunk += warps)
-        begin_chunk<Element>(args.work, row, chunk, lane, terms[chunk]);
+      FUSEDOPT_NO_UNROLL
+      for (int chunk = first; chunk < last; chunk += warps) {
+        Lane own;
+        const typename Lane::Terms found = begin_chunk(own, work, row, chunk, lane);
+        if (lane == 0) terms[chunk] = found;
+      }
       synchronize();
     }
     if (args.phases & kRow) {
-      if (warp == 0) end_row<Element>(args, row, lane, chunks);
+      if (!is_block || threadIdx.x < kWarp) end_row<Element>(args, row, lane, chunks);
       synchronize();
     }
     if (args.phases & kFinish) {
-      for (int64_t chunk = first + warp; chunk < last; chunk += warps)
-        Lane::finish(args.work, row, chunk, lane, terms[chunk], *factors_of(args, row, chunks));
+      FUSEDOPT_NO_UNROLL
+      for (int chunk = first; chunk < last; chunk += warps) {
+        const RowFactors& factors = *factors_of(args, row, chunks);
+        Lane own;
+        own.load(work, row, chunk, lane);
+        if (work.has_shares())
+          own.store_gradient_with_shares(work, terms[chunk], factors);
+        else
+          own.template store_gradient<true>(work, terms[chunk], factors);
+      }
     }
   }
 }
 
 template <class Element>
-__global__ void __launch_bounds__(kThreads) mse_kernel(const __grid_constant__ MseWork work) {
+__global__ void __launch_bounds__(kThreads, 2) mse_kernel(const __grid_constant__ MseWork work) {
   const uint32_t lane = threadIdx.x % kWarp;
   const int64_t chunks = (work.numel + kNormChunk - 1) / kNormChunk;
   const int64_t stride = int64_t(gridDim.x) * kWarpsOfBlock;
@@ -177,11 +224,18 @@ const char* check_targets(const TargetArgs& args, void* stream) {
 }
 
 const char* cross_entropy(const CrossEntropyArgs& args, DType dtype, void* stream) {
-  const int64_t tasks = tasks_of(args);
-  const int64_t blocks = args.team == Team::block ? tasks : blocks_of_warps(tasks);
   return for_dtype(dtype, [&](auto element) {
-    return CudaLaunches::launch<cross_entropy_kernel<decltype(element)>>(
-        args, blocks, static_cast<cudaStream_t>(stream));
+    using Element = decltype(element);
+    constexpr int width = int(16 / sizeof(Element));
+    auto* on = static_cast<cudaStream_t>(stream);
+    const int64_t blocks = blocks_of(args);
+    if (args.form == Form::short_rows)
+      return CudaLaunches::launch<short_rows_kernel<Element>>(args, blocks, on);
+    if (args.form == Form::rows)
+      return args.wide ? CudaLaunches::launch<rows_kernel<Element, width>>(args, blocks, on)
+                       : CudaLaunches::launch<rows_kernel<Element, 1>>(args, blocks, on);
+    return args.wide ? CudaLaunches::launch<cross_entropy_kernel<Element, width>>(args, blocks, on)
+                     : CudaLaunches::launch<cross_entropy_kernel<Element, 1>>(args, blocks, on);
   });
 }
 

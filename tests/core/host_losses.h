@@ -27,12 +27,17 @@ struct WarpValue {
   }
 };
 
-template <class Element>
-struct HostCrossEntropy {
-  using Lane = CrossEntropyLane<Element>;
+// All lanes of a warp that has a chunk.
+template <class Lane>
+struct HostWarp {
   using T = typename Lane::T;
+  std::vector<Lane> lanes = std::vector<Lane>(kWarp);
 
-  static T total(const std::vector<Lane>& lanes, T (Lane::*slots)[Lane::kSlots]) {
+  void load(const CrossEntropyWork& work, int64_t row, int64_t chunk) {
+    for (uint32_t lane = 0; lane < uint32_t(kWarp); ++lane)
+      lanes[lane].load(work, row, chunk, lane);
+  }
+  T total(T (Lane::*slots)[Lane::kSlots]) const {
     WarpValue<T> values[Lane::kSlots];
     for (int i = 0; i < Lane::kSlots; ++i)
       for (int lane = 0; lane < kWarp; ++lane) values[i].lanes[lane] = (lanes[lane].*slots)[i];
@@ -41,19 +46,45 @@ struct HostCrossEntropy {
     };
     return Lane::tree(values, exchange).lanes[0];
   }
-
-  static void begin_chunk(const CrossEntropyWork& work, int64_t row, int64_t chunk,
-                          ChunkTerms<T>& terms) {
-    std::vector<Lane> lanes(kWarp);
+  ChunkTerms<T> begin(const CrossEntropyWork& work, int64_t row, int64_t chunk) {
+    load(work, row, chunk);
     T maximum = lowest(T());
-    for (uint32_t lane = 0; lane < uint32_t(kWarp); ++lane)
-      maximum = larger_of(Lane::maximum(work, row, chunk, lane), maximum);
-    for (uint32_t lane = 0; lane < uint32_t(kWarp); ++lane)
-      lanes[lane].add_up(work, row, chunk, lane, maximum);
-    terms = {maximum, total(lanes, &Lane::sums), 0, 0};
-    if (!work.has_shares()) return;
-    terms.distance = total(lanes, &Lane::distances);
-    terms.share = total(lanes, &Lane::shares);
+    for (const Lane& lane : lanes) maximum = larger_of(lane.maximum(), maximum);
+    for (Lane& lane : lanes) lane.add_up(work, maximum);
+    ChunkTerms<T> terms{maximum, total(&Lane::sums), 0, 0};
+    if (work.has_shares()) {
+      terms.distance = total(&Lane::distances);
+      terms.share = total(&Lane::shares);
+    }
+    return terms;
+  }
+};
+
+template <class Element, int width>
+struct HostCrossEntropy {
+  using Warp = HostWarp<CrossEntropyLane<Element, width>>;
+  using T = typename Warp::T;
+
+  static void whole_row(const CrossEntropyWork& work, int64_t row) {
+    Warp warp;
+    ChunkTerms<T> terms = warp.begin(work, row, 0);
+    const RowTerms of_row{double(terms.maximum), double(terms.sum), double(terms.distance),
+                          double(terms.share)};
+    double scale;
+    const RowFactors factors = finish_row<Element>(work, row, of_row, true, &scale);
+    if (work.gradient.first == nullptr) return;
+    terms.sum = T(scale);
+    for (auto& each : warp.lanes) {
+      if (work.has_shares())
+        each.store_gradient_with_shares(work, terms, factors);
+      else
+        each.template store_gradient<false>(work, terms, factors);
+    }
+  }
+
+  static void begin_chunk(const CrossEntropyArgs& args, int64_t row, int64_t chunk,
+                          int64_t chunks) {
+    terms_of<T>(args, row, chunks)[chunk] = Warp().begin(args.work, row, chunk);
   }
 
   static void end_row(const CrossEntropyArgs& args, int64_t row, int64_t chunks) {
@@ -72,28 +103,43 @@ struct HostCrossEntropy {
     tree_sum<kWarp>(distances);
     tree_sum<kWarp>(shares);
     double scale;
-    *factors_of(args, row, chunks) =
-        finish_row<Element>(args.work, row, {maximum, sums[0], distances[0], shares[0]}, &scale);
+    const RowTerms of_row{maximum, sums[0], distances[0], shares[0]};
+    *factors_of(args, row, chunks) = finish_row<Element>(args.work, row, of_row, true, &scale);
     for (uint32_t lane = 0; lane < uint32_t(kWarp); ++lane)
       set_scales(terms, chunks, lane, maximum, scale);
   }
 
   static void end_chunk(const CrossEntropyArgs& args, int64_t row, int64_t chunk, int64_t chunks) {
-    for (uint32_t lane = 0; lane < uint32_t(kWarp); ++lane)
-      Lane::finish(args.work, row, chunk, lane, terms_of<T>(args, row, chunks)[chunk],
-                   *factors_of(args, row, chunks));
+    Warp warp;
+    warp.load(args.work, row, chunk);
+    const ChunkTerms<T>& terms = terms_of<T>(args, row, chunks)[chunk];
+    const RowFactors& factors = *factors_of(args, row, chunks);
+    for (auto& each : warp.lanes) {
+      if (args.work.has_shares())
+        each.store_gradient_with_shares(args.work, terms, factors);
+      else
+        each.template store_gradient<true>(args.work, terms, factors);
+    }
   }
 
   // Tasks in any order: here backwards.
   static void run(const CrossEntropyArgs& args) {
     const int64_t chunks = loss_chunks(args.work.loss.classes);
+    const bool by_chunk = is_by_chunk(args);
     for (int64_t task = tasks_of(args) - 1; task >= 0; --task) {
-      const int64_t row = args.by_chunk ? task / chunks : task;
-      const int64_t first = args.by_chunk ? task % chunks : 0;
-      const int64_t last = args.by_chunk ? first + 1 : chunks;
+      if (args.form == Form::short_rows) {
+        short_row<Element>(args.work, task);
+        continue;
+      }
+      if (args.form == Form::rows) {
+        whole_row(args.work, task);
+        continue;
+      }
+      const int64_t row = by_chunk ? task / chunks : task;
+      const int64_t first = by_chunk ? task % chunks : 0;
+      const int64_t last = by_chunk ? first + 1 : chunks;
       if (args.phases & kBegin)
-        for (int64_t chunk = first; chunk < last; ++chunk)
-          begin_chunk(args.work, row, chunk, terms_of<T>(args, row, chunks)[chunk]);
+        for (int64_t chunk = first; chunk < last; ++chunk) begin_chunk(args, row, chunk, chunks);
       if (args.phases & kRow) end_row(args, row, chunks);
       if (args.phases & kFinish)
         for (int64_t chunk = first; chunk < last; ++chunk) end_chunk(args, row, chunk, chunks);
@@ -117,7 +163,12 @@ void host_for_dtype(DType dtype, Run run) {
 }
 
 inline void host_cross_entropy(const CrossEntropyArgs& args, DType dtype) {
-  host_for_dtype(dtype, [&](auto element) { HostCrossEntropy<decltype(element)>::run(args); });
+  host_for_dtype(dtype, [&](auto element) {
+    if (args.wide)
+      HostCrossEntropy<decltype(element), int(16 / sizeof element)>::run(args);
+    else
+      HostCrossEntropy<decltype(element), 1>::run(args);
+  });
 }
 
 inline void host_mse(const MseWork& work, DType dtype) {

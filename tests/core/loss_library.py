@@ -351,7 +351,7 @@ def assert_right(case: Case, result: Result) -> None:
     )
 
 
-SIZES = (1, 2, 3, 10, 16, 63, 64, 65, 130, 255, 256, 257, 1000, 1023, 1024, 1025, 2049, 3333)
+SIZES = (1, 2, 3, 10, 16, 63, 64, 65, 130, 255, 256, 257, 1000, 1023, 1024, 1025, 2048, 2049, 3333)
 
 
 def cases(dtypes: tuple[str, ...] = DTYPES) -> Iterator[Case]:

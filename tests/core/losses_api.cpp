@@ -41,10 +41,11 @@ API int64_t losses_cross_entropy(int isa, int threads, const CrossEntropyCall* c
     if (work.targets != nullptr) host_check_targets(target_args(*call, &divisors));
     if (call->is_mean) work.divisors = &divisors;
     std::vector<unsigned char> terms(size_t(bytes_of_terms(work)) + 1);
-    launch_cross_entropy(work, terms.data(), [&](const CrossEntropyArgs& args) -> const char* {
-      host_cross_entropy(args, type);
-      return nullptr;
-    });
+    launch_cross_entropy(work, size_of(type), terms.data(),
+                         [&](const CrossEntropyArgs& args) -> const char* {
+                           host_cross_entropy(args, type);
+                           return nullptr;
+                         });
     host_finish_loss(total);
     return work.rows;
   }

@@ -13,11 +13,12 @@ from . import loss_library
 from .build import CXX, HERE, ROOT, Fault, build_losses, run
 from .loss_library import DTYPES, Losses
 
-CORE, LOOPS, DISPATCH, LANES, MSE, SCALE, ARITHMETIC = (
+CORE, LOOPS, DISPATCH, LANES, LAUNCHES, MSE, SCALE, ARITHMETIC = (
     "core/losses/cross_entropy.h",
     "cpu/losses/cross_entropy.h",
     "cpu/losses/dispatch.cpp",
     "device/losses/cross_entropy.h",
+    "device/losses/launches.h",
     "device/losses/mse.h",
     "device/losses/scale.h",
     "core/arithmetic.h",
@@ -43,10 +44,20 @@ FAULTS: dict[str, tuple[str, str, str, str]] = {
     "exp less exact": (FORMULA, ARITHMETIC, "-0x1.7f7d1cp-20f", "0.0f"),
     "exp of denormals": (FORMULA, ARITHMETIC, "x < -105.0f", "x < -87.0f"),
     "log of two": (FORMULA, ARITHMETIC, "(k, 0x1.62e42fefp-1, f", "(k, 0x1.62e42p-1, f"),
-    "order of slots": (BITS, LANES, "sums[slot] +=", "sums[slot % kWidth] +="),
-    "a lane too far": (BITS, LANES, "at + i < count ? T(widen", "at + i <= count ? T(widen"),
+    "order of slots": (BITS, LANES, "sums[j % kSlots] +=", "sums[j % kSlots / 2] +="),
+    "order of slots with shares": (BITS, LANES, "sums[slot] +=", "sums[slot / 2] +="),
+    "a step too few": (BITS, LANES, "(count - first + kStep - 1)", "(count - first)"),
+    "target's step": (BITS, LANES, "target / kStep, target", "(target + 1) / kStep, target"),
+    "a short row's tree": (BITS, LANES, "tree_sum<kShortRow>(sums);", ""),
+    "whole rows": (BITS, LAUNCHES, "work.loss.classes * element_bytes;", "0;"),
     "chunks of a lane": (BITS, LANES, "(terms[i].distance) + (max", "(terms[i].distance) - (max"),
-    "ignored on a device": (BITS, LANES, "narrow(of_row.ignored ? T(0) : value", "narrow(value"),
+    "ignored on a device": (
+        BITS,
+        LANES,
+        "      store_zeros(to);\n      return;\n    }\n    const",
+        "    }\n    const",
+    ),
+    "ignored short rows": (BITS, LANES, "narrow(of_row.ignored ? T(0) : value", "narrow(value"),
     "target's weight on a device": (BITS, LANES, "share *= double(", "(void)double("),
     "mean on a device": (BITS, LANES, "loss.factor = 1 / given.divisors->weight;", ""),
     "tail of squared errors": (BITS, MSE, "gradient[at + i]);", "gradient[at]);"),

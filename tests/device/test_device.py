@@ -160,8 +160,8 @@ def test_copies_go_on_alike(case: Case, cuda: str) -> None:
 def test_options_that_are_tensors(case: Case, dtype: torch.dtype, cuda: str) -> None:
     ours, plain = pair(case, cuda)
     values: dict[str, Any] = {"lr": 0.015625, "weight_decay": 0.125}
-    if "betas" in case.options or case.ours in (fusedopt.Adam, fusedopt.AdamW):
-        values["betas"] = (0.75, 0.9375)
+    if "betas" in case.row.defaults:
+        values["betas"] = (0.75, 0.9375, 0.875)[: len(case.row.defaults["betas"])]
     for step in range(5):
         values["lr"] /= 2
         for optimizer in (ours, plain):
@@ -200,12 +200,14 @@ def many(optimizer: Callable[..., Optimizer], device: str, groups: int, **option
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 @pytest.mark.parametrize("groups", [1, 100])
 def test_launches(row: Any, groups: int, cuda: str) -> None:
-    """One for all tensors and groups; one before it for a norm, one for counts on the device."""
+    """One for all tensors and groups; one before it for a norm, one for counts on the device, which
+    has whether a step is the first one where steps are not counted."""
+    counts = row.counts_steps or bool(row.keys(row.defaults))
     for options, expected in (
         ({}, 1),
         ({"max_grad_norm": 1.0}, 2),
-        ({"capturable": True}, 1 + row.counts_steps),
-        ({"capturable": True, "max_grad_norm": 1.0}, 2 + row.counts_steps),
+        ({"capturable": True}, 1 + counts),
+        ({"capturable": True, "max_grad_norm": 1.0}, 2 + counts),
     ):
         optimizer = many(row.ours, cuda, groups, **options)
         train(optimizer, range(2))

@@ -122,6 +122,9 @@ def test_capture_needs_capturable(case: Case, cuda: str) -> None:
 def test_the_first_step_cannot_be_captured(case: Case, cuda: str) -> None:
     ours, _ = pair(case, cuda)
     set_grads(params_of(ours), 0)
-    with pytest.raises(RuntimeError, match="take a step before capture"):
+    # Where the constructor makes the states, there is only the device's memory to get.
+    at_once = case.row.states_at_once
+    what = "take one like it before capture" if at_once else "take a step before capture"
+    with pytest.raises(RuntimeError, match=what):
         capture(ours.step)
-    assert not ours.state
+    assert at_once or not ours.state

@@ -13,11 +13,13 @@ from fusedopt._extension import _C
 
 from .emulator import ARGUMENT, ELEMENTS, Machine
 from .machine_api import (
+    CROSS_ENTROPIES,
     CROSS_ENTROPY,
     LOSS,
     MSE,
     NORM,
     PREPARE,
+    ROWS,
     SCALE,
     TARGETS,
     MachineApi,
@@ -56,7 +58,9 @@ def machine_of(api: MachineApi) -> Callable[[str], Machine]:
         coded = enumerate("coded" in name for name in api.kernel_names())
         of_steps = {(k, f) for k, c in coded for f in range(len(api.state_formats()) if c else 1)}
         of_rules = {(PREPARE, rule) for rule in range(len(api.rules()))}
-        of_losses = {(k, e) for k in (CROSS_ENTROPY, MSE, SCALE) for e in range(len(ELEMENTS))}
+        elements = range(len(ELEMENTS))
+        of_losses = {(k, e) for k in (*CROSS_ENTROPIES, MSE, SCALE) for e in elements}
+        of_losses |= {(k, len(elements) + e) for k in (ROWS, CROSS_ENTROPY) for e in elements}
         others = {(NORM, 0), (TARGETS, 0), (LOSS, 0)}
         assert set(machine.code) == of_steps | of_rules | of_losses | others, "a kernel is missing"
         return machine

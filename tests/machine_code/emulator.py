@@ -21,7 +21,9 @@ from .machine_api import (
     MSE,
     NORM,
     PREPARE,
+    ROWS,
     SCALE,
+    SHORT_ROWS,
     TARGETS,
     Launch,
     MachineApi,
@@ -46,18 +48,19 @@ RESERVED = 0x400  # bytes of shared memory
 SHARED_BYTES = {NORM: 2048 + 16, TARGETS: 4096, LOSS: 2048}  # behind them
 Key = tuple[int, int]
 """Of a kernel: its number, and of one of codings that of the format of states, of a loss's that of
-its dtype."""
+its dtype (and four more, where there is another one with accesses of 16 bytes)."""
 KERNEL = re.compile(
     r"(?P<coded>coded_)?step_kernel<(?P<types>(?P<variant>.*?<.*?>|[^,]*), (?P<format>.*?)) *>"
     r"\(fusedopt::LaunchArgs\)"
 )
 PREPARE_KERNEL = re.compile(r"prepare_kernel<(?P<rule>.*?)>\(fusedopt::PrepareArgs\)")
 LOSS_KERNEL = re.compile(
-    r"(?P<name>cross_entropy|mse|scale|targets|loss)_kernel(?:<(?P<element>.*?)>)?\(fusedopt::"
+    r"(?P<name>short_rows|rows|cross_entropy|mse|scale|targets|loss)_kernel"
+    r"(?:<(?P<element>[\w:]*)(?:, (?P<width>\d+))?>)?\(fusedopt::"
 )
 LOSS_KERNELS = {
     **{"cross_entropy": CROSS_ENTROPY, "mse": MSE, "scale": SCALE},
-    **{"targets": TARGETS, "loss": LOSS},
+    **{"targets": TARGETS, "loss": LOSS, "short_rows": SHORT_ROWS, "rows": ROWS},
 }
 ELEMENTS = ("float", "double", "fusedopt::bfloat16", "fusedopt::float16")  # in DType's order
 NORM_KERNEL = re.compile(r"norm_kernel\(fusedopt::NormArgs\)")
@@ -709,11 +712,15 @@ class Blocks:
         a, b = self._integer(rest[0]), self._integer(rest[1])
         wide = "WIDE" in i.opcode
         if wide or "HI" in i.opcode:
-            assert "U32" in i.opcode and "X" not in i.opcode, str(i)
+            signed = "U32" not in i.opcode
+            assert "X" not in i.opcode and not (signed and (carries or not wide)), str(i)
             c = self._pair(rest[2])
 
+            def extended(value: np.ndarray) -> np.ndarray:
+                return value | (value >> U64(31)) * ~LOW if signed else value
+
             def run_wide(active: Lanes) -> None:
-                product = a() * b()
+                product = extended(a()) * extended(b())
                 total = product + c()
                 for name in carries:
                     self._write_predicate(name, total < product, active)
@@ -918,14 +925,18 @@ class Blocks:
 
     def _p2r(self, i: Instruction) -> Run:
         mask = self._integer(i.operands[3])
+        of = i.operands[1].removesuffix("R")  # of the lane, or of the warp
+        predicates = [self._predicate(f"{of}{k}") for k in range(7)]
 
         def run(active: Lanes) -> None:
             found = np.zeros(self.lanes, U64)
-            for k in range(7):
-                found |= self.predicates[k].astype(U64) << U64(k)
+            for k, predicate in enumerate(predicates):
+                found |= predicate().astype(U64) << U64(k)
             self._write(i.operands[0], found & mask(), active)
 
         return run
+
+    _up2ur = _p2r
 
     def _shfl(self, i: Instruction) -> Run:
         """From the lane so far away, or the one of that number."""
@@ -1246,8 +1257,9 @@ class Machine:
             elif prepares := PREPARE_KERNEL.search(name):
                 key = PREPARE, rules[prepares["rule"]]
             elif of_loss := LOSS_KERNEL.search(name):
-                element = of_loss["element"]
-                key = LOSS_KERNELS[of_loss["name"]], ELEMENTS.index(element) if element else 0
+                element, is_wide = of_loss["element"], (of_loss["width"] or "1") != "1"
+                member = ELEMENTS.index(element) if element else 0
+                key = LOSS_KERNELS[of_loss["name"]], member + is_wide * len(ELEMENTS)
             elif match is None:
                 continue
             elif match["coded"] is None:

@@ -54,6 +54,8 @@ const std::vector<Packed>& kernels() {
 // The numbers of kernels that are not a step's.
 constexpr int kNorm = -1, kPrepare = -2;
 constexpr int kCrossEntropy = -3, kMse = -4, kScale = -5, kTargets = -6, kLoss = -7;
+constexpr int kShortRows = -8, kRows = -9;
+constexpr int kDTypes = 4;
 
 // Keeps the arguments instead of launching anything.
 struct Recorder {
@@ -79,6 +81,15 @@ struct Recorder {
   template <class Args>
   void loss(int kernel, int64_t blocks, DType dtype, const Args& args, int64_t first = 0) {
     keep(kernel, uint32_t(std::max<int64_t>(blocks, 1)), 1u << int(dtype), args, uint32_t(first));
+  }
+
+  // Likewise, and where accesses are of 16 bytes, another one.
+  void cross_entropy(const CrossEntropyArgs& args, int64_t blocks, DType dtype, int64_t first) {
+    const int kernel = args.form == Form::short_rows ? kShortRows
+                       : args.form == Form::rows     ? kRows
+                                                     : kCrossEntropy;
+    const int member = int(dtype) + (args.wide && kernel != kShortRows ? kDTypes : 0);
+    keep(kernel, uint32_t(std::max<int64_t>(blocks, 1)), 1u << member, args, uint32_t(first));
   }
 
   template <class Args>
@@ -245,15 +256,16 @@ API size_t record_cross_entropy(const CrossEntropyCall* call, Divisors* divisors
   if (call->is_mean) work.divisors = divisors;
   if (work.targets != nullptr) recorder.keep(kTargets, 1, 1, target_args(*call, divisors));
   work.rows = std::max(work.rows, least_rows);
-  launch_cross_entropy(work, terms, [&](CrossEntropyArgs args) -> const char* {
-    args.work.rows = call->row_count;
-    const int64_t tasks = tasks_of(args), of_row = tasks / std::max<int64_t>(args.work.rows, 1);
-    const int64_t teams = args.team == Team::block ? 1 : kThreads / kWarp;
-    *row_factors = put_behind(args, uint64_t(before), call->type() == DType::float64);
-    recorder.loss(kCrossEntropy, (tasks + teams - 1) / teams, call->type(), args,
-                  before * of_row / teams);
-    return nullptr;
-  });
+  launch_cross_entropy(
+      work, size_of(call->type()), terms, [&](CrossEntropyArgs args) -> const char* {
+        args.work.rows = call->row_count;
+        const int64_t blocks = blocks_of(args);
+        CrossEntropyArgs all = args;
+        all.work.rows = before;
+        *row_factors = put_behind(args, uint64_t(before), call->type() == DType::float64);
+        recorder.cross_entropy(args, blocks, call->type(), blocks_of(all));
+        return nullptr;
+      });
   recorder.keep(kLoss, 1, 1, call->total(divisors));
   return recorder.launches.size();
 }

@@ -21,6 +21,8 @@ def build_machine_api() -> Path:
 
 NORM, PREPARE = -1, -2
 CROSS_ENTROPY, MSE, SCALE, TARGETS, LOSS = -3, -4, -5, -6, -7
+SHORT_ROWS, ROWS = -8, -9  # of cross-entropies, too
+CROSS_ENTROPIES = (SHORT_ROWS, ROWS, CROSS_ENTROPY)
 
 
 Placed = np.ndarray | tuple[int, np.ndarray]
@@ -29,7 +31,9 @@ Placed = np.ndarray | tuple[int, np.ndarray]
 
 class Launch(NamedTuple):
     kernel: int  # or NORM, PREPARE, or one of losses
-    members: int  # a bit for each: formats of states, the rule that PREPARE is for, a loss's dtype
+    # A bit for each: formats of states, the rule that PREPARE is for, a loss's dtype (and, where
+    # ROWS and CROSS_ENTROPY have accesses of 16 bytes, four bits further on).
+    members: int
     blocks: int
     argument: bytes
     first: int  # block that runs

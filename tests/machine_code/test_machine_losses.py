@@ -22,7 +22,17 @@ from core.memory import SPECIAL, canonical, to_bits
 
 from .emulator import ARGUMENT, Machine, Memory, Watch
 from .faults import find_faults
-from .machine_api import CROSS_ENTROPY, LOSS, MSE, SCALE, TARGETS, Launch
+from .machine_api import (
+    CROSS_ENTROPIES,
+    CROSS_ENTROPY,
+    LOSS,
+    MSE,
+    ROWS,
+    SCALE,
+    SHORT_ROWS,
+    TARGETS,
+    Launch,
+)
 
 slow = pytest.mark.slow
 LEAST_EXECUTED = 0.9  # of a kernel's instructions
@@ -44,7 +54,7 @@ def run_cross_entropy(
     memory = Memory([*arguments.read, *arguments.written, *own])
     for launch in launches:
         # What all rows share would take a pass over those before them, too.
-        if not before or launch.kernel == CROSS_ENTROPY:
+        if not before or launch.kernel in CROSS_ENTROPIES:
             machine.run(launch, memory, **options)
     return launches
 
@@ -113,9 +123,11 @@ def wrong_cases(dtype: str) -> Iterable[Case]:
 
 
 def test_some_cross_entropies(machine: Machine, losses: Losses) -> None:
-    """A warp takes a row, a block does, or warps take the chunks of few rows."""
+    """A lane takes a row, a warp or a block does, or warps take the chunks of few rows."""
     for dtype in ("float32", "bfloat16"):
         plain = Case(dtype, rows=9, classes=70, inner=3)
+        check(machine, losses, replace(plain, classes=10))
+        check(machine, losses, replace(plain, classes=72, padding=8))
         many = replace(plain, classes=2 * CHUNK + 5)
         check(machine, losses, replace(plain, weighted=True, smoothing=0.1, padding=1))
         check(machine, losses, replace(plain, fill="special", in_place=True, z_loss=1e-3))
@@ -148,6 +160,7 @@ def test_a_wrong_target_is_nan(machine: Machine) -> None:
 def test_launches_have_all_forms(machine: Machine) -> None:
     """By the numbers of rows and classes; a block has rows of its own only where they are many."""
     forms = {
+        (264, 16): [2],
         (264, 1024): [33],
         (264, 1025): [264],
         (263, 1025): [66, 33, 66],
@@ -156,7 +169,7 @@ def test_launches_have_all_forms(machine: Machine) -> None:
     for (rows, classes), blocks in forms.items():
         arguments = CrossEntropyArguments(Case("float16", rows=rows, classes=classes))
         launches, _ = machine.api.cross_entropy(arguments.call)
-        found = [launch.blocks for launch in launches if launch.kernel == CROSS_ENTROPY]
+        found = [launch.blocks for launch in launches if launch.kernel in CROSS_ENTROPIES]
         assert found == blocks, f"{rows} rows of {classes} classes"
 
 
@@ -176,13 +189,31 @@ def test_every_cross_entropy(dtype: str, machine: Machine, losses: Losses) -> No
     long = Case(dtype, rows=2, classes=129 * CHUNK)  # a lane has more chunks than a loop's turn
     check(machine, losses, replace(long, probable=True))
     check(machine, losses, Case(dtype, rows=264, classes=CHUNK + 1, inner=3), blocks=100)
-    for classes in (70, CHUNK + 1):
+    # None of the accesses of these is of 16 bytes, or all of them are.
+    for classes in (1024, 3 * CHUNK + 5):
+        narrow = Case(dtype, rows=6, classes=classes, inner=3, padding=1)
+        check(machine, losses, replace(narrow, with_gradient=False, weighted=True))
+        check(machine, losses, replace(narrow, probable=True), as_many=True)
+    for classes in (128, 2 * CHUNK + 128):
+        wide = Case(dtype, rows=6, classes=classes, inner=3)
+        for options in (
+            {},
+            {"fill": "special"},
+            {"probable": True},
+            {"smoothing": 0.1, "weighted": True},
+        ):
+            for as_many in (False, True):
+                check(machine, losses, replace(wide, **options), as_many=as_many)
+    for classes in (10, 70, 128, CHUNK + 1, 2 * CHUNK):
         far = Case(dtype, rows=6, classes=classes, inner=3, is_mean=False)
         check_far(machine, losses, far)
         check_far(machine, losses, replace(far, smoothing=0.1, weighted=True))
         check_far(machine, losses, replace(far, probable=True))
-    share = machine.executed_share((CROSS_ENTROPY, DTYPES.index(dtype)))
-    assert share >= LEAST_EXECUTED, f"{dtype}: {share:.0%}"
+    member = DTYPES.index(dtype)
+    members = (member, len(DTYPES) + member)
+    for key in [(SHORT_ROWS, member), *product((ROWS, CROSS_ENTROPY), members)]:
+        share = machine.executed_share(key)
+        assert share >= LEAST_EXECUTED, f"{key}: {share:.0%}"
 
 
 @slow
@@ -193,8 +224,9 @@ def test_totals_of_many_rows(machine: Machine, losses: Losses) -> None:
     check(machine, losses, replace(plain, rows=0, wrong=False))
     check(machine, losses, replace(plain, dtype="float16", rows=700))
     check(machine, losses, replace(plain, weighted=True))
-    check(machine, losses, replace(plain, dtype="float64", weighted=True))
-    check(machine, losses, replace(plain, dtype="bfloat16", rows=7500, wrong=False))
+    for dtype in ("float32", "float64"):
+        check(machine, losses, replace(plain, dtype=dtype, weighted=True, rows=4200))
+    check(machine, losses, replace(plain, dtype="bfloat16", rows=8500, wrong=False))
     for kernel in (TARGETS, LOSS):
         assert machine.executed_share((kernel, 0)) >= LEAST_EXECUTED
 

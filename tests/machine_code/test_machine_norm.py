@@ -173,8 +173,9 @@ def test_every_row(machine: Machine, core: Core) -> None:
         check_rows(machine, core, rule, cases)
         check_rows(machine, core, rule, [(100, 3)], scale=None, clips=True, order=0)
         shares.append(machine.executed_share((PREPARE, number)))
-    # What is not executed is the same in each, and a tenth of those that are short.
-    assert np.mean(shares) >= LEAST_EXECUTED and min(shares) >= LEAST_EXECUTED - 0.02
+    # What is not executed is the same in each, a tenth of those that are short; and of Adagrad's
+    # the slow way of its divisions, which only denormals take.
+    assert np.mean(shares) >= LEAST_EXECUTED and min(shares) >= LEAST_EXECUTED - 0.03
 
 
 @slow

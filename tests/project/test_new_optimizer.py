@@ -120,7 +120,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # By far the most of those that there are; some instruction sets this processor may not have.
-@pytest.mark.parametrize(("tests", "least"), [("steps", 180), ("storage", 220), ("dropin", 400)])
+@pytest.mark.parametrize(("tests", "least"), [("steps", 180), ("storage", 220), ("dropin", 320)])
 def test_the_tests_of_the_table(tree: Path, tests: str, least: int) -> None:
     """Those for every optimizer, and those that draw one at random."""
     chosen = ["-k", "quartet or test_properties", "-m", "not cuda and not slow"]

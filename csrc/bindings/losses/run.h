@@ -100,8 +100,8 @@ void run_cross_entropy(CrossEntropyWork work, const at::Tensor& logits, bool is_
     work.divisors = static_cast<const Divisors*>(mean.on_device.const_data_ptr());
   const at::Tensor terms =
       at::empty({bytes_of_terms(work)}, logits.options().dtype(at::kByte).requires_grad(false));
-  const char* const error =
-      launch_cross_entropy(work, terms.mutable_data_ptr(), [&](const CrossEntropyArgs& args) {
+  const char* const error = launch_cross_entropy(
+      work, logits.element_size(), terms.mutable_data_ptr(), [&](const CrossEntropyArgs& args) {
         return cuda::cross_entropy(args, dtype, stream_of(logits.device()));
       });
   check_launch(error, "cross_entropy", logits);

@@ -7,26 +7,34 @@
 #include "../../core/losses/work.h"
 #include "../update.h"
 
-// A chunk is the work of a warp. Its exponentials are not kept, as those of a CPU are, but worked
-// out again, from logits that lie in the L2 cache by then: to store and load them takes longer.
-// Between two functions of a warp, its lanes exchange what they have; the host does so, too.
+// A chunk is the work of a warp, whose lanes have all of it in registers. Of a row of one chunk its
+// exponentials stay there. Those of others are not kept, as those of a CPU are, but worked out
+// again, from logits that lie in the L2 cache by then: to store and load them takes longer. Between
+// two functions of a warp, its lanes exchange what they have; the host does so, too.
 namespace fusedopt {
 
-// What a launch does, of each chunk, of each row, and of each chunk again.
+// How rows are shared out: to a lane a short row, to a warp a row of one chunk, to a block a row,
+// or to a warp a chunk.
+enum class Form { short_rows, rows, blocks, chunks };
+// What a launch does of chunks, of each, of each row, and of each again.
 constexpr int kBegin = 1, kRow = 2, kFinish = 4;
-enum class Team { warp, block };
 
 // The kernel's whole argument.
 struct CrossEntropyArgs {
   CrossEntropyWork work;
-  void* terms;  // ChunkTerms of all chunks of all rows, and of each row a RowFactors behind them
-  Team team;    // what takes a task: a row, or a chunk
-  bool by_chunk;
+  // Of rows of more than one chunk: ChunkTerms of all chunks of all rows, and behind them of each
+  // row a RowFactors.
+  void* terms;
+  Form form;
+  bool wide;  // accesses are of 16 bytes; if not, of an element, neighbouring lanes' side by side
   int phases;
 };
 
+FUSEDOPT_HD bool is_by_chunk(const CrossEntropyArgs& args) {
+  return args.form == Form::chunks && args.phases != kRow;
+}
 FUSEDOPT_HD int64_t tasks_of(const CrossEntropyArgs& args) {
-  return args.work.rows * (args.by_chunk ? loss_chunks(args.work.loss.classes) : 1);
+  return args.work.rows * (is_by_chunk(args) ? loss_chunks(args.work.loss.classes) : 1);
 }
 
 // What the chunks of a row have to know of it.
@@ -36,165 +44,276 @@ struct RowFactors {
   bool ignored, wrong;
 };
 
+// As many elements as a lane loads at a time: 16 bytes, or one.
+template <class Element, int width>
+struct Piece : Pack<Element, width> {
+  template <class T>
+  FUSEDOPT_HD void set_all(const T* values) {
+    QuickMath math;
+    FUSEDOPT_UNROLL
+    for (int i = 0; i < width; i += 2) this->set_two(i, values[i], values[i + 1], math);
+    if (!math.is_rare()) return;
+    FUSEDOPT_UNROLL
+    for (int i = 0; i < width; ++i) {
+      Element element;
+      narrow(values[i], element);
+      this->set(i, element);
+    }
+  }
+};
 template <class Element>
+struct Piece<Element, 1> {
+  Element only;
+
+  FUSEDOPT_HD void load(const Element* from) { only = *from; }
+  FUSEDOPT_HD void store(Element* to) const { *to = only; }
+  FUSEDOPT_HD Element get(int) const { return only; }
+  template <class T>
+  FUSEDOPT_HD void set_all(const T* values) {
+    narrow(values[0], only);
+  }
+};
+
+// The shares t_i of the classes of a row, without what hangs on its target.
+template <class Element>
+struct Shares {
+  using T = typename ElementTraits<Element>::Compute;
+  const Element* probabilities;  // or null
+  const T* weights;              // or null
+  T own, common;
+
+  // From this class of the row on.
+  FUSEDOPT_HD Shares(const CrossEntropyWork& work, int64_t row, int64_t begin)
+      : probabilities(nullptr),
+        weights(static_cast<const T*>(work.weights)),
+        own(T(work.loss.target_share())),
+        common(T(work.loss.common_share())) {
+    if (work.targets == nullptr)
+      probabilities = static_cast<const Element*>(work.probabilities.at(row)) + begin;
+    if (weights != nullptr) weights += begin;
+  }
+  FUSEDOPT_HD T at(int i) const {
+    return share_of(probabilities == nullptr ? T(0) : T(widen(probabilities[i])), own, common,
+                    weights == nullptr ? T(1) : weights[i]);
+  }
+};
+
+// Which gradient a chunk's logits get, from their exponentials.
+template <class Element>
+struct LogitGradient {
+  using T = typename ElementTraits<Element>::Compute;
+  T scale, factor, expected;
+
+  FUSEDOPT_HD T usual(T kept) const { return logit_gradient(kept, scale); }
+  FUSEDOPT_HD T with_share(T kept, T share) const {
+    return logit_gradient(kept, scale, share, factor);
+  }
+  FUSEDOPT_HD T of_target(T kept, T share) const {
+    return target_gradient(kept, scale, share, factor, expected);
+  }
+};
+
+// The elements of a chunk that one lane of a warp has, so many of them side by side.
+template <class Element, int width>
 struct CrossEntropyLane {
   using T = typename ElementTraits<Element>::Compute;
   using Terms = ChunkTerms<T>;
-  static constexpr int kWidth = int(16 / sizeof(Element));  // elements of a 16-byte access
-  static constexpr int kStep = kWarp * kWidth;
+  static constexpr int kStep = kWarp * width;
   static constexpr int kSteps = int(kLossChunk) / kStep;
+  static constexpr int kElements = kSteps * width;
   static constexpr int kSlots = int(kLossSlots) / kWarp;  // of a lane
-  static constexpr int kGroups = kSlots / kWidth;         // steps until a slot comes again
+  static constexpr int kGroups = kSlots / width;          // steps until a slot comes again
+  // So many exponentials are worked out together: more would not fit into registers.
+  static constexpr int kTogether = width < 4 ? 4 : width;
   static_assert(kGroups * kStep == kLossSlots, "a lane has the same slots in each round");
 
+  int64_t row, begin;   // where the chunk is
+  int count, first;     // its elements, and which of them the lane's first one is
+  int steps;            // that the lane has elements in
+  T values[kElements];  // logits, or their exponentials
   T sums[kSlots], distances[kSlots], shares[kSlots];
 
-  // Where a lane's element is in its chunk.
-  FUSEDOPT_HD static int place(int step, int i, uint32_t lane) {
-    return step * kStep + int(lane) * kWidth + i;
-  }
-
-  FUSEDOPT_HD static int64_t width_of(const CrossEntropyWork& work, int64_t chunk) {
+  FUSEDOPT_HD static int width_of(const CrossEntropyWork& work, int64_t chunk) {
     const int64_t left = work.loss.classes - chunk * kLossChunk;
-    return left < kLossChunk ? left : kLossChunk;
+    return int(left < kLossChunk ? left : kLossChunk);
   }
 
-  // A lane's logits of one step; behind the end of the row, what counts for nothing.
-  FUSEDOPT_HD static void load(const Element* from, int at, int count, bool whole, T* logits) {
-    if (whole && at + kWidth <= count) {
-      Pack<Element, kWidth> pack;
-      pack.load(from + at);
+  // Behind the end of the row is what counts for nothing. All loads are under way at a time.
+  FUSEDOPT_HD void load(const CrossEntropyWork& work, int64_t row, int64_t chunk, uint32_t lane) {
+    this->row = row;
+    begin = chunk * kLossChunk;
+    count = width_of(work, chunk);
+    first = int(lane) * width;
+    steps = (count - first + kStep - 1) / kStep;
+    const Element* from = logits_of(work) + first;
+    if (count == int(kLossChunk)) {
+      Piece<Element, width> pieces[kSteps];
       FUSEDOPT_UNROLL
-      for (int i = 0; i < kWidth; ++i) logits[i] = T(widen(pack.get(i)));
+      for (int step = 0; step < kSteps; ++step) pieces[step].load(from + step * kStep);
+      FUSEDOPT_UNROLL
+      for (int i = 0; i < kElements; ++i) values[i] = T(widen(pieces[i / width].get(i % width)));
     } else {
+      Piece<Element, width> pieces[kSteps];
       FUSEDOPT_UNROLL
-      for (int i = 0; i < kWidth; ++i)
-        logits[i] = at + i < count ? T(widen(from[at + i])) : lowest(T());
+      for (int step = 0; step < kSteps; ++step)
+        if (step < steps) pieces[step].load(from + step * kStep);
+      FUSEDOPT_UNROLL
+      for (int i = 0; i < kElements; ++i)
+        values[i] = i / width < steps ? T(widen(pieces[i / width].get(i % width))) : -T(INFINITY);
     }
   }
-  FUSEDOPT_HD static const Element* logits_of(const CrossEntropyWork& work, int64_t row,
-                                              int64_t chunk) {
-    return static_cast<const Element*>(work.logits.at(row)) + chunk * kLossChunk;
-  }
-  FUSEDOPT_HD static bool is_aligned(const void* address) {
-    return reinterpret_cast<uintptr_t>(address) % 16 == 0;
-  }
 
-  // The loads of this pass are those that wait for memory, and many are under way at a time. Later
-  // ones find the chunk in a cache.
-  FUSEDOPT_HD static T maximum(const CrossEntropyWork& work, int64_t row, int64_t chunk,
-                               uint32_t lane) {
-    const Element* from = logits_of(work, row, chunk);
-    const int count = int(width_of(work, chunk));
-    const bool whole = is_aligned(from);
+  FUSEDOPT_HD T maximum() const {
     T largest = lowest(T());
     FUSEDOPT_UNROLL
-    for (int step = 0; step < kSteps; ++step) {
-      T logits[kWidth];
-      load(from, place(step, 0, lane), count, whole, logits);
-      FUSEDOPT_UNROLL
-      for (int i = 0; i < kWidth; ++i) largest = larger_of(logits[i], largest);
-    }
+    for (int i = 0; i < kElements; ++i) largest = larger_of(values[i], largest);
     return largest;
   }
 
-  FUSEDOPT_HD static T share(const CrossEntropyWork& work, int64_t row, int64_t at) {
-    const T weight = work.weights == nullptr ? T(1) : static_cast<const T*>(work.weights)[at];
-    const T probability =
-        work.targets != nullptr
-            ? T(0)
-            : T(widen(static_cast<const Element*>(work.probabilities.at(row))[at]));
-    return share_of(probability, T(work.loss.target_share()), T(work.loss.common_share()), weight);
-  }
-
-  // The lane's slots of a chunk with this maximum.
-  FUSEDOPT_HD void add_up(const CrossEntropyWork& work, int64_t row, int64_t chunk, uint32_t lane,
-                          T maximum) {
-    const Element* from = logits_of(work, row, chunk);
-    const int count = int(width_of(work, chunk));
-    const bool whole = is_aligned(from), has_shares = work.has_shares();
+  // The lane's slots of a chunk. Without shares, exponentials are made of its logits.
+  FUSEDOPT_HD void add_up(const CrossEntropyWork& work, T maximum) {
     FUSEDOPT_UNROLL
     for (int i = 0; i < kSlots; ++i) sums[i] = distances[i] = shares[i] = 0;
-    FUSEDOPT_NO_UNROLL
-    for (int first = 0; first < kSteps; first += kGroups) {
+    if (work.has_shares()) {
+      add_up_shares(work, maximum);
+      return;
+    }
+    FUSEDOPT_UNROLL
+    for (int i = 0; i < kElements; i += kTogether) {
+      if (i * kWarp >= count) break;
+      exponentiate(i, maximum);
       FUSEDOPT_UNROLL
-      for (int group = 0; group < kGroups; ++group) {
-        T logits[kWidth];
-        const int at = place(first + group, 0, lane);
-        load(from, at, count, whole, logits);
+      for (int j = i; j < i + kTogether; ++j) sums[j % kSlots] += values[j];
+    }
+  }
+  // With shares there is more to do, for which its code is short: logits come from a cache again.
+  FUSEDOPT_HD void add_up_shares(const CrossEntropyWork& work, T maximum) {
+    const Element* logits = logits_of(work);
+    const Shares<Element> of_row(work, row, begin);
+    FUSEDOPT_UNROLL
+    for (int group = 0; group < kGroups; ++group) {
+      FUSEDOPT_NO_UNROLL
+      for (int at = place(group); at < count; at += kGroups * kStep) {
+        Piece<Element, width> piece;
+        piece.load(logits + at);
         FUSEDOPT_UNROLL
-        for (int i = 0; i < kWidth; ++i) {
-          const T below = logits[i] - maximum;
-          const int slot = group * kWidth + i;
-          if (at + i >= count) continue;
+        for (int i = 0; i < width; ++i) {
+          const T below = T(widen(piece.get(i))) - maximum;
+          const T part = of_row.at(at + i);
+          const int slot = group * width + i;
           sums[slot] += exponential(below);
-          if (has_shares) {
-            const T part = share(work, row, chunk * kLossChunk + at + i);
-            distances[slot] -= part * below;
-            shares[slot] += part;
-          }
+          distances[slot] -= part * below;
+          shares[slot] += part;
         }
       }
     }
   }
 
   // The tree over the slots of a chunk: levels within a lane, others between two lanes, others
-  // within a lane again. exchange gives what another lane has.
+  // within a lane again. exchange gives what another lane has. All lanes get the sum.
   template <class Value, class Exchange>
   FUSEDOPT_HD static Value tree(Value* values, Exchange exchange) {
     FUSEDOPT_UNROLL
     for (int half = kGroups / 2; half > 0; half /= 2) {
       FUSEDOPT_UNROLL
-      for (int i = 0; i < half * kWidth; ++i) values[i] += values[i + half * kWidth];
+      for (int i = 0; i < half * width; ++i) values[i] += values[i + half * width];
     }
     FUSEDOPT_UNROLL
     for (int distance = kWarp / 2; distance > 0; distance /= 2) {
       FUSEDOPT_UNROLL
-      for (int i = 0; i < kWidth; ++i) values[i] += exchange(values[i], distance);
+      for (int i = 0; i < width; ++i) values[i] += exchange(values[i], distance);
     }
-    tree_sum<kWidth>(values);
+    tree_sum<width>(values);
     return values[0];
   }
 
-  // The lane's elements of the gradient.
-  FUSEDOPT_HD static void finish(const CrossEntropyWork& work, int64_t row, int64_t chunk,
-                                 uint32_t lane, const Terms& terms, const RowFactors& of_row) {
-    const Element* from = logits_of(work, row, chunk);
-    auto* to = static_cast<Element*>(work.gradient.at(row)) + chunk * kLossChunk;
-    const int count = int(width_of(work, chunk));
-    const bool whole = is_aligned(from), whole_to = is_aligned(to);
-    const bool has_shares = work.has_shares();
-    const T scale = terms.sum, factor = T(of_row.factor), expected = T(of_row.expected);
-    const bool has_target = work.targets != nullptr && !of_row.wrong;
-    const int64_t target = has_target ? work.targets[row] - chunk * kLossChunk : -1;
-    FUSEDOPT_NO_UNROLL
-    for (int step = 0; step < kSteps; ++step) {
-      Pack<Element, kWidth> pack;
-      T logits[kWidth];
-      const int at = place(step, 0, lane);
-      load(from, at, count, whole, logits);
-      FUSEDOPT_UNROLL
-      for (int i = 0; i < kWidth; ++i) {
-        const T kept = exponential(logits[i] - terms.maximum);
-        T part = 0;
-        T value = logit_gradient(kept, scale);
-        if (has_shares && at + i < count) {
-          part = share(work, row, chunk * kLossChunk + at + i);
-          value = logit_gradient(kept, scale, part, factor);
-        }
-        if (at + i == target) value = target_gradient(kept, scale, part, factor, expected);
-        Element element;
-        narrow(of_row.ignored ? T(0) : value, element);
-        pack.set(i, element);
-      }
-      if (whole_to && at + kWidth <= count) {
-        pack.store(to + at);
-      } else {
-        FUSEDOPT_UNROLL
-        for (int i = 0; i < kWidth; ++i)
-          if (at + i < count) to[at + i] = pack.get(i);
-      }
+  // The lane's elements of the gradient, without shares, from their exponentials, or from logits,
+  // of which these are made before.
+  template <bool of_logits>
+  FUSEDOPT_HD void store_gradient(const CrossEntropyWork& work, const Terms& terms,
+                                  const RowFactors& of_row) {
+    Element* to = gradient_of(work);
+    const LogitGradient<Element> gradient{terms.sum, T(of_row.factor), T(of_row.expected)};
+    const int target = target_of(work, of_row);
+    if (of_row.ignored) {
+      store_zeros(to);
+      return;
     }
+    const int target_step = target < 0 ? -1 : target / kStep, target_in_step = target % kStep;
+    FUSEDOPT_UNROLL
+    for (int step = 0; step < kSteps; ++step) {
+      if (step * width % kTogether == 0) {
+        if (step * kStep >= count) break;
+        if (of_logits) exponentiate(step * width, terms.maximum);
+      }
+      T results[width];
+      FUSEDOPT_UNROLL
+      for (int i = 0; i < width; ++i) results[i] = gradient.usual(values[step * width + i]);
+      if (step == target_step) {
+        FUSEDOPT_UNROLL
+        for (int i = 0; i < width; ++i)
+          if (first + i == target_in_step)
+            results[i] = gradient.of_target(values[step * width + i], T(0));
+      }
+      if (step < steps) store(to + place(step), results);
+    }
+  }
+  // Likewise, with shares.
+  FUSEDOPT_HD void store_gradient_with_shares(const CrossEntropyWork& work, const Terms& terms,
+                                              const RowFactors& of_row) const {
+    const Element* logits = logits_of(work);
+    Element* to = gradient_of(work);
+    const Shares<Element> shares_of_row(work, row, begin);
+    const LogitGradient<Element> gradient{terms.sum, T(of_row.factor), T(of_row.expected)};
+    const int target = target_of(work, of_row);
+    if (of_row.ignored) {
+      store_zeros(to);
+      return;
+    }
+    FUSEDOPT_NO_UNROLL
+    for (int at = first; at < count; at += kStep) {
+      Piece<Element, width> piece;
+      piece.load(logits + at);
+      T results[width];
+      FUSEDOPT_UNROLL
+      for (int i = 0; i < width; ++i) {
+        const T kept = exponential(T(widen(piece.get(i))) - terms.maximum);
+        const T part = shares_of_row.at(at + i);
+        results[i] =
+            at + i == target ? gradient.of_target(kept, part) : gradient.with_share(kept, part);
+      }
+      store(to + at, results);
+    }
+  }
+
+ private:
+  // Makes exponentials of some of the logits of a chunk with this maximum.
+  FUSEDOPT_HD void exponentiate(int from, T maximum) {
+    FUSEDOPT_UNROLL
+    for (int i = from; i < from + kTogether; ++i) values[i] = exponential(values[i] - maximum);
+  }
+  FUSEDOPT_HD int place(int step) const { return step * kStep + first; }
+  FUSEDOPT_HD const Element* logits_of(const CrossEntropyWork& work) const {
+    return static_cast<const Element*>(work.logits.at(row)) + begin;
+  }
+  FUSEDOPT_HD Element* gradient_of(const CrossEntropyWork& work) const {
+    return static_cast<Element*>(work.gradient.at(row)) + begin;
+  }
+  // The target's place in the chunk, if it is there.
+  FUSEDOPT_HD int target_of(const CrossEntropyWork& work, const RowFactors& of_row) const {
+    if (work.targets == nullptr || of_row.wrong) return -1;
+    const int64_t target = work.targets[row] - begin;
+    return target >= 0 && target < count ? int(target) : -1;
+  }
+  FUSEDOPT_HD static void store(Element* to, const T* results) {
+    Piece<Element, width> piece;
+    piece.set_all(results);
+    piece.store(to);
+  }
+  FUSEDOPT_HD void store_zeros(Element* to) const {
+    const T zeros[width] = {};
+    FUSEDOPT_NO_UNROLL
+    for (int at = first; at < count; at += kStep) store(to + at, zeros);
   }
 };
 
@@ -217,11 +336,11 @@ FUSEDOPT_HD RowParts row_parts(const ChunkTerms<T>* terms, int64_t chunks, uint3
   return parts;
 }
 
-// The loss of a row on a device; says what its chunks have to know. A target that is no class gives
-// NaN, as the device cannot raise.
+// The loss of a row on a device, which one lane stores; says what its chunks have to know. A target
+// that is no class gives NaN, as the device cannot raise.
 template <class Element>
 FUSEDOPT_HD RowFactors finish_row(const CrossEntropyWork& given, int64_t row, const RowTerms& terms,
-                                  double* scale) {
+                                  bool stores, double* scale) {
   using T = typename ElementTraits<Element>::Compute;
   CrossEntropy loss = given.loss;
   if (given.divisors != nullptr) {
@@ -242,8 +361,8 @@ FUSEDOPT_HD RowFactors finish_row(const CrossEntropyWork& given, int64_t row, co
   RowLoss result =
       row_loss(loss, terms, logarithm(terms.sum), has_target, logit, has_target ? share : 0);
   if (factors.wrong) result.loss = result.scale = not_a_number();
-  given.losses[row] = factors.ignored ? 0 : result.loss;
-  if (given.lse != nullptr) static_cast<T*>(given.lse)[row] = T(result.lse);
+  if (stores) given.losses[row] = factors.ignored ? 0 : result.loss;
+  if (stores && given.lse != nullptr) static_cast<T*>(given.lse)[row] = T(result.lse);
   factors.expected = result.expected;
   factors.factor = loss.factor;
   *scale = result.scale;
@@ -259,6 +378,58 @@ FUSEDOPT_HD void set_scales(ChunkTerms<T>* terms, int64_t chunks, uint32_t lane,
     terms[i].sum = T(scale * weight_of(terms[i], maximum));
 }
 
+// A row of so few classes is the work of a single lane.
+constexpr int kShortRow = 16;
+
+template <class Element>
+FUSEDOPT_HD void short_row(const CrossEntropyWork& work, int64_t row) {
+  using T = typename ElementTraits<Element>::Compute;
+  const int classes = int(work.loss.classes);
+  const auto* from = static_cast<const Element*>(work.logits.at(row));
+  const bool has_shares = work.has_shares();
+  const Shares<Element> shares_of_row(work, row, 0);
+  T values[kShortRow], sums[kShortRow], distances[kShortRow], shares[kShortRow];
+  FUSEDOPT_UNROLL
+  for (int i = 0; i < kShortRow; ++i) values[i] = i < classes ? T(widen(from[i])) : -T(INFINITY);
+  T maximum = lowest(T());
+  FUSEDOPT_UNROLL
+  for (int i = 0; i < kShortRow; ++i) maximum = larger_of(values[i], maximum);
+  FUSEDOPT_UNROLL
+  for (int i = 0; i < kShortRow; ++i) {
+    const T below = values[i] - maximum;
+    sums[i] = distances[i] = shares[i] = 0;
+    values[i] = 0;
+    if (i >= classes) continue;
+    if (has_shares) {
+      shares[i] = shares_of_row.at(i);
+      distances[i] -= shares[i] * below;
+    }
+    sums[i] = values[i] = exponential(below);
+  }
+  tree_sum<kShortRow>(sums);
+  tree_sum<kShortRow>(distances);
+  double scale;
+  const RowFactors of_row = [&] {
+    T all[kShortRow];
+    FUSEDOPT_UNROLL
+    for (int i = 0; i < kShortRow; ++i) all[i] = shares[i];
+    tree_sum<kShortRow>(all);
+    const RowTerms terms{double(maximum), double(sums[0]), double(distances[0]), double(all[0])};
+    return finish_row<Element>(work, row, terms, true, &scale);
+  }();
+  if (work.gradient.first == nullptr) return;
+  auto* to = static_cast<Element*>(work.gradient.at(row));
+  const LogitGradient<Element> gradient{T(scale), T(of_row.factor), T(of_row.expected)};
+  const int64_t target = work.targets != nullptr && !of_row.wrong ? work.targets[row] : -1;
+  FUSEDOPT_UNROLL
+  for (int i = 0; i < kShortRow; ++i) {
+    if (i >= classes) continue;
+    T value = has_shares ? gradient.with_share(values[i], shares[i]) : gradient.usual(values[i]);
+    if (i == target) value = gradient.of_target(values[i], shares[i]);
+    narrow(of_row.ignored ? T(0) : value, to[i]);
+  }
+}
+
 // --- what a mean divides by, and the loss of all rows ------------------------------------------
 
 struct TargetArgs {
@@ -269,26 +440,55 @@ struct TargetArgs {
   Divisors* divisors;
 };
 
+// Of a target that is ignored, or no class, nothing.
+FUSEDOPT_HD double weight_of(const TargetArgs& args, int64_t target) {
+  if (target == args.ignore_index || uint64_t(target) >= uint64_t(args.classes)) return 0;
+  return args.float64 ? static_cast<const double*>(args.weights)[target]
+                      : double(static_cast<const float*>(args.weights)[target]);
+}
+
+// So many loads of a lane are under way at a time.
+constexpr int kTotalLoads = 16;
+constexpr int kTotalRound = kTotalLoads * kTotalLanes;
+
+// How many of a round's places there are from here on.
+FUSEDOPT_HD int left_of_round(int64_t count, int64_t begin) {
+  return int(count - begin < kTotalRound ? count - begin : kTotalRound);
+}
+
 // A lane's part, of kTotalLanes.
 FUSEDOPT_HD Divisors target_lane(const TargetArgs& args, uint32_t lane) {
-  Divisors part{0, 0};
-  for (int64_t i = lane; i < args.rows; i += kTotalLanes) {
-    const int64_t target = args.targets[i];
-    if (target == args.ignore_index) continue;
-    part.valid += 1;
-    if (args.weights == nullptr) {
-      part.weight += 1;
-    } else if (uint64_t(target) < uint64_t(args.classes)) {
-      part.weight += args.float64 ? static_cast<const double*>(args.weights)[target]
-                                  : double(static_cast<const float*>(args.weights)[target]);
-    }
+  double weight = 0;
+  int64_t valid = 0;
+  FUSEDOPT_NO_UNROLL
+  for (int64_t begin = lane; begin < args.rows; begin += kTotalRound) {
+    const int left = left_of_round(args.rows, begin);
+    int64_t targets[kTotalLoads];
+    FUSEDOPT_UNROLL
+    for (int i = 0; i < kTotalLoads; ++i)
+      targets[i] =
+          i * kTotalLanes < left ? args.targets[begin + i * kTotalLanes] : args.ignore_index;
+    FUSEDOPT_UNROLL
+    for (int i = 0; i < kTotalLoads; ++i) valid += targets[i] == args.ignore_index ? 0 : 1;
+    if (args.weights == nullptr) continue;
+    FUSEDOPT_UNROLL
+    for (int i = 0; i < kTotalLoads; ++i) weight += weight_of(args, targets[i]);
   }
-  return part;
+  return {args.weights == nullptr ? double(valid) : weight, double(valid)};
 }
 
 FUSEDOPT_HD double loss_lane(const LossArgs& args, uint32_t lane) {
   double sum = 0;
-  for (int64_t i = lane; i < args.count; i += kTotalLanes) sum += args.losses[i];
+  FUSEDOPT_NO_UNROLL
+  for (int64_t begin = lane; begin < args.count; begin += kTotalRound) {
+    const int left = left_of_round(args.count, begin);
+    double losses[kTotalLoads];
+    FUSEDOPT_UNROLL
+    for (int i = 0; i < kTotalLoads; ++i)
+      losses[i] = i * kTotalLanes < left ? args.losses[begin + i * kTotalLanes] : 0;
+    FUSEDOPT_UNROLL
+    for (int i = 0; i < kTotalLoads; ++i) sum += losses[i];
+  }
   return sum;
 }
 

@@ -17,6 +17,7 @@ FUSEDOPT_HD double mse_lane(const MseWork& work, int64_t chunk, uint32_t lane) {
   using T = typename ElementTraits<Element>::Compute;
   constexpr int width = kQuadElements<Element>;
   constexpr int64_t stride = kWarp * width;
+  constexpr int kUnroll = 4;  // so many loads of each tensor are under way at a time
   const int64_t begin = chunk * kNormChunk;
   const int64_t left = work.numel - begin, count = left < kNormChunk ? left : kNormChunk;
   const auto* input = static_cast<const Element*>(work.input) + begin;
@@ -25,31 +26,44 @@ FUSEDOPT_HD double mse_lane(const MseWork& work, int64_t chunk, uint32_t lane) {
   const uintptr_t addresses = reinterpret_cast<uintptr_t>(input) |
                               reinterpret_cast<uintptr_t>(target) |
                               reinterpret_cast<uintptr_t>(work.gradient);
-  const bool whole = addresses % 16 == 0;
   const T twice_factor = T(2 * work.factor);
   double sums[width] = {};
-  for (int64_t at = int64_t(lane) * width; at < count; at += stride) {
-    Pack<Element, width> x, y, result;
-    if (whole && at + width <= count) {
-      x.load(input + at);
-      y.load(target + at);
+  int64_t at = int64_t(lane) * width;
+  if (addresses % 16 == 0) {
+    FUSEDOPT_NO_UNROLL
+    for (; at + width <= count; at += kUnroll * stride) {
+      Pack<Element, width> x[kUnroll], y[kUnroll];
       FUSEDOPT_UNROLL
-      for (int i = 0; i < width; ++i) {
-        const T difference = squared_error(T(widen(x.get(i))), T(widen(y.get(i))), sums[i]);
-        Element element;
-        narrow(squared_error_gradient(difference, twice_factor), element);
-        result.set(i, element);
+      for (int i = 0; i < kUnroll; ++i) {
+        if (at + i * stride + width > count) continue;
+        x[i].load(input + at + i * stride);
+        y[i].load(target + at + i * stride);
       }
-      if (work.gradient != nullptr) result.store(gradient + at);
-    } else {
       FUSEDOPT_UNROLL
-      for (int i = 0; i < width; ++i) {
-        if (at + i >= count) continue;
-        const T difference =
-            squared_error(T(widen(input[at + i])), T(widen(target[at + i])), sums[i]);
-        if (work.gradient != nullptr)
-          narrow(squared_error_gradient(difference, twice_factor), gradient[at + i]);
+      for (int i = 0; i < kUnroll; ++i) {
+        if (at + i * stride + width > count) continue;
+        FUSEDOPT_UNROLL
+        for (int j = 0; j < width; ++j) {
+          const T difference = squared_error(T(widen(x[i].get(j))), T(widen(y[i].get(j))), sums[j]);
+          Element element;
+          narrow(squared_error_gradient(difference, twice_factor), element);
+          x[i].set(j, element);
+        }
+        if (work.gradient != nullptr) x[i].store(gradient + at + i * stride);
       }
+    }
+    // What is left is less than a pack, of one lane.
+    const int64_t last = count - count % width;
+    at = last / width % kWarp == lane ? last : count;
+  }
+  for (; at < count; at += stride) {
+    FUSEDOPT_UNROLL
+    for (int i = 0; i < width; ++i) {
+      if (at + i >= count) continue;
+      const T difference =
+          squared_error(T(widen(input[at + i])), T(widen(target[at + i])), sums[i]);
+      if (work.gradient != nullptr)
+        narrow(squared_error_gradient(difference, twice_factor), gradient[at + i]);
     }
   }
   tree_sum<width>(sums);
