@@ -68,6 +68,12 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "first ignored": (SGD, "row.first != 0 ? g : ", ""),
         "maximize ignored": (SGD, "o.maximize != 0 ? -1 : 1", "1"),
         "no maximum in amsgrad": (ADAM, "second_moment = max_exp_avg_sq;", ""),
+        "direction by the other beta": (
+            LION,
+            "direction = moving_average<usual>(exp_avg, g, row.one_minus_beta1, row.beta1);",
+            "direction = moving_average<usual>(exp_avg, g, row.one_minus_beta2, row.beta2);",
+        ),
+        "decay not times lr": (LION, "o.lr * o.weight_decay", "o.weight_decay"),
         "alpha not warmed up": (ADEMAMIX, "row.slow_size *= step / o.alpha_warmup;", ";"),
         "slow average as fast": (
             ADEMAMIX,
