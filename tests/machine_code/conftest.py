@@ -68,6 +68,12 @@ def machine_of(api: MachineApi) -> Callable[[str], Machine]:
     return make
 
 
-@pytest.fixture(params=ARGUMENT)
+# Every architecture in make test-all, the first one otherwise.
+@pytest.fixture(
+    params=[
+        pytest.param(arch, marks=[pytest.mark.slow] if number else [])
+        for number, arch in enumerate(ARGUMENT)
+    ]
+)
 def machine(request: pytest.FixtureRequest, machine_of: Callable[[str], Machine]) -> Machine:
     return machine_of(request.param)

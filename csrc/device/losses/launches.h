@@ -7,6 +7,7 @@
 #include "cross_entropy.h"
 #include "mse.h"
 #include "scale.h"
+#include "totals.h"
 
 namespace fusedopt {
 
