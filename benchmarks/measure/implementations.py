@@ -19,6 +19,13 @@ def torch_fused_unavailable(setup: OptimizerSetup, device: torch.device) -> str 
     return None
 
 
+def codes_unavailable(setup: OptimizerSetup, device: torch.device) -> str | None:
+    """Why the states of this optimizer must not be codes, or None."""
+    if setup.class_name in ("AdEMAMix", "Adagrad", "Rprop"):
+        return "a state is like a weight, or grows for ever: errors of codes would add up in it"
+    return None
+
+
 FLOAT32 = (torch.float32,)
 GPU = ("cuda",)
 INT8 = {"state_dtype": "int8"}
@@ -58,7 +65,15 @@ IMPLEMENTATIONS = {
             ours=True,
             graph=True,
         ),
-        Implementation("fusedopt-int8", "fusedopt", INT8, dtypes=FLOAT32, exact=False, ours=True),
+        Implementation(
+            "fusedopt-int8",
+            "fusedopt",
+            INT8,
+            dtypes=FLOAT32,
+            exact=False,
+            ours=True,
+            unavailable=codes_unavailable,
+        ),
         Implementation(
             "torch-fused-copies",
             "torch.optim",
