@@ -46,6 +46,16 @@ struct HostWarp {
     };
     return Lane::tree(values, exchange).lanes[0];
   }
+  template <bool of_logits>
+  void store_gradient(const CrossEntropyWork& work, const ChunkTerms<T>& terms,
+                      const RowFactors& factors) {
+    for (Lane& lane : lanes) {
+      if (work.has_shares())
+        lane.store_gradient_with_shares(work, terms, factors);
+      else
+        lane.template store_gradient<of_logits>(work, terms, factors);
+    }
+  }
   ChunkTerms<T> begin(const CrossEntropyWork& work, int64_t row, int64_t chunk) {
     load(work, row, chunk);
     T maximum = lowest(T());
@@ -74,12 +84,7 @@ struct HostCrossEntropy {
     const RowFactors factors = finish_row<Element>(work, row, of_row, true, &scale);
     if (work.gradient.first == nullptr) return;
     terms.sum = T(scale);
-    for (auto& each : warp.lanes) {
-      if (work.has_shares())
-        each.store_gradient_with_shares(work, terms, factors);
-      else
-        each.template store_gradient<false>(work, terms, factors);
-    }
+    warp.template store_gradient<false>(work, terms, factors);
   }
 
   static void begin_chunk(const CrossEntropyArgs& args, int64_t row, int64_t chunk,
@@ -114,12 +119,7 @@ struct HostCrossEntropy {
     warp.load(args.work, row, chunk);
     const ChunkTerms<T>& terms = terms_of<T>(args, row, chunks)[chunk];
     const RowFactors& factors = *factors_of(args, row, chunks);
-    for (auto& each : warp.lanes) {
-      if (args.work.has_shares())
-        each.store_gradient_with_shares(args.work, terms, factors);
-      else
-        each.template store_gradient<true>(args.work, terms, factors);
-    }
+    warp.template store_gradient<true>(args.work, terms, factors);
   }
 
   // Tasks in any order: here backwards.
