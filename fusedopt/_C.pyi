@@ -17,6 +17,7 @@ class RuleInfo(TypedDict):
     variants: tuple[tuple[str, ...], ...]
     kinds: dict[str, str]
     beginnings: dict[str, str]
+    numbers: dict[str, float | str]
 
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...

@@ -17,15 +17,19 @@ from fusedopt.optimizers.adamax import Adamax
 from fusedopt.optimizers.adan import Adan
 from fusedopt.optimizers.ademamix import AdEMAMix
 from fusedopt.optimizers.adopt import ADOPT
+from fusedopt.optimizers.asgd import ASGD
 from fusedopt.optimizers.lion import Lion
+from fusedopt.optimizers.nadam import NAdam
 from fusedopt.optimizers.radam import RAdam
 from fusedopt.optimizers.rmsprop import RMSprop
 from fusedopt.optimizers.rprop import Rprop
+from fusedopt.optimizers.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 from fusedopt.optimizers.sgd import SGD
 
 __version__ = _C.version
 __all__ = [
     "ADOPT",
+    "ASGD",
     "SGD",
     "AdEMAMix",
     "Adadelta",
@@ -37,9 +41,12 @@ __all__ = [
     "FlatParameters",
     "Lion",
     "MemoryReport",
+    "NAdam",
     "RAdam",
     "RMSprop",
     "Rprop",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSGD",
     "isa",
     "memory_report",
     "nn",

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedopt._formats import CODE, MASTERS, ORDER, OWN_OPTIONS, SCALE, part_of
+from fusedopt._formats import CODE, MASTERS, NUMBERS, ORDER, OWN_OPTIONS, SCALE, part_of
 from fusedopt._members import Group, Member
 from fusedopt._rules import state_keys
 from fusedopt._sharded import local_of
@@ -150,8 +150,9 @@ def _check_loaded(member: Member, values: Any, needed: set[str]) -> None:
     )
     if lacking := _lacking_in(known, needed):
         raise ValueError(f"{where} lacks {', '.join(lacking)}")
-    if isinstance(step := known.get("step"), Tensor):
-        known["step"] = step.detach().cpu()
+    for key in NUMBERS & known.keys():
+        if isinstance(number := known[key], Tensor):
+            known[key] = number.detach().cpu()
     check_state(member, known)
     for key, value in known.items():
         if part_of(key) == SCALE and not bool(value.isfinite().all()):
@@ -196,7 +197,8 @@ def _check_filled(
     twice = sorted({key.removesuffix(CODE) for key in values if part_of(key) == CODE} & {*values})
     if twice:
         raise ValueError(f"{where} has {', '.join(twice)} in codes and without; {how}")
-    judged = {"step", *member.names, *(n + part for n in member.names for part in (CODE, SCALE))}
+    names = {*member.names} - NUMBERS
+    judged = {"step", *names, *(n + part for n in names for part in (CODE, SCALE))}
     tensors = {k: local_of(v) for k, v in values.items() if k in judged and isinstance(v, Tensor)}
     tensors = {k: v for k, v in tensors.items() if v.numel() > 0}
     # A checkpoint may also have been read into them.

@@ -13,7 +13,7 @@ from torch import Tensor
 from fusedopt._extension import _C
 from fusedopt._formats import MASTERS
 from fusedopt._members import Group, Member
-from fusedopt._rules import state_keys
+from fusedopt._rules import rule_info, state_keys
 
 FirstCounts = dict[Tensor, Tensor]
 
@@ -88,17 +88,23 @@ def lineages(
             replayed, nobody tells.
     """
     counts: dict[int, Tensor] = {}
+    others: dict[str, dict[int, Tensor]] = {}
     for member in members:
         if member.counts_on_device:
             param = member.param
-            count = state.get(param, {}).get("step", first_counts.get(param))
+            values = state.get(param, {})
+            count = values.get("step", first_counts.get(param))
             if count is not None:
                 counts[id(param)] = count
+                for key in rule_info(member.rule)["numbers"]:
+                    others.setdefault(key, {})[id(param)] = values[key]
     if captured or any(_C.is_capturing(count.device) for count in counts.values()):
         return {key: number for number, key in enumerate(counts, start=1)}
-    values = _values(counts)
-    numbers = {value: number for number, value in enumerate(sorted(set(values.values())), 1)}
-    return {key: numbers[value] for key, value in values.items()}
+    # Those with the same numbers go on to have them.
+    known = [_values(counts), *(_values(others[key]) for key in sorted(others))]
+    taken = {key: tuple(values.get(key, 0.0) for values in known) for key in counts}
+    numbers = {value: number for number, value in enumerate(sorted(set(taken.values())), 1)}
+    return {key: numbers[value] for key, value in taken.items()}
 
 
 def _values(counts: Mapping[int, Tensor]) -> dict[int, float]:

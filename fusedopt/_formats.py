@@ -41,6 +41,9 @@ MASTERS = frozenset(f.master_key for f in WITH_MASTER.values())
 (WHOLE_MASTER,) = {f.master_key for f in WITH_MASTER.values() if f.master_dtype == torch.float32}
 (REMAINDER,) = MASTERS - {WHOLE_MASTER}
 
+NUMBERS = frozenset({"step"}.union(*(rule["numbers"] for rule in _C.rules().values())))
+"""The keys under which a state has a number of the whole parameter, as its count of steps is."""
+
 # What a format puts in place of a rule's states, or beside them, and the dtypes that it may have.
 PARTS: Mapping[str, tuple[torch.dtype, ...]] = {
     CODE: (torch.uint8,),
@@ -140,7 +143,9 @@ class Format:
     def _keys(self, names: tuple[str, ...], master: str | None) -> tuple[str, ...]:
         keys: list[str] = ["step"] if self.stochastic or "step" in names else []
         for name in names:
-            if name != "step":
+            if name in NUMBERS:
+                keys += [name] if name not in keys else []
+            else:
                 keys += [name + CODE, name + SCALE] if self.codes else [name]
         if master is not None:
             keys.append(master)
@@ -149,7 +154,7 @@ class Format:
     def spec(self, key: str, param: Tensor) -> Spec:
         """What the tensor of a key has to be."""
         part = part_of(key)
-        if key == "step":
+        if key in NUMBERS:
             return Spec(torch.float32, ())
         if part is None:
             return Spec(self.state.to_complex() if param.is_complex() else self.state)
@@ -330,7 +335,7 @@ def related(keys: Iterable[str]) -> set[str]:
     result = {*MASTERS, ORDER}
     for key in keys:
         result.add(key)
-        if key != "step" and key not in PARTS:
+        if key not in NUMBERS and key not in PARTS:
             name = key.removesuffix(CODE).removesuffix(SCALE)
             result |= {name, name + CODE, name + SCALE}
     return result

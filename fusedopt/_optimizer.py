@@ -114,6 +114,9 @@ class FusedOptimizer(SteppingOptimizer):
         rule = self._rule_of(options)
         return Group(type(self).__name__, index, options, rule, self._unsafe_in_int8)
 
+    def _check_group(self, index: int, group: Mapping[str, Any]) -> None:
+        """Raise ValueError where options of a group make no sense together."""
+
     def _groups(self, param_groups: Iterable[dict[str, Any]] | None = None) -> list[Group]:
         """The parameter groups, or what these would be as such."""
         all_options = self.param_groups if param_groups is None else param_groups
@@ -134,6 +137,7 @@ class FusedOptimizer(SteppingOptimizer):
         added = self._group(index, self.param_groups[index])
         try:
             added.check_options()
+            self._check_group(index, added.options)
             if self._max_grad_norm is not None:
                 self._check_norm_group(added.params)
             # Others are looked at when they first have a gradient, as in torch.

@@ -21,6 +21,7 @@ from fusedopt._flat import find_buffer
 from fusedopt._formats import (
     CODE,
     MASTERS,
+    NUMBERS,
     OLD_REMAINDER,
     ORDER,
     PARTS,
@@ -71,11 +72,12 @@ def complete_states(
         _check_values(member, there)
         before = local_values(member, there, those)
         values = {k: before[k] for k in those if before.get(k) is not None}
-        if "step" in keys and values.keys() - {"step", *MASTERS}:
-            values.setdefault("step", None if rule_info(member.rule)["counts_steps"] else 0.0)
+        if values.keys() - NUMBERS - MASTERS:
+            for key in NUMBERS.intersection(keys):
+                values.setdefault(key, None if rule_info(member.rule)["counts_steps"] else 0.0)
         check_state(member, values)
         values = convert(values, member)
-        if any(values.get(k) is not before.get(k) for k in those - {"step"}):
+        if any(values.get(k) is not before.get(k) for k in those - NUMBERS):
             changed[param] = {k: v for k, v in there.items() if k not in those} | {
                 k: there[k] if v is before.get(k) else as_stored(member, k, v)
                 for k, v in values.items()
@@ -83,7 +85,7 @@ def complete_states(
         present = {k: values[k] for k in keys if k in values}
         wanted[param] = {k: v for k, v in present.items() if not fits(member, k, v)}
         if id(param) in new:
-            if not present.keys() - {"step", *MASTERS}:
+            if not present.keys() - NUMBERS - MASTERS:
                 begun.append(param)
             made = convert_states(initial_state(member, values), member)
             wanted[param].update({k: made.get(k) for k in keys if k not in present})
@@ -116,7 +118,7 @@ def is_begun(param: Tensor, state: Mapping[Tensor, Any], workspace: _C.Workspace
 def _rule_state(state: Mapping[Tensor, Any], param: Tensor) -> Tensor | None:
     """The first of the rule's states; None: there is none."""
     for key, value in values_of(state, param).items():
-        if key not in ("step", *MASTERS) and isinstance(value, Tensor):
+        if key not in NUMBERS | MASTERS and isinstance(value, Tensor):
             return value
     return None
 
@@ -144,17 +146,19 @@ def _check_values(member: Member, values: Any) -> None:
         )
 
 
-def initial_state(member: Member, values: Mapping[str, Any]) -> dict[str, Tensor]:
+def initial_state(member: Member, values: Mapping[str, Any]) -> dict[str, Any]:
     """The states, by the rule's names, that begin with something other than zero.
 
-    They are no copies: of the weights themselves, or views of one number.
+    They are no copies: numbers, the weights themselves, or views of one number.
 
     Args:
         values: what there is of its state.
     """
     local, codes = member.local.detach(), member.format.codes
     beginnings = rule_info(member.rule)["beginnings"]
-    made: dict[str, Tensor] = {}
+    made: dict[str, Any] = {}
+    for name, number in rule_info(member.rule)["numbers"].items():
+        made[name] = float(member.group.options[number]) if isinstance(number, str) else number
     for name in member.names:
         beginning = beginnings.get(name, "zero")
         if beginning == "parameter":
@@ -195,12 +199,12 @@ def allocate(
             together.setdefault(kind, []).append(member)
     for (key, device, dtype, _, _), alike in together.items():
         values = [made[member.param][key] for member in alike]
-        if key == "step":
+        if key in NUMBERS:
             tensors = _C.flat_steps([float(value or 0) for value in values], device)
         else:
             _, tensors = _C.flat_tensors([_like(member, key) for member in alike], dtype)
         for member, value, tensor in zip(alike, values, tensors, strict=True):
-            if key != "step" and value is not None:
+            if key not in NUMBERS and value is not None:
                 tensor.copy_(value.detach())
             made[member.param][key] = as_stored(member, key, tensor)
     return made
@@ -208,7 +212,7 @@ def allocate(
 
 def as_stored(member: Member, key: str, value: Any) -> Any:
     """A value of a member's state as it stands in the dictionary: sharded, as the parameter is."""
-    if not member.is_sharded or key == "step" or not isinstance(value, Tensor):
+    if not member.is_sharded or key in NUMBERS or not isinstance(value, Tensor):
         return value
     if key == ORDER:
         return order_of(member.param)
@@ -226,7 +230,7 @@ def local_values(member: Member, values: Mapping[str, Any], keys: Container[str]
     """
     result = dict(values)
     for key, value in values.items():
-        if key not in keys or key == "step" or not isinstance(value, Tensor):
+        if key not in keys or key in NUMBERS or not isinstance(value, Tensor):
             continue
         if key == ORDER:
             # Strides of the whole; those of the shard may be others.
@@ -274,7 +278,7 @@ def _check_placed(member: Member, key: str, value: Tensor) -> None:
 
 def home_of(member: Member, key: str) -> torch.device:
     """The device of a tensor of a member's state."""
-    on_host = key == "step" and not member.counts_on_device
+    on_host = key in NUMBERS and not member.counts_on_device
     return torch.device("cpu") if on_host else member.local.device
 
 
@@ -292,7 +296,7 @@ def fits(member: Member, key: str, value: Any) -> bool:
     spec = member.spec(key)
     if value.dtype != spec.dtype or value.device != home_of(member, key):
         return False
-    if key == "step":
+    if key in NUMBERS:
         return tuple(value.shape) in ((), (1,))
     if spec.shape is not None:
         return value.is_contiguous()
@@ -314,8 +318,8 @@ def check_state(member: Member, values: Mapping[str, Any]) -> None:
     param = member.local
     for key, value in values.items():
         where = member.where(key)
-        if key == "step":
-            _check_step(value, where)
+        if key in NUMBERS:
+            _check_number(key, value, where)
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{where} is a {type(value).__name__}; expected a tensor")
@@ -340,14 +344,14 @@ def check_state(member: Member, values: Mapping[str, Any]) -> None:
             )
 
 
-def _check_step(value: Any, where: str) -> None:
+def _check_number(key: str, value: Any, where: str) -> None:
     if not isinstance(value, Tensor | int | float):
         raise TypeError(f"{where} is a {type(value).__name__}; expected a number")
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"{where} has {value.numel()} elements; expected one")
     # Reading it elsewhere would wait for the device; a checkpoint is read in any case.
     known = not isinstance(value, Tensor) or value.device.type == "cpu"
-    if known and not float(value) >= 0:
+    if known and key == "step" and not float(value) >= 0:
         raise ValueError(f"{where} is {float(value)}; expected a count of steps")
 
 
@@ -396,7 +400,7 @@ def convert_states(values: Mapping[str, Any], member: Member) -> dict[str, Any]:
         elif name not in result:
             result[name] = decode(code, scale, old_order, local, squares(name))
     if codes:
-        for name in [k for k in result if part_of(k) is None and k != "step"]:
+        for name in [k for k in result if part_of(k) is None and k not in NUMBERS]:
             code, scale = encode(result.pop(name), local, squares(name))
             result |= {name + CODE: code, name + SCALE: scale}
     if any(part_of(k) == CODE for k in result):

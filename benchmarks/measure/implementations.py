@@ -21,7 +21,8 @@ def torch_fused_unavailable(setup: OptimizerSetup, device: torch.device) -> str 
 
 def codes_unavailable(setup: OptimizerSetup, device: torch.device) -> str | None:
     """Why the states of this optimizer must not be codes, or None."""
-    if setup.class_name in ("AdEMAMix", "Adagrad", "Rprop"):
+    of_weights = ("AdEMAMix", "Adagrad", "Rprop", "ASGD", "ScheduleFreeAdamW", "ScheduleFreeSGD")
+    if setup.class_name in of_weights:
         return "a state is like a weight, or grows for ever: errors of codes would add up in it"
     return None
 

@@ -135,6 +135,10 @@ OPTIMIZERS = {
         OptimizerSetup("Adamax", "Adamax", states=2),
         OptimizerSetup("Adadelta", "Adadelta", states=2),
         OptimizerSetup("Rprop", "Rprop", states=2),
+        OptimizerSetup("NAdam", "NAdam", states=2),
+        OptimizerSetup("ASGD", "ASGD", states=1),
+        OptimizerSetup("ScheduleFreeAdamW", "ScheduleFreeAdamW", states=2),
+        OptimizerSetup("ScheduleFreeSGD", "ScheduleFreeSGD", states=1),
         OptimizerSetup("AdamW-bf16", "AdamW", states=2, options=ADAMW, dtype=torch.bfloat16),
         OptimizerSetup(
             "AdamW-master", "AdamW", states=2, options=ADAMW, dtype=torch.bfloat16, masters=True
@@ -151,7 +155,10 @@ OPTIMIZERS = {
     )
 }
 PLAIN = ("AdamW", "SGD", "RMSprop")
-OTHERS = ("Lion", "AdEMAMix", "ADOPT", "Adan", "RAdam", "Adagrad", "Adamax", "Adadelta", "Rprop")
+OTHERS = (
+    *("Lion", "AdEMAMix", "ADOPT", "Adan", "RAdam", "Adagrad", "Adamax", "Adadelta", "Rprop"),
+    *("NAdam", "ASGD", "ScheduleFreeAdamW", "ScheduleFreeSGD"),
+)
 
 # With tensors as large as this only the memory's bandwidth counts, not how tensors lie or how a
 # step is launched.

@@ -32,6 +32,7 @@ from benchmarks.report.files import write_json
 from benchmarks.report.pages import show
 from benchmarks.report.tables import table
 from benchmarks.studies.trainings import DECAYS, LAST, STEPS, model_and_data
+from fusedopt.optimizers.schedule_free import ScheduleFree
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parents[1] / "results" / "convergence.json"
@@ -49,6 +50,7 @@ class Setup:
     rates: tuple[float, float, float]
     options: dict[str, Any] = field(default_factory=dict)
     decays: bool = True  # by the same weights as AdamW
+    scheduled: bool = True  # by half a cosine
 
 
 SETUPS = {
@@ -65,6 +67,10 @@ SETUPS = {
     "Adamax": Setup((1e-3, 3e-3, 1e-2), decays=False),
     "Adagrad": Setup((1e-2, 3e-2, 1e-1), decays=False),
     "Adadelta": Setup((1.0, 3.0, 10.0), decays=False),
+    "NAdam": Setup((1e-3, 3e-3, 1e-2), {"decoupled_weight_decay": True}),
+    "ASGD": Setup((0.3, 1.0, 3.0), decays=False),
+    "ScheduleFreeAdamW": Setup((3e-3, 1e-2, 3e-2), {"warmup_steps": 20}, scheduled=False),
+    "ScheduleFreeSGD": Setup((1.0, 3.0, 10.0), {"warmup_steps": 20}, False, scheduled=False),
     # For full batches: with small ones, of which gradients change their signs, only short steps do.
     "Rprop": Setup((1e-4, 3e-4, 1e-3), {"step_sizes": (1e-6, 1e-3)}, decays=False),
 }
@@ -79,7 +85,9 @@ def train(name: str, rate: float, steps: int) -> Json:
     if name == "Rprop":  # has no weight decay
         groups = one.model.parameters()
     optimizer = getattr(fusedopt, name)(groups, lr=rate, **setup.options)
-    scheduler = CosineAnnealingLR(optimizer, T_max=steps)
+    scheduler = CosineAnnealingLR(optimizer, T_max=steps) if setup.scheduled else None
+    if isinstance(optimizer, ScheduleFree):
+        optimizer.train()
     losses = []
     for inputs, targets in islice(one.batches, steps):
         optimizer.zero_grad()
@@ -87,8 +95,11 @@ def train(name: str, rate: float, steps: int) -> Json:
         loss = fusedopt.nn.functional.cross_entropy(logits, targets.flatten())
         loss.backward()
         optimizer.step()
-        scheduler.step()
+        if scheduler is not None:
+            scheduler.step()
         losses.append(loss.item())
+    if isinstance(optimizer, ScheduleFree):
+        optimizer.eval()
     inputs, targets = one.unseen
     with torch.no_grad():
         logits = one.model(inputs).flatten(0, -2)

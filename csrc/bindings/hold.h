@@ -27,6 +27,7 @@ class Hold {
     if (grad != nullptr) add(*grad);
     const int tensors = e.tensor_count + (e.count != nullptr ? 1 : 0);
     for (int k = 0; k < tensors; ++k) add(THPVariable_Unpack(e.tensors[k]));
+    for (int i = 0; e.numbers != nullptr && i < e.numbers->count(); ++i) add(e.numbers->tensor(i));
     for (int k = 0; k < e.part_count; ++k) add(THPVariable_Unpack(e.parts[k]));
     // Its version is asked for after the step.
     if (e.weights != nullptr) objects_.push_back(py::reinterpret_borrow<py::object>(e.master));

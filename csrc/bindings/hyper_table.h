@@ -18,6 +18,7 @@ namespace {
 struct CachedRow {
   const void* work;
   float taken;
+  NumberValues numbers;  // with the host
   bool first, float64;
   int lineage;
   int index;
@@ -78,6 +79,8 @@ class HyperTable {
     const float taken = e.count == nullptr || e.device_counts ? 0 : *e.count;
     const bool first = e.device_counts || e.first;
     const int lineage = e.device_counts ? e.lineage : -1;
+    const bool host_has_numbers = e.numbers != nullptr && !e.device_counts;
+    const NumberValues numbers = host_has_numbers ? e.numbers->values() : NumberValues{};
     Group& group = groups_[e.group];
     auto& cached = group.rows;
     // A group's parameters have few step counts, and those of the last ones most likely.
@@ -85,19 +88,24 @@ class HyperTable {
     for (auto it = cached.rbegin(); it != cached.rend() && it - cached.rbegin() < kMostLookedAt;
          ++it)
       if (it->taken == taken && it->lineage == lineage && it->first == first &&
-          it->float64 == e.float64 && it->work == &work)
+          it->float64 == e.float64 && it->work == &work && it->numbers == numbers)
         return it->index;
-    const int index = make_row(e, group, taken, first, work);
-    cached.push_back({&work, taken, first, e.float64, lineage, index});
+    const int index = make_row(e, group, taken, numbers, first, work);
+    cached.push_back({&work, taken, numbers, first, e.float64, lineage, index});
     return index;
   }
 
  private:
-  int make_row(const Entry& e, Group& group, float taken, bool first, DeviceWork& work) {
+  int make_row(const Entry& e, Group& group, float taken, const NumberValues& numbers, bool first,
+               DeviceWork& work) {
     const RuleInfo& rule = *group.rule;
     GroupOptions& options = group.options;
-    if (options.any_on_device && !all_on(work.device, options))
+    const bool host_has_numbers = e.numbers != nullptr && !e.device_counts;
+    // What numbers become may depend on any option.
+    if (options.any_on_device && (host_has_numbers || !all_on(work.device, options)))
       OptionReader::of(rule).fetch(optimizer_, e.group, options);
+    for (size_t i = 0; host_has_numbers && i < rule.numbers.size(); ++i)
+      options.values[rule.numbers[i]] = numbers[i];
     const int index = int(work.notes.size());
     const bool source_of_row = makes_rows(work.device);
     HyperRow row{};
@@ -106,13 +114,21 @@ class HyperTable {
     constexpr double late = 1e6;
     rule.row(options.values.data(), source_of_row ? late : double(taken) + 1,
              source_of_row ? e.first : first, e.float64, row);
-    work.notes.push_back({&rule, e.float64, group.variant_info().zero_stays_zero(row, e.float64)});
+    RowNote note{&rule, e.float64, group.variant_info().zero_stays_zero(row, e.float64)};
+    if (host_has_numbers) {
+      if (source_of_row) rule.row(options.values.data(), double(taken) + 1, first, e.float64, row);
+      for (size_t i = 0; i < rule.numbers.size(); ++i)
+        note.next_numbers[i] = rule.next(int(i), e.float64, row);
+    }
+    work.notes.push_back(note);
     if (!source_of_row) {
       work.rows.push_back(row);
       return index;
     }
     RowSource source{};
     for (size_t i = 0; i < rule.options.size(); ++i) set_option(source, options, int(i));
+    for (size_t i = 0; e.numbers != nullptr && e.device_counts && i < rule.numbers.size(); ++i)
+      source.set(rule.numbers[i], OptionKind::float32, e.numbers->address(int(i)));
     source.count = e.device_counts ? e.count : nullptr;
     source.taken = taken;
     source.row = uint32_t(index);

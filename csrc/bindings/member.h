@@ -5,13 +5,14 @@
 #pragma once
 
 #include <array>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "flat.h"
 #include "formats.h"
+#include "numbers.h"
 #include "stored.h"
-#include "work.h"
 #include "workspace.h"
 
 namespace fusedopt {
@@ -26,8 +27,8 @@ struct MemberInfo {
   py::object param;
   std::string name;
   bool duplicate;  // the same parameter again: it is stepped once
-  // The keys of its state: the count of steps, where there is one, the rule's states in order,
-  // codes followed by their scales, and then the master.
+  // The keys of its state: the count of steps, where there is one, numbers, the rule's states in
+  // order, codes followed by their scales, and then the master.
   py::tuple keys;
   uintptr_t flat_grad;        // where its gradient lies in a flat buffer, else 0
   at::ScalarType state_type;  // a byte: codes and scales
@@ -65,9 +66,10 @@ struct Member {
   uintptr_t flat_grad = 0;
   bool idle = false;  // it has had no gradient, and nobody has looked at it
   bool counts_steps = false;
-  bool in_order = true;    // states have the strides of a dense parameter
-  bool on_device = false;  // the count, or that there is none, is the device's affair
-  bool dense = true;       // its elements, as they are, fill one run of memory
+  std::unique_ptr<Numbers> numbers;  // null: none
+  bool in_order = true;              // states have the strides of a dense parameter
+  bool on_device = false;            // the count, or that there is none, is the device's affair
+  bool dense = true;                 // its elements, as they are, fill one run of memory
   bool contiguous = true;
 
   at::ScalarType scalar = at::kFloat;
@@ -76,6 +78,11 @@ struct Member {
   c10::Device device = c10::kCPU;
   std::vector<int64_t> strides;
   std::vector<int64_t> order;  // the strides of states that are not in codes
+
+  // The place of the first state among the keys.
+  size_t first_state() const {
+    return (counts_steps ? 1 : 0) + (numbers ? size_t(numbers->count()) : 0);
+  }
 };
 
 // What every step reads of one parameter, apart from its Member as it is read by all steps. Where a
@@ -89,8 +96,9 @@ struct Entry {
   int part_count = 0;                               // tensors of the coding
   int group = 0;
   int in_group = 0;
-  Span span{};             // but for what the step finds: grad, row and offset
-  float* count = nullptr;  // of its steps
+  Span span{};                 // but for what the step finds: grad, row and offset
+  float* count = nullptr;      // of its steps
+  Numbers* numbers = nullptr;  // of its member
   DeviceWork* work = nullptr;
   const void* flat_grad = nullptr;  // where its gradient lies in a flat buffer, else null
   int64_t padding = 0;              // reals behind it, where it and its states lie in slots
@@ -145,11 +153,11 @@ void set_count(PyObject* count, Entry& e) {
 bool is_wanted(const Member& m, const Entry& e, size_t key, const at::Tensor& tensor) {
   const at::Tensor& local = THPVariable_Unpack(e.local);
   if (tensor.layout() != at::kStrided || tensor.requires_grad()) return false;
-  if (m.counts_steps && key == 0)
+  if (key < m.first_state())
     return tensor.scalar_type() == at::kFloat && tensor.numel() == 1 &&
            tensor.device() == (m.on_device ? m.device : c10::Device(c10::kCPU));
   if (tensor.device() != m.device) return false;
-  const size_t place = key - (m.counts_steps ? 1 : 0), states = size_t(e.tensor_count);
+  const size_t place = key - m.first_state(), states = size_t(e.tensor_count);
   const bool in_codes = m.state_type == at::kByte;
   if (in_codes && place < 2 * states && place % 2 == 1) {  // scales
     const Blocks blocks{e.span.numel, row_of(tensor, e.span.numel)};
@@ -200,7 +208,7 @@ void set_tensors(const StateTensors& in_dictionary, const StateTensors& tensors,
   m.tensors = in_dictionary;
   m.locals = tensors;
   bool by_rows = false;
-  size_t next = m.counts_steps ? 1 : 0;
+  size_t next = m.first_state();
   e.part_count = 0;
   const auto take_part = [&] {
     PyObject* const part = tensors[next++];
@@ -229,6 +237,8 @@ void set_tensors(const StateTensors& in_dictionary, const StateTensors& tensors,
     e.coding.master = take_part();
   }
   if (m.counts_steps) set_count(tensors[0], e);
+  if (m.numbers)
+    for (int i = 0; i < m.numbers->count(); ++i) m.numbers->set(i, tensors[1 + i]);
   if (e.coded) set_pieces(by_rows, m, e);
 }
 
@@ -254,8 +264,8 @@ std::pair<Member, Entry> make_idle_member(py::handle param) {
 
 // A member and its entry, from what Python says of it. Of groups and lineages they know nothing
 // yet, nor of states.
-std::pair<Member, Entry> make_member(const MemberInfo& info, int state_count,
-                                     Workspace& workspace) {
+std::pair<Member, Entry> make_member(const MemberInfo& info, const RuleInfo& rule,
+                                     const VariantInfo& variant, Workspace& workspace) {
   PyObject* const local = dtensors.local(info.param.ptr());
   TORCH_INTERNAL_ASSERT(local != nullptr, info.name, " has no memory");
   const at::Tensor& tensor = THPVariable_Unpack(local);
@@ -264,6 +274,7 @@ std::pair<Member, Entry> make_member(const MemberInfo& info, int state_count,
   m.name = info.name;
   m.keys = info.keys;
   m.counts_steps = info.counts_steps;
+  if (!rule.numbers.empty()) m.numbers = std::make_unique<Numbers>(int(rule.numbers.size()));
   m.flat_grad = info.flat_grad;
   m.first_count = info.on_device ? info.first_count : std::nullopt;
   m.scalar = tensor.scalar_type();
@@ -290,7 +301,8 @@ std::pair<Member, Entry> make_member(const MemberInfo& info, int state_count,
   e.float64 = m.dtype == DType::float64;
   e.param_size = uint8_t(size_of(m.dtype));
   e.state_size = uint8_t(c10::elementSize(info.state_type));
-  e.tensor_count = state_count;
+  e.tensor_count = int(variant.states.size());
+  e.numbers = m.numbers.get();
   e.coded = is_coded(info, m.dtype);
   e.span.param = const_cast<void*>(tensor.unsafeGetTensorImpl()->data());
   e.span.numel = e.coding.row = tensor.numel() * (tensor.is_complex() ? 2 : 1);
@@ -315,9 +327,17 @@ bool has_same_state(const Entry& e) {
     if (address_of(e.tensors[k]) != e.span.states[k]) return false;
   for (int k = 0; k < e.part_count; ++k)
     if (address_of(e.parts[k]) != e.part_addresses[k]) return false;
+  if (e.numbers != nullptr && !e.numbers->are_same(e.device_counts)) return false;
   if (e.count == nullptr) return true;
   PyObject* count = e.tensors[e.tensor_count];
   return address_of(count) == e.count && (!e.device_counts || version_of(count) == e.count_version);
+}
+
+// Counts, with the host, the step that a parameter has taken.
+void count_step(Entry& e) {
+  if (e.count == nullptr || e.device_counts) return;
+  *e.count += 1;
+  if (e.numbers != nullptr) e.numbers->advance();
 }
 
 // Whether a remainder belongs to other weights than those that there are.

@@ -72,10 +72,14 @@ class OptionReader {
     options.any_on_device = false;
     for (size_t i = 0; i < rule_.options.size(); ++i) {
       const OptionInfo& option = rule_.options[i];
+      if (option.in_state) {
+        options.values[i] = option.initial;
+        continue;
+      }
       const auto what = [&] { return describe(optimizer, g, i); };
       PyObject* value = PyDict_GetItem(group, keys_[i].ptr());
       if (value == nullptr && option.may_be_missing) {
-        options.values[i] = 0;
+        options.values[i] = option.initial;
         continue;
       }
       if (value == nullptr) throw py::key_error(what() + " is missing");

@@ -50,7 +50,7 @@ class Plan {
   void add(const MemberInfo& info) {
     const Group& group = table_.groups().back();
     const VariantInfo& variant = group.variant_info();
-    auto [m, e] = make_member(info, int(variant.states.size()), *workspace_);
+    auto [m, e] = make_member(info, *group.rule, variant, *workspace_);
     if (m.first_count) set_count(m.first_count->ptr(), e);
     if (m.keys.empty()) set_padding(m, e);
     if (!e.duplicate) {
@@ -307,7 +307,7 @@ class Plan {
   // A state that was made for this step has to be what was made.
   void check_first(Entry& e) {
     const Member& m = members_[size_t(&e - entries_.data())];
-    const size_t made = m.counts_steps ? 1 : 0;
+    const size_t made = m.first_state();
     e.first = made < m.keys.size() && workspace_->is_begun(e.param, m.tensors[made]);
     if (!e.first) workspace_->has_stepped(e.param);
   }
@@ -329,7 +329,7 @@ class Plan {
     if (is_outdated(e)) outdated_.push_back(at);
     activate(e, at);
     if (e.span.numel == 0) {
-      if (e.device_counts) e.work->advance(e.count);
+      spans_.add_none(e);
     } else if (!m.dense || !m.in_order) {
       spans_.add_gathered(e, members_[at], local, grad);
     } else if (!is_in_order(local, grad)) {
@@ -381,7 +381,7 @@ class Plan {
       const size_t at = position(i);
       if (found_[at] == nullptr) continue;
       Entry& e = entries_[at];
-      if (e.count != nullptr && !e.device_counts) *e.count += 1;
+      count_step(e);
       e.first = false;
       bump_version(e.local);
       if (e.sharded) bump_version(e.param);

@@ -21,6 +21,7 @@ py::tuple state_names(const std::string& optimizer, const std::string& rule_name
   OptionReader::of(rule).read(optimizer, group.ptr(), index, options);
   py::list names;
   if (rule.counts_steps) names.append("step");
+  for (const int number : rule.numbers) names.append(rule.options[number].key);
   const int variant = rule.first_variant + rule.variant(options.values.data());
   for (const State& state : registry().variants[variant].states) names.append(state.key);
   return py::tuple(names);
@@ -39,13 +40,19 @@ const char* beginning_of(const State& state) {
                                                 : state.option;
 }
 
-// Of each rule by name: whether it counts steps, the keys of each variant's states, and of each
-// state its kind and what it begins with.
+// Of each rule by name: whether it counts steps, the keys of each variant's states, of each state
+// its kind and what it begins with, and what each number begins as: a number, or the key of an
+// option.
 py::dict rules() {
   py::dict result;
   for (const auto& rule : registry().rules) {
     py::list variants;
-    py::dict kinds, beginnings;
+    py::dict kinds, beginnings, numbers;
+    for (const int number : rule.numbers) {
+      const OptionInfo& option = rule.options[number];
+      numbers[option.key] = option.begins_as == nullptr ? py::object(py::float_(option.initial))
+                                                        : py::object(py::str(option.begins_as));
+    }
     for (int v = 0; v < rule.variant_count; ++v) {
       py::list keys;
       for (const State& state : registry().variants[rule.first_variant + v].states) {
@@ -60,6 +67,7 @@ py::dict rules() {
     info["variants"] = py::tuple(variants);
     info["kinds"] = kinds;
     info["beginnings"] = beginnings;
+    info["numbers"] = numbers;
     result[rule.name] = info;
   }
   return result;

@@ -31,6 +31,12 @@ class Spans {
   // Of a parameter whose gradient has been checked.
   void add(Entry& e, Member& m, const void* grad) { add(e, m, e.coding, grad); }
 
+  // Likewise of one without elements, whose steps are counted.
+  void add_none(Entry& e) {
+    if (e.device_counts) e.work->advance(e.count);
+    if (e.numbers != nullptr) take_row(e);
+  }
+
   // Likewise, of one whose gradient lies in another order.
   void add_copied(Entry& e, Member& m, const at::Tensor& grad) {
     add(e, m, e.coding, gathered_.copy(grad, m.order));
@@ -55,13 +61,19 @@ class Spans {
   void release() { gathered_.clear(); }
 
  private:
+  int take_row(const Entry& e) {
+    const int row = table_.row(e, *e.work);
+    if (e.numbers != nullptr) e.numbers->take(row, e.device_counts, *e.work);
+    return row;
+  }
+
   // The coding is that of the entry that the plan has.
   void add(const Entry& e, Member& m, Coding& coding, const void* grad) {
     DeviceWork& work = *e.work;
     if (e.device_counts) work.advance(e.count);
     Span span = e.span;
     span.grad = grad;
-    span.row = table_.row(e, work);
+    span.row = take_row(e);
     if (e.coded) {
       if (e.count != nullptr && !e.device_counts) coding.step = uint32_t(*e.count) + 1;
       span.coding = &coding;

@@ -14,8 +14,8 @@
 namespace fusedopt {
 namespace {
 
-// A count, the states with their scales, and a master.
-constexpr int kMostTensors = 2 * kMaxStates + 2;
+// A count, numbers, the states with their scales, and a master.
+constexpr int kMostTensors = 2 * kMaxStates + kMaxNumbers + 2;
 using StateTensors = std::array<PyObject*, kMostTensors>;  // borrowed from the dictionary
 
 // What a tensor is, so that another one in its place can be walked over likewise.

@@ -4,6 +4,7 @@
 // What a step has to do on one device.
 #pragma once
 
+#include <array>
 #include <deque>
 #include <vector>
 
@@ -18,9 +19,12 @@ struct RowNote {
   const RuleInfo* rule;
   bool float64;
   bool keeps_zero;  // whether parameters that are zero stay so, as padding has to
+  std::array<float, kMaxNumbers> next_numbers{};  // what those with the host become
 };
 
 struct DeviceWork {
+  explicit DeviceWork(c10::Device device) : device(device) { last_ranges_.fill(-1); }
+
   c10::Device device;
   std::vector<Span> spans;
   std::vector<RowNote> notes;      // of each row
@@ -41,6 +45,7 @@ struct DeviceWork {
     counts.clear();
     for (auto& of_cut : gradients) of_cut.clear();
     open_padding = 0;
+    last_ranges_.fill(-1);
   }
 
   static int64_t chunks(const std::vector<GradSpan>& of_cut) {
@@ -53,11 +58,24 @@ struct DeviceWork {
     of_cut.push_back({grad, numel, chunks(of_cut), dtype});
   }
 
-  void advance(float* count) {
-    if (counts.empty() || counts.back().counts + counts.back().size != count)
-      counts.push_back({count, 0});
-    ++counts.back().size;
+  void advance(float* count) { change(count, 0, 0); }
+  // One of the numbers of a state becomes the value of a place in a row.
+  void set_from_row(int number, float* address, int row, int place, bool float64) {
+    change(address, CountRange::from_row(uint32_t(row), place, float64), 1 + number);
   }
+
+ private:
+  void change(float* address, uint32_t source, int which) {
+    int& last = last_ranges_[which];
+    if (last < 0 || counts[last].counts + counts[last].size != address ||
+        counts[last].source != source) {
+      last = int(counts.size());
+      counts.push_back({address, 0, source});
+    }
+    ++counts[last].size;
+  }
+
+  std::array<int, 1 + kMaxNumbers> last_ranges_;  // of counts, and of each number; -1: none
 };
 
 // A step looks its devices up often, and holds pointers to them.
@@ -66,7 +84,7 @@ using Works = std::deque<DeviceWork>;
 DeviceWork& work_on(c10::Device device, Works& works) {
   for (auto& work : works)
     if (work.device == device) return work;
-  works.push_back({device});
+  works.emplace_back(device);
   return works.back();
 }
 

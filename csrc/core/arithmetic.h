@@ -186,4 +186,12 @@ FUSEDOPT_HD double logarithm(double x) {
   return (x >= 0x1p-1022) & (x < infinity) ? result : of_special;
 }
 
+// base^exponent of a base that is not negative, exact to a few units in the last place for each e
+// that it is away from 1.
+FUSEDOPT_HD double power(double base, double exponent) {
+  if (exponent == 0) return 1;
+  const double x = exponent * logarithm(base);
+  return x > 0 ? 1 / exponential(-x) : exponential(x);
+}
+
 }  // namespace fusedopt

@@ -19,7 +19,9 @@ namespace fusedopt {
 struct OptionInfo {
   const char* key;
   int element;
-  bool on_device, may_be_missing;
+  bool on_device, may_be_missing, in_state;
+  double initial;
+  const char* begins_as;
 };
 
 struct VariantInfo {
@@ -34,9 +36,25 @@ struct RuleInfo {
   std::vector<OptionInfo> options;
   int first_variant, variant_count;  // in Registry::variants
   int (*variant)(const double* options);
+  std::vector<int> numbers;  // those of the options that stand in the parameter's state
+  int row_values;            // how many a row has
   void (*row)(const double* options, double step, bool first, bool float64, HyperRow& out);
   // Multiplies what the row multiplies gradients by.
   void (*scale_gradient)(double factor, bool float64, HyperRow& row);
+
+  // The place, among the values of a row, of what a number becomes.
+  int place_of_next(int number) const { return row_values - int(numbers.size()) + number; }
+  float next(int number, bool float64, const HyperRow& row) const {
+    const int place = place_of_next(number);
+    double wide;
+    float narrow;
+    if (float64) {
+      memcpy(&wide, row.bytes + place * sizeof wide, sizeof wide);
+      return float(wide);
+    }
+    memcpy(&narrow, row.bytes + place * sizeof narrow, sizeof narrow);
+    return narrow;
+  }
 };
 
 struct CombinationInfo {
@@ -156,8 +174,11 @@ inline const Registry& registry() {
       info.name = Rule::name;
       info.counts_steps = Rule::counts_steps;
       for (const auto& option : Rule::options)
-        info.options.push_back(
-            {option.key, option.element, option.on_device, option.may_be_missing});
+        info.options.push_back({option.key, option.element, option.on_device, option.may_be_missing,
+                                option.in_state, option.initial, option.begins_as});
+      for (int i = 0; i < int(info.options.size()); ++i)
+        if (info.options[i].in_state) info.numbers.push_back(i);
+      info.row_values = int(sizeof(typename Rule::template Row<double>) / sizeof(double));
       info.first_variant = int(r.variants.size());
       info.variant_count = Rule::Variants::size;
       info.variant = [](const double* o) { return Rule::variant(detail::options_from<Rule>(o)); };

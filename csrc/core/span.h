@@ -37,6 +37,13 @@ constexpr int most_options(TypeList<Members...>) {
 }
 
 template <class... Members>
+constexpr int most_numbers(TypeList<Members...>) {
+  int most = 0;
+  ((most = larger(most, number_count<Members>)), ...);
+  return most;
+}
+
+template <class... Members>
 constexpr int most_row_bytes(TypeList<Members...>) {
   int most = 0;
   ((most = larger(most, int(sizeof(typename Members::template Row<double>)))), ...);
@@ -47,6 +54,7 @@ constexpr int most_row_bytes(TypeList<Members...>) {
 
 constexpr int kMaxStates = detail::most_states_of_rules(Rules{});
 constexpr int kMaxOptions = detail::most_options(Rules{});
+constexpr int kMaxNumbers = detail::most_numbers(Rules{});
 constexpr int kRowAlignment = 16;
 constexpr int kRowBytes =
     (detail::most_row_bytes(Rules{}) + kRowAlignment - 1) / kRowAlignment * kRowAlignment;

@@ -117,35 +117,47 @@ inline __attribute__((always_inline)) void run(std::index_sequence<k...> states,
       static_cast<typename Types::State*>(span.states[k])...);
 }
 
-#if defined(FUSEDOPT_F16C)
-// float16 is converted by the processor's own instructions, which no compiler takes in a loop over
-// scalars: a piece at a time, beside the streams, in the L1 cache. They give the bits of widen()
-// and narrow().
+// float16 is converted a piece at a time, beside the streams, in the L1 cache: one loop over
+// float32 does for all combinations of dtypes, and the processor's own instructions can convert,
+// which no compiler takes in a loop over scalars. They give the bits of widen() and narrow().
 constexpr int kPiece = 256;
-constexpr int kLanes = 8;
 
 template <class Element>
 inline __attribute__((always_inline)) Element* fetch(Element* from, Element*, int64_t) {
   return from;
 }
 inline __attribute__((always_inline)) float* fetch(const float16* from, float* piece, int count) {
+#if defined(FUSEDOPT_F16C)
   int i = 0;
-  for (; i + kLanes <= count; i += kLanes)
+  for (; i + 8 <= count; i += 8)
     _mm256_store_ps(piece + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
   for (; i < count; ++i) piece[i] = widen(from[i]);
+#else
+  for (int64_t i = 0; i < count; ++i) piece[i] = widen(from[i]);
+#endif
   return piece;
 }
 
 inline __attribute__((always_inline)) void put_back(const float*, float*, int64_t) {}
 inline __attribute__((always_inline)) void put_back(const float* piece, float16* to, int count) {
+#if defined(FUSEDOPT_F16C)
   int i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
+  for (; i + 8 <= count; i += 8) {
     const __m256 values = _mm256_loadu_ps(piece + i);
     const __m256 is_nan = _mm256_cmp_ps(values, values, _CMP_UNORD_Q);
     const __m256 canonical = _mm256_blendv_ps(values, _mm256_set1_ps(__builtin_nanf("")), is_nan);
     _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(canonical, _MM_FROUND_TO_NEAREST_INT));
   }
   for (; i < count; ++i) narrow(piece[i], to[i]);
+#else
+  for (int64_t i = 0; i < count; ++i) narrow(piece[i], to[i]);
+#endif
+}
+
+template <bool usual, class Variant, class Row>
+__attribute__((noinline)) void update_piece(const Span& piece, const Row& row) {
+  run<usual, Variant, fusedopt::Types<float, float, float>>(States<Variant>{}, piece, row, 0,
+                                                            piece.numel);
 }
 
 template <bool usual, class Variant, class Types, class Row>
@@ -160,14 +172,12 @@ inline __attribute__((always_inline)) void run_pieces(const Span& span, const Ro
     Span piece{fetch(param, params, count), fetch(grad, grads, count), {}, count, 0, 0, 0, nullptr};
     for (int k = 0; k < Variant::state_count; ++k)
       piece.states[k] = fetch(static_cast<State*>(span.states[k]) + i, states[k], count);
-    run<usual, Variant, fusedopt::Types<float, float, float>>(States<Variant>{}, piece, row, 0,
-                                                              count);
+    update_piece<usual, Variant>(piece, row);
     put_back(params, param, count);
     for (int k = 0; k < Variant::state_count; ++k)
       put_back(states[k], static_cast<State*>(span.states[k]) + i, count);
   }
 }
-#endif
 
 #include "update_coded.h"
 
@@ -181,10 +191,8 @@ inline __attribute__((always_inline)) void run_best(const Span& span, const Row&
                                 std::is_same<typename Types::State, bfloat16>::value;
   if constexpr (std::is_same<Types, Coded>::value) {
     run_blocks<usual, Variant>(span, row, begin, end);
-#if defined(FUSEDOPT_F16C)
   } else if constexpr (std::is_same<Param, float16>::value) {
     run_pieces<usual, Variant, Types>(span, row, begin, end);
-#endif
   } else {
     constexpr States<Variant> states;
     if constexpr (all_bfloat16) begin = run_pairs<usual, Variant>(states, span, row, begin, end);

@@ -42,10 +42,29 @@ struct RowSource {
   static_assert(kKindBits * kMaxOptions <= 32, "kinds has too few bits");
 };
 
-// Step counts that lie one behind the other and are advanced by one.
+// Step counts that lie one behind the other and are advanced by one, or numbers that become what
+// stands in a row.
 struct CountRange {
   float* counts;
   uint32_t size;
+  uint32_t source = 0;  // 0: each becomes one more; else see from_row
+
+  // The value of this place in a row of the table.
+  static uint32_t from_row(uint32_t row, int place, bool float64) {
+    constexpr uint32_t words = sizeof(HyperRow) / sizeof(float);
+    return 2 * (row * words + uint32_t(place) * (float64 ? 2 : 1)) + (float64 ? 3 : 2);
+  }
+  FUSEDOPT_HD float next(const HyperRow* rows) const {
+    const unsigned char* value = rows->bytes + size_t(source / 2 - 1) * sizeof(float);
+    double wide = 0;
+    float narrow = 0;
+    if (source % 2 != 0) {
+      memcpy(&wide, value, sizeof wide);
+      return float(wide);
+    }
+    memcpy(&narrow, value, sizeof narrow);
+    return narrow;
+  }
 };
 
 // The kernel's whole argument: row sources from the front of data, ranges from its back.
@@ -86,7 +105,7 @@ FUSEDOPT_HD void prepare_row(const RowSource& source, HyperRow* rows) {
   rows[source.row] = row;
 }
 
-// All rows come before any count is advanced: a barrier lies between the two phases.
+// All rows come before any count or number changes: a barrier lies between the two phases.
 template <class Rule>
 FUSEDOPT_HD void prepare_rows(const PrepareArgs& args, uint32_t thread, uint32_t threads) {
   if (thread == 0 && args.sets_control != 0) set_control(args.factor, 0, *args.control);
@@ -98,7 +117,8 @@ FUSEDOPT_HD void advance_counts(const PrepareArgs& args, uint32_t thread, uint32
   if (skipped(args.factor)) return;
   for (uint32_t r = 0; r < args.ranges; ++r) {
     const CountRange& range = args.range(r);
-    for (uint32_t i = thread; i < range.size; i += threads) range.counts[i] += 1;
+    for (uint32_t i = thread; i < range.size; i += threads)
+      range.counts[i] = range.source == 0 ? range.counts[i] + 1 : range.next(args.rows);
   }
 }
 

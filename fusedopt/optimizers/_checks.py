@@ -32,6 +32,20 @@ def check_betas(optimizer: str, betas: Any, count: int) -> None:
             )
 
 
+def decay_options(cautious: bool) -> dict[str, Any]:
+    """Options of a group that torch's classes do not have, where they are asked for."""
+    return {"cautious_weight_decay": True} if cautious else {}
+
+
+def check_cautious_decay(optimizer: str, index: int, group: Mapping[str, Any]) -> None:
+    """Raise ValueError where decay that is part of the gradient is to be cautious."""
+    if group.get("cautious_weight_decay") and not group.get("decoupled_weight_decay", True):
+        raise ValueError(
+            f"{optimizer}: group {index}: cautious_weight_decay=True is for decoupled decay only; "
+            "give decoupled_weight_decay=True"
+        )
+
+
 def number_in(value: Any) -> float | None:
     """The number that a value is; None where it is none, or lies on a device."""
     if isinstance(value, Tensor):

@@ -1,5 +1,6 @@
 """Adam and AdamW."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,6 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from fusedopt._formats import storage_options
 from fusedopt._optimizer import FusedOptimizer
+from fusedopt.optimizers._checks import check_cautious_decay, decay_options
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -39,6 +41,11 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             captured into a CUDA graph. A replay follows lr, betas and weight_decay where
             these are tensors on that device; any other option stays as it was.
         differentiable: must be False.
+        cautious_weight_decay: decoupled decay only of elements that the step does not move away
+            from zero, as in Chen et al., Cautious Weight Decay (arXiv:2510.12402).
+        first_moment: False keeps no exp_avg: :math:`g` stands for :math:`m / (1 - \beta_1^t)`, as
+            with a beta of 0, and the first of betas is not looked at. What is saved then is no
+            state of torch.optim.Adam.
         state_dtype: dtype of exp_avg, exp_avg_sq and max_exp_avg_sq: by default torch.float32
             (float64 for float64 parameters); torch.bfloat16 for bfloat16 and float32 parameters,
             torch.float16 for float16 ones, or "int8": a byte each and a scale for every 256.
@@ -62,7 +69,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
     exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq, in the parameter's shape.
 
     Raises:
-        ValueError: as torch.optim.Adam; for differentiable=True, NaN options, a negative
+        ValueError: as torch.optim.Adam; for cautious_weight_decay of decay that is not decoupled,
+            differentiable=True, NaN options, a negative
             max_grad_norm, parameters that overlap in memory, and choices of storage that make no
             sense together.
         TypeError: for a state_dtype that is not supported.
@@ -90,6 +98,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        cautious_weight_decay: bool = False,
+        first_moment: bool = True,
         state_dtype: torch.dtype | str | None = None,
         min_8bit_size: int = 4096,
         master_bits: int | None = None,
@@ -113,7 +123,13 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             "decoupled_weight_decay": decoupled_weight_decay,
         }
         options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        options |= decay_options(cautious_weight_decay)
+        if not first_moment:
+            options["first_moment"] = False
         self._init(options, flat, max_grad_norm, args, differentiable, norm_group)
+
+    def _check_group(self, index: int, group: Mapping[str, Any]) -> None:
+        check_cautious_decay(type(self).__name__, index, group)
 
 
 class AdamW(FusedOptimizer, torch.optim.AdamW):
@@ -147,6 +163,8 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        cautious_weight_decay: bool = False,
+        first_moment: bool = True,
         state_dtype: torch.dtype | str | None = None,
         min_8bit_size: int = 4096,
         master_bits: int | None = None,
@@ -169,4 +187,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
             "fused": fused,
         }
         options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        options |= decay_options(cautious_weight_decay)
+        if not first_moment:
+            options["first_moment"] = False
         self._init(options, flat, max_grad_norm, args, differentiable, norm_group)

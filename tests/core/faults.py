@@ -15,10 +15,14 @@ RULES = {
     f"core/rules/{name.lower()}.h": name
     for name in (
         *("Adam", "Sgd", "RmsProp", "Lion", "AdEMAMix", "Adopt", "Adan"),
-        *("Adamax", "Adadelta", "RAdam", "Adagrad", "Rprop"),
+        *("Adamax", "Adadelta", "RAdam", "Adagrad", "Rprop", "NAdam", "Asgd"),
     )
-}
-ADAM, SGD, RMSPROP, LION, ADEMAMIX, ADOPT, ADAN, ADAMAX, ADADELTA, RADAM, ADAGRAD, RPROP = RULES
+} | {"core/rules/schedule_free.h": "ScheduleFreeAdamW"}
+ADAM, SGD, RMSPROP, LION, ADEMAMIX, ADOPT, ADAN, ADAMAX, ADADELTA, RADAM, ADAGRAD, RPROP, *REST = (
+    RULES
+)
+NADAM, ASGD, SCHEDULE_FREE = REST
+AVERAGE = "core/rules/average.h"
 ARITHMETIC, BLOCKS, CODES, CONTROL, DTYPE, NORM, RANDOM = (
     f"core/{name}.h"
     for name in ("arithmetic", "blocks", "codes", "control", "dtype", "norm", "random")
@@ -31,7 +35,7 @@ TILE, CODED_TILE, LANES, QUICK, NORM_TILE, PREPARE, DEVICE_STEP = (
     for name in ("update", "update_coded", "lanes", "quick_math", "norm", "prepare", "step")
 )
 
-BIAS = "correction1 = one_minus_power(o.beta1, (long long)(step"
+BIAS = "? one_minus_power(o.beta1, (long long)(step"
 EPS = "corrected_eps(o.eps, correction2)"
 DECAY = "row.coupled_decay = o.decoupled_weight_decay != 0 ? 0 : o.weight_decay;"
 COUPLED = "row.coupled_decay = o.weight_decay; if (true) row.decoupled_decay = 0; else"
@@ -51,6 +55,7 @@ RULES_OF_CHECKS = {"conversions": "Sgd", "multiply-add": "Sgd"}
 RULES_OF_FAULTS = {
     "same bits: sign of a zero lost": "RmsProp",
     "prepare: first at any count": "Sgd",
+    "reference: decay where it goes against": "Lion",
 }
 
 # What is planted in which file, under the check that has to catch it.
@@ -98,6 +103,15 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "sum forgets": (ADAGRAD, "multiply_add(g, g, sum)", "multiply_add(g, g, T(0.9) * sum)"),
         "step back": (RPROP, "g = agreement < 0 ? T(0) : g;", ""),
         "steps of any length": (RPROP, "length > row.longest ? row.longest : length", "length"),
+        "decay where it goes against": (AVERAGE, "cautious != 0 && against", "cautious != 0"),
+        "a moment of nothing": (ADAM, "T moment = g;", "T moment = 0;"),
+        "product of one mu": (NADAM, "o.mu_product * mu;", "mu;"),
+        "mu of the next step": (NADAM, "mu = momentum(o, step),", "mu = momentum(o, step + 1),"),
+        "eta of this step": (ASGD, "row.lr = o.eta;", "row.lr = o.lr;"),
+        "average of the last": (ASGD, "row.mu = o.mu;", "row.mu = 1;"),
+        "weights not added up": (SCHEDULE_FREE, "o.weight_sum + weight;", "weight;"),
+        "no warm-up": (SCHEDULE_FREE, "step < o.warmup_steps ?", "false ?"),
+        "average not moved": (SCHEDULE_FREE, "(-row.step_size, change,", "(0, change,"),
         "tail skipped by the loop": (LOOP, "i < end; ++i", "i < end - end % 8; ++i"),
         "tail skipped by the tile": (TILE, "i < s.numel)", "i < s.numel - s.numel % 8)"),
     },
@@ -169,7 +183,9 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
     "prepare": {
         "counts before rows": (DEVICE_STEP, "if (source == step.source_count)", "if (true)"),
         "counts of a skipped step": (PREPARE, "if (skipped(args.factor)) return;", ""),
-        "counts not advanced": (PREPARE, "counts[i] += 1;", "counts[i] += 0;"),
+        "counts not advanced": (PREPARE, "range.counts[i] + 1 :", "range.counts[i] :"),
+        "numbers counted": (PREPARE, "range.source == 0 ?", "true ?"),
+        "numbers of another row": (PREPARE, "2 * (row * words", "2 * ((row + 1) * words"),
         "counts of one turn": (PREPARE, RANGE, RANGE.replace("+= threads", "+= range.size")),
         "ranges of one launch": (DEVICE_STEP, "|| range < step.count_ranges) {", ") {"),
         "sources of one turn": (PREPARE, SOURCE, SOURCE.replace("+= threads", "+= args.sources")),

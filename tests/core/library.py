@@ -16,7 +16,7 @@ Options = Mapping[str, Any]
 GRADIENT = np.dtype(
     [("grad", "u8"), ("numel", "i8"), ("first_chunk", "i8"), ("dtype", "u1")], align=True
 )
-COUNT_RANGE = np.dtype([("counts", "u8"), ("size", "u4")], align=True)
+COUNT_RANGE = np.dtype([("counts", "u8"), ("size", "u4"), ("source", "u4")], align=True)
 
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
 """In the order in which the core numbers them."""

@@ -43,6 +43,9 @@ class Preparation:
         self.ranges["counts"] = self.counts.ctypes.data + 4 * starts
         self.ranges["size"] = sizes
         self.places = [np.arange(a, a + b) for a, b in zip(starts, sizes, strict=True)]
+        # Some become what stands in a row, others one more; of these, rows are made.
+        self.from_rows = random.random(len(sizes)) < 0.3
+        counted = [p for p, taken in zip(self.places, self.from_rows, strict=True) if not taken]
 
         # The values that count, those of the options and where they are in memory.
         self.values = np.zeros((count, core.layout.options))
@@ -68,12 +71,20 @@ class Preparation:
         self.sources["row"] = random.permutation(count)
 
         taken = np.array([step - 1 for *_, step in cases], np.float32)
-        self.place = np.concatenate(self.places)[:count][::-1]
+        self.place = np.concatenate(counted)[:count][::-1]
         self.place = np.where(random.random(count) < 0.5, self.place, -1)
         in_memory = self.place >= 0
         self.counts[self.place[in_memory]] = taken[in_memory]
         self.sources["count"] = np.where(in_memory, self.counts.ctypes.data + 4 * self.place, 0)
         self.sources["taken"] = np.where(in_memory, 0, taken)
+
+        # Which source's row, and which value of it.
+        self.made_by = random.integers(0, count, len(sizes))
+        self.value = random.integers(0, core.layout.row.itemsize // 8, len(sizes))
+        wide = self.sources["float64"][self.made_by]
+        words = core.layout.row.itemsize // 4 * self.sources["row"][self.made_by]
+        place = words + np.where(wide, 2, 1) * self.value
+        self.ranges["source"] = np.where(self.from_rows, 2 * place + np.where(wide, 3, 2), 0)
 
     @property
     def arrays(self) -> list[np.ndarray]:
@@ -93,6 +104,13 @@ class Preparation:
             )
         return rows
 
+    def _value_of(self, number: int, rows: np.ndarray) -> np.float32:
+        """What the numbers of a range become."""
+        source = self.sources[self.made_by[number]]
+        dtype = np.float64 if source["float64"] else np.float32
+        values = rows[1 + source["row"]].view(dtype)
+        return np.float32(values[self.value[number]])
+
     def check(
         self, sources: int, ranges: int, skip: bool = False, prepare: Prepare | None = None
     ) -> None:
@@ -100,12 +118,15 @@ class Preparation:
         what = f"{self.rule}: {sources} sources, {ranges} ranges, skip {skip}"
         want_rows, want_counts = self.rows(sources), self.counts.copy()
         if not skip:
-            for places in self.places[:ranges]:
-                want_counts[places] += 1
+            for number, places in enumerate(self.places[:ranges]):
+                if self.from_rows[number]:
+                    want_counts[places] = self._value_of(number, want_rows)
+                else:
+                    want_counts[places] += 1
         rows = np.full_like(want_rows, 0xAA)
         prepare = prepare or partial(self.core.prepare_rows, self.rule)
         prepare(self.sources[:sources], self.ranges[:ranges], skip, rows[1:])
-        wrong = np.flatnonzero(self.counts != want_counts)
+        wrong = np.flatnonzero(self.counts.view(np.uint32) != want_counts.view(np.uint32))
         assert not len(wrong), (
             f"{what}: {len(wrong)} counts are wrong, first {wrong[0]}: "
             f"{self.counts[wrong[0]]}, not {want_counts[wrong[0]]}"

@@ -219,7 +219,10 @@ void run_prepare(int rule, size_t source_count, size_t range_count) {
   for (size_t i = 0; i < range_count; ++i) {
     const uint32_t size = i == 0 ? 1000 : i % 4;
     counts.emplace_back(new float[size]());
-    ranges[i] = {counts.back().get(), size};
+    const uint32_t row = uint32_t(i % std::max<size_t>(source_count, 1));
+    const bool wide = (source_count - 1 - row) % 5 == 0;
+    const uint32_t source = i % 3 == 2 && source_count > 0 ? CountRange::from_row(row, 1, wide) : 0;
+    ranges[i] = {counts.back().get(), size, source};
   }
   for (size_t i = 0; i < source_count; ++i) {
     RowSource& source = sources[i];

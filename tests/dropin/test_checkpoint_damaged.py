@@ -17,6 +17,8 @@ from support.training import (
 )
 from torch.optim import Optimizer
 
+from fusedopt._formats import NUMBERS
+
 every_class = pytest.mark.parametrize("case", RICHEST, ids=str)
 
 
@@ -37,7 +39,7 @@ DAMAGED = [
     for damage in DAMAGES
     # A step is one number, whatever its dtype; where nothing counts steps, and the only state is
     # missing, the first step is to come.
-    if not (key == "step" and damage in ("dtype", "complex"))
+    if not (key in NUMBERS and damage in ("dtype", "complex"))
     and not (damage == "missing" and not case.row.counts_steps)
 ]
 
@@ -67,7 +69,7 @@ def test_damaged_state_is_refused(case: Case, key: str, damage: str) -> None:
         optimizer.load_state_dict(state_dict)
     assert case.ours.__name__ in str(error.value) and key in str(error.value)
     assert ("layer3.weight" if named else "parameter 3 of group 0") in str(error.value)
-    if damage == "shape" and key != "step":
+    if damage == "shape" and key not in NUMBERS:
         assert "(3, 3)" in str(error.value) and str(SHAPES[3]) in str(error.value)
     assert_unchanged(optimizer, before)
     # And it is as good as before.

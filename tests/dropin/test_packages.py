@@ -22,9 +22,10 @@ REQUIREMENTS = (
     "adan-pytorch==0.1.0",
     "lion-pytorch==0.2.5",
     "pytorch-optimizer==4.1.0",
+    "schedulefree==1.4.1",
     "torch-optimi==0.3.3",
 )
-MODULES = ("adan_pytorch", "lion_pytorch", "optimi", "pytorch_optimizer")
+MODULES = ("adan_pytorch", "lion_pytorch", "optimi", "pytorch_optimizer", "schedulefree")
 FOLDER = Path(__file__).parents[2] / "build" / "packages" / "_".join(REQUIREMENTS)
 
 # No scalars: pytorch-optimizer cannot clip their gradients.
@@ -85,6 +86,8 @@ class Pair:
     first: Options = field(default_factory=dict)  # what their group has in the first step
     first_gradient: float = 1.0  # what the first gradient is multiplied by
     most: float = 1e-12  # the largest difference, as a part of the way that a parameter went
+    their_name: str | None = None  # None: that of ours
+    averages: bool = False  # train() before, and eval() and train() after half of the steps
 
 
 LION_SETTINGS: dict[str, Options] = {
@@ -160,6 +163,12 @@ def adan_of_adan_pytorch(options: Options) -> Options:
     return options | {"betas": tuple(1 - beta for beta in betas)}
 
 
+SCHEDULE_FREE: dict[str, Options] = {
+    "default": {},
+    "warmup": {"warmup_steps": 7, "weight_decay": 0.1},
+    "weights": {"warmup_steps": 30, "weight_decay": 0.01, "r": 0.5, "weight_lr_power": 1.5},
+}
+
 PAIRS = [
     Pair(fusedopt.Lion, "lion_pytorch", LION_SETTINGS),
     Pair(fusedopt.Lion, "pytorch_optimizer", LION_SETTINGS),
@@ -189,6 +198,23 @@ PAIRS = [
     ),
     # The norm of the gradients is float32 there, whatever they are.
     Pair(fusedopt.Adan, "pytorch_optimizer", ADAN_CLIPPED, adan_of_pytorch_optimizer, most=1e-6),
+    # Their sums of weights are float64, ours float32.
+    Pair(
+        fusedopt.ScheduleFreeAdamW,
+        "schedulefree",
+        SCHEDULE_FREE | {"short-memory": {"betas": (0.6, 0.4), "eps": 1e-3}},
+        most=1e-6,
+        their_name="AdamWScheduleFree",
+        averages=True,
+    ),
+    Pair(
+        fusedopt.ScheduleFreeSGD,
+        "schedulefree",
+        SCHEDULE_FREE | {"short-memory": {"momentum": 0.3}},
+        most=1e-6,
+        their_name="SGDScheduleFree",
+        averages=True,
+    ),
     # Not with no_prox: adam_wd should be the same, but their step does not hand it on.
     Pair(fusedopt.Adan, "optimi", ADAN_SETTINGS, adan_of_optimi),
 ]
@@ -205,6 +231,7 @@ def trained(
     start: list[Tensor],
     gradients: list[list[Tensor]],
     first: Options,
+    averages: bool,
 ) -> list[Tensor]:
     """What parameters become, with options of their group that are for the first step only."""
     params = [value.clone().requires_grad_() for value in start]
@@ -212,12 +239,19 @@ def trained(
     (group,) = stepped.param_groups
     usual = {key: group[key] for key in first}
     group |= first
-    for now in gradients:
+    found: list[Tensor] = []
+    for number, now in enumerate(gradients):
+        if averages and number == 0:
+            stepped.train()
+        if averages and number == STEPS // 2:
+            stepped.eval()
+            found = [param.detach().clone() for param in params]
+            stepped.train()
         for param, gradient in zip(params, now, strict=True):
             param.grad = gradient.clone()  # some write into it
         stepped.step()
         group |= usual
-    return [param.detach() for param in params]
+    return found + [param.detach() for param in params]
 
 
 @pytest.mark.usefixtures("packages")
@@ -226,19 +260,23 @@ def test_agrees(pair: Pair, options: Options) -> None:
     options = {"lr": 1e-2} | options
     package = importlib.import_module(pair.package)
     assert FOLDER in Path(package.__file__ or "").parents  # not what else may be installed
-    their_class = getattr(package, pair.ours.__name__)
+    their_class = getattr(package, pair.their_name or pair.ours.__name__)
     start = [torch.randn(shape, dtype=torch.float64) for shape in SHAPES]
     # Of many lengths, so that some are clipped and some are not.
     gradients = [[torch.randn_like(p) * torch.randn(()).exp() for p in start] for _ in range(STEPS)]
     gradients[0] = [pair.first_gradient * gradient for gradient in gradients[0]]
 
-    ours = trained(lambda params: pair.ours(params, **options), start, gradients, {})
+    ours = trained(lambda params: pair.ours(params, **options), start, gradients, {}, pair.averages)
     their_options = pair.theirs(options)
     theirs = trained(
-        lambda params: their_class(params, **their_options), start, gradients, pair.first
+        lambda params: their_class(params, **their_options),
+        start,
+        gradients,
+        pair.first,
+        pair.averages,
     )
     differences = [
         float((a - b).abs().max() / (b - before).abs().max())
-        for a, b, before in zip(ours, theirs, start, strict=True)
+        for a, b, before in zip(ours, theirs, start * (1 + pair.averages), strict=True)
     ]
     assert max(differences) <= pair.most

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 import fusedopt
 from fusedopt import _checkpoint, _masters, _members, _optimizer, _states
+from fusedopt._formats import NUMBERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_class = pytest.mark.parametrize("case", RICHEST, ids=str)
@@ -67,7 +68,7 @@ def change_state(act: Callable[[dict[str, Any]], object]) -> Callable[[Any], obj
 
 
 def first_tensor(values: dict[str, Any]) -> str:
-    return next(key for key in values if key != "step")
+    return next(key for key in values if key not in NUMBERS)
 
 
 DAMAGES: dict[str, Callable[[Any], object]] = {

@@ -27,6 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
 
 import fusedopt
+from fusedopt._formats import NUMBERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_class = pytest.mark.parametrize("case", RICHEST, ids=str)
@@ -110,7 +111,7 @@ def test_states_of_one_parameter_dropped(case: Case) -> None:
         watched = watch(optimizer.state[p].values())
         del optimizer.state[p]
         assert_free(watched)
-        key = next(key for key in case.state_keys if key != "step")
+        key = next(key for key in case.state_keys if key not in NUMBERS)
         watched = watch([optimizer.state[q][key]])
         optimizer.state[q][key] = optimizer.state[q][key] * 2
         assert_free(watched)
@@ -154,13 +155,13 @@ def test_states_replaced_by_rounded_copies(case: Case, way: str) -> None:
         train(one, range(2))
     for p, q in zip(params_of(optimizer), params_of(twin), strict=True):
         for key, value in twin.state[q].items():
-            if key != "step":
+            if key not in NUMBERS:
                 value.copy_(optimizer.state[p][key].bfloat16())
-    watched = watch(v for s in states_of(optimizer) for k, v in s.items() if k != "step")
+    watched = watch(v for s in states_of(optimizer) for k, v in s.items() if k not in NUMBERS)
     for p in params_of(optimizer):
-        rounded = {k: v.bfloat16() for k, v in optimizer.state[p].items() if k != "step"}
+        rounded = {k: v.bfloat16() for k, v in optimizer.state[p].items() if k not in NUMBERS}
         if way == "dictionaries":
-            count = {k: v for k, v in optimizer.state[p].items() if k == "step"}
+            count = {k: v for k, v in optimizer.state[p].items() if k in NUMBERS}
             optimizer.state[p] = count | rounded
         elif way == "tensors":
             optimizer.state[p].update(rounded)
@@ -170,7 +171,7 @@ def test_states_replaced_by_rounded_copies(case: Case, way: str) -> None:
     assert_free(watched)
     rounded.clear()
     value = None
-    watched = watch(v for s in states_of(optimizer) for k, v in s.items() if k != "step")
+    watched = watch(v for s in states_of(optimizer) for k, v in s.items() if k not in NUMBERS)
     for one in (optimizer, twin):
         train(one, range(2, 4))
     assert_free(watched)  # the rounded ones, as wider ones have taken their places

@@ -20,6 +20,8 @@ from support.training import (
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fusedopt._formats import NUMBERS
+
 SHAPES = ((9, 5), (17,), ())
 # How states come into shared memory, with the shape of a count.
 WAYS = {
@@ -48,7 +50,7 @@ def shared(case: Case, way: str, cls: Any) -> Optimizer:
         for p in params:
             state: dict[str, Tensor] = {}
             for key in case.row.ordered_keys(case.options):
-                state[key] = torch.zeros(WAYS[way]) if key == "step" else torch.zeros_like(p)
+                state[key] = torch.zeros(WAYS[way]) if key in NUMBERS else torch.zeros_like(p)
             optimizer.state[p].update({k: v.detach() for k, v in state.items()})
     for p in params:
         p.share_memory_()
@@ -143,7 +145,7 @@ def test_views_of_one_shared_buffer(case: Case) -> None:
         begin = 1
         for p in params_of(optimizer):
             for key, value in optimizer.state[p].items():
-                if key != "step":
+                if key not in NUMBERS:
                     view = buffer[begin : begin + value.numel()].view(value.shape)
                     optimizer.state[p][key] = view.copy_(value)
                     begin += value.numel()

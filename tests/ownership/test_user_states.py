@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import fusedopt
+from fusedopt._formats import NUMBERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_class = pytest.mark.parametrize("case", RICHEST, ids=str)
@@ -219,7 +220,7 @@ def renewed(
 
     def change_states(values: dict[str, Any]) -> None:
         for key in values:
-            if key != "step":
+            if key not in NUMBERS:
                 values[key] = change(values[key])
 
     if order == "deleted first":
@@ -288,7 +289,7 @@ def test_points_added_and_pruned(case: Case, order: str) -> None:
         # The states of one attribute reset, without another number of points.
         values = optimizer.state[params_of(optimizer)[1]]
         for key in values:
-            if key != "step":
+            if key not in NUMBERS:
                 values[key] = torch.zeros_like(values[key])
         train(optimizer, range(step + 2, step + 4))
         if order != "never deleted":
@@ -355,10 +356,10 @@ def test_tensors_are_stepped_where_they_lie(case: Case, put: str, parameter: str
                 values = dict(optimizer.state[p])
             else:
                 values = {
-                    k: torch.zeros(()) if k == "step" else torch.zeros_like(p).detach()
+                    k: torch.zeros(()) if k in NUMBERS else torch.zeros_like(p).detach()
                     for k in case.row.ordered_keys(case.options)
                 }
-            laid = {k: lay(v) if k != "step" else v.clone() for k, v in values.items()}
+            laid = {k: lay(v) if k not in NUMBERS else v.clone() for k, v in values.items()}
             if put == "with its dictionary":
                 optimizer.state[p] = laid
             else:
@@ -371,7 +372,7 @@ def test_tensors_are_stepped_where_they_lie(case: Case, put: str, parameter: str
         for p, values, alias, old in zip(params, mine, aliases, before, strict=True):
             for key, value in values.items():
                 assert optimizer.state[p][key] is value
-                if key == "step" or value.numel() > 10:  # few may come to be what they were
+                if key in NUMBERS or value.numel() > 10:  # few may come to be what they were
                     assert not torch.equal(alias[key], old[key])
                 assert_same_bits(alias[key], value.detach())
         # Nor does anything that is planned anew take them away.
@@ -451,7 +452,7 @@ def test_another_dtype_is_converted_in_the_same_dictionary(case: Case, dtype: to
     for p, entry in zip(params_of(optimizer), mine, strict=True):
         assert optimizer.state[p] is entry
         for key, value in entry.items():
-            assert value.dtype == (torch.float32 if key == "step" else torch.float64)
+            assert value.dtype == (torch.float32 if key in NUMBERS else torch.float64)
     assert_same_bits(params_of(optimizer), params_of(twin))
     assert_same_bits(states_of(optimizer), states_of(twin))
 
@@ -467,7 +468,7 @@ def test_memory_exchanged_under_a_tensor(case: Case, how: str) -> None:
         for p in params_of(optimizer):
             for key in case.state_keys:
                 value = optimizer.state[p][key]
-                other = value * 2 if key != "step" else value + 1
+                other = value * 2 if key not in NUMBERS else value + 1
                 if how == "data":
                     value.data = other
                 elif how == "set_":

@@ -75,6 +75,7 @@ def test_what_bounds_a_step() -> None:
         **{"AdamW": 28, "SGD": 20, "RMSprop": 20, "AdamW-bf16": 14, "AdamW-master": 26},
         **{"AdamW-clip": 32, "AdamW-pipeline": 32, "Lion": 20, "AdEMAMix": 36, "ADOPT": 28},
         **{"Adan": 44, "RAdam": 28, "Adagrad": 20, "Adamax": 28, "Adadelta": 28, "Rprop": 28},
+        **{"NAdam": 28, "ASGD": 20, "ScheduleFreeAdamW": 28, "ScheduleFreeSGD": 20},
     }
 
 

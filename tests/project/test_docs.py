@@ -10,6 +10,7 @@ from test_new_optimizer import PLACES
 
 import fusedopt
 from fusedopt._extension import _C
+from fusedopt._formats import NUMBERS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,7 +77,7 @@ def test_states_of_optimizers_are_as_listed(name: str) -> None:
     param.grad = torch.ones_like(param)
     optimizer = make([param], **options)
     optimizer.step()
-    states = {key: value for key, value in optimizer.state[param].items() if key != "step"}
+    states = {key: value for key, value in optimizer.state[param].items() if key not in NUMBERS}
     assert [f"`{key}`" for key in states] == keys.split(", ")
     assert int(size) == sum(value.itemsize for value in states.values())
     try:
@@ -85,7 +86,7 @@ def test_states_of_optimizers_are_as_listed(name: str) -> None:
         assert codes == "-"
     else:
         optimizer.step()
-        states = {key: value for key, value in optimizer.state[param].items() if key != "step"}
+        states = {key: value for key, value in optimizer.state[param].items() if key not in NUMBERS}
         assert codes == f"{sum(value.nbytes for value in states.values()) / param.numel():.2f}"
 
 

@@ -16,6 +16,7 @@ from support.training import RICHEST, Case, assert_equal, make_params, params_of
 from torch import nn
 
 import fusedopt
+from fusedopt._formats import NUMBERS
 
 every_class = pytest.mark.parametrize("case", RICHEST, ids=str)
 
@@ -109,7 +110,9 @@ def test_first_step_allocates_the_state_and_little_more(case: Case) -> None:
     optimizer = case.ours(make_params(shapes=((1000,),) * 30), **case.options)
     set_grads(params_of(optimizer), 0)
     size = allocated(optimizer.step)
-    states = [s for p in params_of(optimizer) for k, s in optimizer.state[p].items() if k != "step"]
+    states = [
+        s for p in params_of(optimizer) for k, s in optimizer.state[p].items() if k not in NUMBERS
+    ]
     assert size < sum(-(-s.numel() // 64) * 256 for s in states) + 10_000
 
 
@@ -204,7 +207,7 @@ def test_a_state_outlives_its_optimizer(case: Case) -> None:
     params = make_params()
     optimizer = case.ours(params, **case.options)
     train(optimizer, range(2))
-    state = next(s for k, s in optimizer.state[params[0]].items() if k != "step")
+    state = next(s for k, s in optimizer.state[params[0]].items() if k not in NUMBERS)
     value = state.clone()
     del optimizer, params
     gc.collect()
@@ -282,7 +285,7 @@ def test_module_to_by_swapping(case: Case, flat: bool) -> None:
                 assert p.dtype == dtype
                 wide = torch.float64 if dtype == torch.float64 else torch.float32
                 for key, value in optimizer.state[p].items():
-                    assert value.dtype == (torch.float32 if key == "step" else wide)
+                    assert value.dtype == (torch.float32 if key in NUMBERS else wide)
         optimizers.append(optimizer)
     assert_equal(*optimizers)
 

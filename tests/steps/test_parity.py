@@ -140,20 +140,30 @@ def test_parity(case: str, dtype: torch.dtype, state_dtype: torch.dtype, device:
     assert_parity(ours.wide(), theirs, reference)
 
 
+def nearest_in_torch(group: Options) -> Options:
+    """eps outside of the root as large as it has to be; no first moment but with a beta of 0."""
+    group = dict(group)
+    if group.get("eps_inside_sqrt"):
+        group["eps"] = group["eps"] ** 0.5
+    if not group.get("first_moment", True):
+        group["betas"] = (0.0, group.get("betas", (0.9, 0.999))[1])
+    return group
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=short)
 @pytest.mark.parametrize("case", sorted(BY_ID.keys() - COMPARED.keys()))
 def test_options_that_torch_lacks(case: str, dtype: torch.dtype, device: str) -> None:
-    """eps inside the root: as exact as torch with eps, as large as it has to be, outside."""
+    """As exact as torch with options that come nearest."""
     row, options = BY_ID[case]
     groups = make_groups(row, options, dtype)
     data = realistic(dtype, dtype, groups.total, STEPS)
     ours = train(row.ours, groups, data, device).wide()
     reference = expected(row, groups, data)
-    outside = [
-        {k: v for k, v in {**group, "eps": group["eps"] ** 0.5}.items() if k not in row.ours_only}
+    nearest = [
+        {k: v for k, v in nearest_in_torch(group).items() if k not in row.ours_only}
         for group in groups.options
     ]
-    in_torch = replace(groups, options=outside)
+    in_torch = replace(groups, options=nearest)
     theirs = train(row.theirs, in_torch, data, device, **LOOP).wide()
     torch_reference = expected(row, in_torch, data)
     assert ours.keys() == reference.keys()
@@ -162,6 +172,11 @@ def test_options_that_torch_lacks(case: str, dtype: torch.dtype, device: str) ->
             np.abs(ours[key] - reference[key]),
             np.abs(theirs[key] - torch_reference[key]),
         )
+        if options.get("cautious_weight_decay"):
+            # Whether there is decay may hang on the sign of what is nearly zero.
+            apart = error > 2.1 * torch_error.max()
+            assert apart.mean() < 1e-4
+            error, torch_error = error[~apart], torch_error[~apart]
         assert error.max() <= 2.1 * torch_error.max(), key
         assert error.mean() <= 1.05 * torch_error.mean(), key
 
@@ -198,6 +213,8 @@ EXTREME = [torch.inf, -torch.inf, torch.nan, 1e30, -1e30, 1e-42, -0.0, 1e20]
 def test_an_element_lives_and_dies_as_in_torch(case: str, gradient: float, device: str) -> None:
     """By one gradient that is not finite, overflows when squared, or is too small for that."""
     row, options = BY_ID[case]
+    if row.theirs is torch.optim.NAdam and gradient == 1e20:
+        gradient = 1e19  # torch divides the average by 1 - beta2, so that it overflows all the same
     grads = torch.randn(6, 3)
     grads[2, 1] = gradient
     data = Data(torch.tensor([-1.0, 0.5, 2.0]), grads)

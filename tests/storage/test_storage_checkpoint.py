@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import fusedopt
+from fusedopt._formats import NUMBERS
 
 every_class = pytest.mark.parametrize("case", RICHEST, ids=str)
 every_class_in_codes = pytest.mark.parametrize("case", RICHEST_IN_CODES, ids=str)
@@ -175,7 +176,7 @@ def assert_near(case: Case, ours: Optimizer, theirs: list[dict[str, Any]], codes
     for a, b in zip(mine, theirs, strict=True):
         assert a.keys() == b.keys()
         for key in a:
-            if key == "step" or not b[key].numel():
+            if key in NUMBERS or not b[key].numel():
                 assert_same_bits(a[key], b[key])
                 continue
             largest = float(b[key].abs().max())
@@ -237,8 +238,8 @@ def test_states_are_converted(case: Case, of: str, to: str) -> None:
     for state in states_of(other):
         for key, value in state.items():
             assert key != "step" or float(value) == 5
-            assert (key.endswith(("_code", "_scale", "_stride")) or key == "step") == (
-                to == "int8" or key == "step"
+            assert (key.endswith(("_code", "_scale", "_stride")) or key in NUMBERS) == (
+                to == "int8" or key in NUMBERS
             )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fusedopt._extension import _C
+from fusedopt._formats import NUMBERS
 
 from .optimizers import Options, Row
 from .reference import Array, Store, unrounded
@@ -161,8 +162,8 @@ class Result:
     optimizer: Optimizer = field(repr=False)
 
     def wide(self) -> dict[str, Array]:
-        """The values as numpy arrays, exactly."""
-        return {k: widened(value) for k, value in self.values.items()}
+        """The values of all elements as numpy arrays, exactly."""
+        return {k: widened(value) for k, value in self.values.items() if k not in NUMBERS}
 
 
 def widened(value: Tensor) -> Array:
@@ -275,6 +276,8 @@ def train(
         members = [state[key] for state in states if key in state]
         if key == "step":
             assert {float(step) for step in members} == {len(data.grads)}
+        elif key in NUMBERS:
+            values[key] = torch.stack([number.cpu() for number in members])
         else:
             values[key] = reals(members)
             if key == "master_remainder":  # no numbers, whatever their dtype
@@ -313,4 +316,8 @@ def expected(
             for low in range(begin, end, piece)
         ]
         results = [task.result() for task in tasks]
-    return {key: np.concatenate([part[key] for part in results]) for key in results[0]}
+    return {
+        key: np.concatenate([part[key] for part in results])
+        for key in results[0]
+        if key not in NUMBERS
+    }

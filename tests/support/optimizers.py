@@ -31,6 +31,8 @@ class Row:
     counts_steps: bool = True
     ours_only: frozenset[str] = frozenset()  # options that torch does not have
     begins: Begins = field(default_factory=dict)
+    # Keys of a state under which a number stands besides the count, with one that it may be.
+    numbers: dict[str, float] = field(default_factory=dict)
     states_at_once: bool = False  # whether the constructor makes states, torch's of any parameter
     never_negative: frozenset[str] = frozenset()  # states that are no less than zero
     takes_codes: Callable[[Options], bool] = lambda options: True  # whether states may be int8
@@ -57,11 +59,18 @@ class Row:
         return not self.ours_only & options.keys()
 
     def ordered_keys(self, options: Options) -> tuple[str, ...]:
-        return (*(("step",) if self.counts_steps else ()), *self.state_keys(options))
+        count = ("step",) if self.counts_steps else ()
+        return (*count, *self.numbers, *self.state_keys(options))
 
     def keys(self, options: Options) -> set[str]:
         """All keys of a parameter's state."""
-        return {*self.state_keys(options), *(("step",) if self.counts_steps else ())}
+        return set(self.ordered_keys(options))
+
+
+def with_decay(o: Options, p: Array, change: Array) -> Array:
+    """The parameter with decoupled decay, before a change is taken off it."""
+    decayed = p * (1 - o["lr"] * o["weight_decay"])
+    return np.where(change * p < 0, p, decayed) if o["cautious_weight_decay"] else decayed
 
 
 def adam_step(
@@ -70,17 +79,17 @@ def adam_step(
     beta1, beta2 = o["betas"]
     if not o["decoupled_weight_decay"]:
         g = g + o["weight_decay"] * p
-    new = {
-        "exp_avg": beta1 * s["exp_avg"] + (1 - beta1) * g,
-        "exp_avg_sq": beta2 * s["exp_avg_sq"] + (1 - beta2) * g**2,
-    }
+    new = {"exp_avg_sq": beta2 * s["exp_avg_sq"] + (1 - beta2) * g**2}
+    m_hat = g
+    if o["first_moment"]:
+        new["exp_avg"] = beta1 * s["exp_avg"] + (1 - beta1) * g
+        m_hat = new["exp_avg"] / (1 - beta1**step)
     second = new["exp_avg_sq"]
     if o["amsgrad"]:
         second = new["max_exp_avg_sq"] = np.maximum(s["max_exp_avg_sq"], second)
-    m_hat = new["exp_avg"] / (1 - beta1**step)
     v_hat = second / (1 - beta2**step)
     if o["decoupled_weight_decay"]:
-        p = p * (1 - o["lr"] * o["weight_decay"])
+        p = with_decay(o, p, m_hat)
     return p - o["lr"] * m_hat / (np.sqrt(v_hat) + o["eps"]), new
 
 
@@ -180,7 +189,7 @@ def rprop_step(
 
 
 def _adam_keys(options: Options) -> tuple[str, ...]:
-    keys = ("exp_avg", "exp_avg_sq")
+    keys = ("exp_avg", "exp_avg_sq") if options.get("first_moment", True) else ("exp_avg_sq",)
     return (*keys, "max_exp_avg_sq") if options.get("amsgrad") else keys
 
 
@@ -196,6 +205,8 @@ def _rmsprop_keys(options: Options) -> tuple[str, ...]:
 
 ADAM_DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 ADAM_DEFAULTS |= {"decoupled_weight_decay": False, "amsgrad": False, "maximize": False}
+ADAM_DEFAULTS |= {"cautious_weight_decay": False, "first_moment": True}
+ADAM_OWN = frozenset({"cautious_weight_decay", "first_moment"})
 ADAM_SQUARES = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
 
 ADAMW = Row(
@@ -213,8 +224,12 @@ ADAMW = Row(
         # err by the same amount in each of them: an accident of lr, not of the implementation.
         "no-memory": {"lr": 1e-2, "betas": (0.0, 0.0), "eps": 1.0},
         "beta1-below-half": {"lr": 1e-2, "betas": (0.3, 0.95), "eps": 1e-15, "weight_decay": 0.1},
+        "cautious-decay": {"lr": 1e-2, "weight_decay": 0.5, "cautious_weight_decay": True},
+        "no-first-moment": {"lr": 1e-2, "first_moment": False, "eps": 1e-3},
+        "no-first-moment-amsgrad": {"lr": 1e-2, "first_moment": False, "amsgrad": True, "eps": 0.1},
     },
     state_keys=_adam_keys,
+    ours_only=ADAM_OWN,
     never_negative=ADAM_SQUARES,
 )
 
@@ -238,6 +253,7 @@ ADAM = Row(
         },
     },
     state_keys=_adam_keys,
+    ours_only=ADAM_OWN,
     never_negative=ADAM_SQUARES,
 )
 
@@ -308,8 +324,8 @@ def lion_step(
     o: Options, step: int, first: bool, p: Array, g: Array, s: State
 ) -> tuple[Array, State]:
     beta1, beta2 = o["betas"]
-    p = p * (1 - o["lr"] * o["weight_decay"])
-    p = p - o["lr"] * np.sign(beta1 * s["exp_avg"] + (1 - beta1) * g)
+    change = np.sign(beta1 * s["exp_avg"] + (1 - beta1) * g)
+    p = with_decay(o, p, change) - o["lr"] * change
     return p, {"exp_avg": beta2 * s["exp_avg"] + (1 - beta2) * g}
 
 
@@ -317,11 +333,15 @@ LION = Row(
     name="lion",
     ours=fusedopt.Lion,
     step=lion_step,
-    defaults={"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0, "maximize": False},
+    defaults={
+        **{"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0, "maximize": False},
+        "cautious_weight_decay": False,
+    },
     option_sets={
         "default": {},
         "decay-maximize": {"lr": 1e-3, "weight_decay": 0.1, "maximize": True},
         "short-memory": {"betas": (0.4, 0.3), "weight_decay": 0.5},
+        "cautious-decay": {"lr": 1e-3, "weight_decay": 0.5, "cautious_weight_decay": True},
     },
     state_keys=lambda options: ("exp_avg",),
     counts_steps=False,
@@ -568,6 +588,162 @@ RPROP = Row(
     takes_codes=lambda options: False,
 )
 
+
+def nadam_step(
+    o: Options, step: int, first: bool, p: Array, g: Array, s: State
+) -> tuple[Array, State]:
+    beta1, beta2 = o["betas"]
+    if not o["decoupled_weight_decay"]:
+        g = g + o["weight_decay"] * p
+    decay = type(beta1)(0.96)
+    mu, next_mu = (beta1 * (1 - decay ** (t * o["momentum_decay"]) / 2) for t in (step, step + 1))
+    new = {
+        "mu_product": s["mu_product"] * mu,
+        "exp_avg": beta1 * s["exp_avg"] + (1 - beta1) * g,
+        "exp_avg_sq": beta2 * s["exp_avg_sq"] + (1 - beta2) * g**2,
+    }
+    m_hat = next_mu / (1 - new["mu_product"] * next_mu) * new["exp_avg"]
+    m_hat = m_hat + (1 - mu) / (1 - new["mu_product"]) * g
+    v_hat = new["exp_avg_sq"] / (1 - beta2**step)
+    if o["decoupled_weight_decay"]:
+        p = p * (1 - o["lr"] * o["weight_decay"])
+    return p - o["lr"] * m_hat / (np.sqrt(v_hat) + o["eps"]), new
+
+
+NADAM = Row(
+    name="nadam",
+    ours=fusedopt.NAdam,
+    theirs=torch.optim.NAdam,
+    step=nadam_step,
+    defaults={
+        **{"lr": 2e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0},
+        **{"momentum_decay": 4e-3, "decoupled_weight_decay": False, "maximize": False},
+    },
+    option_sets={
+        "default": {},
+        "coupled-decay": {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1, "momentum_decay": 0.1},
+        "decoupled-decay": {
+            **{"lr": 1e-2, "betas": (0.3, 0.99), "eps": 1e-3, "weight_decay": 0.1},
+            **{"decoupled_weight_decay": True, "maximize": True, "momentum_decay": 0.5},
+        },
+    },
+    state_keys=_adam_keys,
+    begins={"mu_product": 1.0},
+    numbers={"mu_product": 0.3},
+    never_negative=ADAM_SQUARES,
+)
+
+
+def asgd_step(
+    o: Options, step: int, first: bool, p: Array, g: Array, s: State
+) -> tuple[Array, State]:
+    g = g + o["weight_decay"] * p
+    p = p * (1 - o["lambd"] * s["eta"]) - s["eta"] * g
+    return p, {
+        "ax": s["ax"] + s["mu"] * (p - s["ax"]),
+        "eta": np.asarray(o["lr"] / (1 + o["lambd"] * o["lr"] * step) ** o["alpha"], p.dtype),
+        "mu": np.asarray(1 / max(1, step - o["t0"]), p.dtype),
+    }
+
+
+ASGD = Row(
+    name="asgd",
+    ours=fusedopt.ASGD,
+    theirs=torch.optim.ASGD,
+    step=asgd_step,
+    defaults={
+        **{"lr": 1e-2, "lambd": 1e-4, "alpha": 0.75, "t0": 1e6, "weight_decay": 0.0},
+        "maximize": False,
+    },
+    option_sets={
+        "default": {},
+        "averaging": {"lambd": 1e-2, "t0": 3.0},
+        "all": {
+            **{"lr": 1e-1, "lambd": 1e-1, "alpha": 0.5, "t0": 0.0, "weight_decay": 0.1},
+            "maximize": True,
+        },
+    },
+    state_keys=lambda options: ("ax",),
+    begins={"eta": "lr", "mu": 1.0},
+    numbers={"eta": 0.05, "mu": 0.25},
+    takes_codes=lambda options: False,
+)
+
+
+def schedule_free(o: Options, momentum: float, step: int, s: State) -> tuple[Array, Array, State]:
+    """What an average takes of z in a step, how far z goes, and the numbers of the next state."""
+    lr = o["lr"] * min(1, step / o["warmup_steps"]) if o["warmup_steps"] else o["lr"]
+    most = np.maximum(s["lr_max"], lr)
+    weight = type(o["lr"])(step) ** o["r"] * most ** o["weight_lr_power"]
+    weight_sum = s["weight_sum"] + weight
+    return weight / weight_sum, lr, {"lr_max": most, "weight_sum": weight_sum}
+
+
+def schedule_free_adamw_step(
+    o: Options, step: int, first: bool, p: Array, g: Array, s: State
+) -> tuple[Array, State]:
+    beta1, beta2 = o["betas"]
+    share, lr, new = schedule_free(o, beta1, step, s)
+    new["exp_avg_sq"] = beta2 * s["exp_avg_sq"] + (1 - beta2) * g**2
+    change = g / (np.sqrt(new["exp_avg_sq"] / (1 - beta2**step)) + o["eps"])
+    change = change + o["weight_decay"] * p
+    p = (1 - share) * p + share * s["z"] - lr * (1 - beta1 * (1 - share)) * change
+    return p, {**new, "z": s["z"] - lr * change}
+
+
+def schedule_free_sgd_step(
+    o: Options, step: int, first: bool, p: Array, g: Array, s: State
+) -> tuple[Array, State]:
+    share, lr, new = schedule_free(o, o["momentum"], step, s)
+    change = g + o["weight_decay"] * p
+    p = (1 - share) * p + share * s["z"] - lr * (1 - o["momentum"] * (1 - share)) * change
+    return p, {**new, "z": s["z"] - lr * change}
+
+
+SCHEDULE_FREE = {
+    **{"weight_decay": 0.0, "warmup_steps": 0, "r": 0.0, "weight_lr_power": 2.0},
+    "maximize": False,
+}
+
+SCHEDULE_FREE_ADAMW = Row(
+    name="schedule_free_adamw",
+    ours=fusedopt.ScheduleFreeAdamW,
+    step=schedule_free_adamw_step,
+    defaults={"lr": 2.5e-3, "betas": (0.9, 0.999), "eps": 1e-8, **SCHEDULE_FREE},
+    option_sets={
+        "default": {},
+        "warmup": {"lr": 1e-2, "warmup_steps": 7, "weight_decay": 0.1, "eps": 1e-3},
+        "all": {
+            **{"lr": 1e-2, "betas": (0.5, 0.4), "eps": 1e-2, "weight_decay": 0.1, "r": 0.5},
+            **{"warmup_steps": 20, "weight_lr_power": 1.5, "maximize": True},
+        },
+    },
+    state_keys=lambda options: ("z", "exp_avg_sq"),
+    begins={"z": "parameter", "lr_max": 0.0, "weight_sum": 0.0},
+    numbers={"lr_max": 0.3, "weight_sum": 0.7},
+    never_negative=frozenset({"exp_avg_sq"}),
+    takes_codes=lambda options: False,
+)
+
+SCHEDULE_FREE_SGD = Row(
+    name="schedule_free_sgd",
+    ours=fusedopt.ScheduleFreeSGD,
+    step=schedule_free_sgd_step,
+    defaults={"lr": 1.0, "momentum": 0.9, **SCHEDULE_FREE},
+    option_sets={
+        "default": {"lr": 0.1},
+        "warmup": {"lr": 0.1, "warmup_steps": 7, "weight_decay": 0.1},
+        "all": {
+            **{"lr": 0.1, "momentum": 0.4, "weight_decay": 0.1, "r": 0.5, "warmup_steps": 20},
+            **{"weight_lr_power": 1.5, "maximize": True},
+        },
+    },
+    state_keys=lambda options: ("z",),
+    begins={"z": "parameter", "lr_max": 0.0, "weight_sum": 0.0},
+    numbers={"lr_max": 0.3, "weight_sum": 0.7},
+    takes_codes=lambda options: False,
+)
+
 ROWS = [
     ADAMW,
     ADAM,
@@ -582,4 +758,8 @@ ROWS = [
     RADAM,
     ADAGRAD,
     RPROP,
+    NADAM,
+    ASGD,
+    SCHEDULE_FREE_ADAMW,
+    SCHEDULE_FREE_SGD,
 ]

@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fusedopt._formats import NUMBERS
+
 Array = np.ndarray[Any, np.dtype[Any]]
 State = dict[str, Array]
 Options = dict[str, Any]
 # From options, the number of the step, whether it is the parameter's first, the parameter, its
 # gradient and its states: the new parameter and states.
 Step = Callable[[Options, int, bool, Array, Array, State], tuple[Array, State]]
-# What those states begin with that do not begin with zero: "parameter", or the key of an option.
-Begins = Mapping[str, str]
+# What those states begin with that do not begin with zero: "parameter", the key of an option, or a
+# number.
+Begins = Mapping[str, str | float]
 Store = Callable[[Array], Array]
 
 
@@ -33,7 +36,11 @@ def begun(begins: Begins, options: Options, p: Array) -> State:
     """The states of a parameter that has not been stepped yet."""
     state: State = defaultdict(partial(np.zeros_like, p))
     for key, beginning in begins.items():
-        state[key] = p if beginning == "parameter" else np.full_like(p, options[beginning])
+        if beginning == "parameter":
+            state[key] = p
+        else:
+            value = options[beginning] if isinstance(beginning, str) else beginning
+            state[key] = np.full(() if key in NUMBERS else p.shape, value, p.dtype)
     return state
 
 
@@ -122,14 +129,17 @@ class FormulaOptimizer(Optimizer):
         p, g = array_of(param), array_of(param.grad)
         before = begun(self._begins, options, p)
         before.update({key: array_of(state[key]) for key in keys if key in state})
+        before.update({k: v.astype(p.dtype) for k, v in before.items() if k in NUMBERS})
         number = int(np.reshape(before.pop("step", 0), ())) + 1
         with np.errstate(all="ignore"):
             signed = -g if options["maximize"] else g
             p, after = self._formula(options, number, first, p, signed, before)
         set_array(param, p)
         for key in keys:
-            if key == "step":
-                state.setdefault(key, torch.tensor(0.0)).fill_(number)
+            if key in NUMBERS:
+                # float32, as torch's are, whatever it has made of what it loaded.
+                value = number if key == "step" else float(np.float32(after[key]))
+                state.setdefault(key, torch.tensor(0.0)).fill_(value)
             else:
                 set_array(state.setdefault(key, torch.empty_like(param)), after[key])
 

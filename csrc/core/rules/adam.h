@@ -18,6 +18,7 @@ namespace fusedopt {
 //   v_hat      = exp_avg_sq / (1 - beta2^step)
 //   p          = p - lr * m_hat / (sqrt(v_hat) + eps)
 //
+// Without a first moment, m_hat is g.
 // Both corrections are folded into step_size and eps, which are the same for all elements:
 //   lr * m_hat / (sqrt(v_hat) + eps) = step_size * exp_avg / (sqrt(exp_avg_sq) + corrected_eps)
 struct Adam {
@@ -26,6 +27,7 @@ struct Adam {
 
   struct Options {
     double lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, amsgrad, maximize;
+    double cautious_weight_decay, first_moment;
   };
   static constexpr Option<Options> options[] = {
       {&Options::lr, "lr", -1, true},
@@ -36,11 +38,13 @@ struct Adam {
       {&Options::decoupled_weight_decay, "decoupled_weight_decay"},
       {&Options::amsgrad, "amsgrad"},
       {&Options::maximize, "maximize"},
+      optional(&Options::cautious_weight_decay, "cautious_weight_decay"),
+      optional(&Options::first_moment, "first_moment", 1),
   };
 
   template <class T>
   struct Row {
-    T grad_factor, coupled_decay, decoupled_decay;
+    T grad_factor, coupled_decay, decoupled_decay, cautious;
     T beta1, one_minus_beta1, beta2, one_minus_beta2;
     T step_size, eps;
   };
@@ -48,16 +52,19 @@ struct Adam {
   // What nearly all rows have in common; with it known, update() takes fewer instructions.
   template <class T>
   FUSEDOPT_HD static bool usual(const Row<T>& row) {
-    return row.coupled_decay == 0 && row.one_minus_beta1 < T(0.5) && row.one_minus_beta2 < T(0.5);
+    return row.coupled_decay == 0 && row.cautious == 0 && row.one_minus_beta1 < T(0.5) &&
+           row.one_minus_beta2 < T(0.5);
   }
 
   FUSEDOPT_HD static Row<double> row(const Options& o, double step, bool) {
-    const double correction1 = one_minus_power(o.beta1, (long long)(step));
+    const double correction1 =
+        o.first_moment != 0 ? one_minus_power(o.beta1, (long long)(step)) : 1;
     const double correction2 = square_root(one_minus_power(o.beta2, (long long)(step)));
     Row<double> row;
     row.grad_factor = o.maximize != 0 ? -1 : 1;
     row.coupled_decay = o.decoupled_weight_decay != 0 ? 0 : o.weight_decay;
     row.decoupled_decay = o.decoupled_weight_decay != 0 ? o.lr * o.weight_decay : 0;
+    row.cautious = o.cautious_weight_decay != 0 ? 1 : 0;
     row.beta1 = o.beta1;
     row.one_minus_beta1 = 1 - o.beta1;
     row.beta2 = o.beta2;
@@ -67,45 +74,52 @@ struct Adam {
     return row;
   }
 
-  template <bool amsgrad>
+  static constexpr State all_states[] = {
+      {"exp_avg", StateKind::average},
+      {"exp_avg_sq", StateKind::average_of_squares},
+      {"max_exp_avg_sq", StateKind::average_of_squares},
+  };
+
+  template <bool first_moment, bool amsgrad>
   struct Variant {
     using Rule = Adam;
-    static constexpr int state_count = amsgrad ? 3 : 2;
-    static constexpr State states[] = {
-        {"exp_avg", StateKind::average},
-        {"exp_avg_sq", StateKind::average_of_squares},
-        {"max_exp_avg_sq", StateKind::average_of_squares},
-    };
+    static constexpr int state_count = (first_moment ? 2 : 1) + (amsgrad ? 1 : 0);
+    static constexpr const State* states = all_states + (first_moment ? 0 : 1);
 
     template <bool usual, class T, class Math>
     FUSEDOPT_HD static void update(const Row<T>& row, T& p, T g, T* state, Math& math) {
-      T& exp_avg = state[0];
-      T& exp_avg_sq = state[1];
+      T& exp_avg_sq = state[first_moment ? 1 : 0];
 
       g = row.grad_factor * g;
       if (!usual && row.coupled_decay != 0) g = multiply_add(row.coupled_decay, p, g);
 
-      exp_avg = moving_average<usual>(exp_avg, g, row.one_minus_beta1, row.beta1);
+      T moment = g;
+      if (first_moment)
+        moment = state[0] = moving_average<usual>(state[0], g, row.one_minus_beta1, row.beta1);
       exp_avg_sq =
           moving_average_of_square<usual, Math>(exp_avg_sq, g, row.one_minus_beta2, row.beta2);
 
       T second_moment = exp_avg_sq;
       if (amsgrad) {
-        T& max_exp_avg_sq = state[2];
+        T& max_exp_avg_sq = state[first_moment ? 2 : 1];
         // Written so that a NaN on either side stays.
         const bool keep = (max_exp_avg_sq > exp_avg_sq) | (max_exp_avg_sq != max_exp_avg_sq);
         max_exp_avg_sq = keep ? max_exp_avg_sq : exp_avg_sq;
         second_moment = max_exp_avg_sq;
       }
 
-      T change = math.divide_by_root(row.step_size * exp_avg, second_moment, row.eps);
-      if (row.decoupled_decay != 0) change = multiply_add(row.decoupled_decay, p, change);
+      T change = math.divide_by_root(row.step_size * moment, second_moment, row.eps);
+      if (row.decoupled_decay != 0)
+        change = with_decay<usual>(row.decoupled_decay, row.cautious, p, change);
       p -= change;
     }
   };
 
-  using Variants = TypeList<Variant<false>, Variant<true>>;
-  static int variant(const Options& o) { return o.amsgrad != 0 ? 1 : 0; }
+  using Variants = TypeList<Variant<true, false>, Variant<true, true>, Variant<false, false>,
+                            Variant<false, true>>;
+  static int variant(const Options& o) {
+    return (o.first_moment != 0 ? 0 : 2) + (o.amsgrad != 0 ? 1 : 0);
+  }
 };
 
 }  // namespace fusedopt

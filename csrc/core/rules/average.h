@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright the fusedopt authors
 //
-// Moving averages, and what is divided by their roots, which several rules share.
+// Moving averages, what is divided by their roots, and decay, which several rules share.
 #pragma once
 
 #include "../arithmetic.h"
@@ -29,6 +29,16 @@ FUSEDOPT_HD T moving_average_of_square(T average, T value, T weight, T one_minus
                         : multiply_add(weighted, value, one_minus_weight * average);
   if (Math::template redoes_nan<T>) return updated;
   return average == T(INFINITY) ? average + weighted * value : updated;
+}
+
+// The change with decoupled decay, which a cautious one leaves out where it goes against the change
+// (Chen et al., 2025, arXiv:2510.12402).
+// plain: the caller knows that it is not cautious.
+template <bool plain, class T>
+FUSEDOPT_HD T with_decay(T decay, T cautious, T p, T change) {
+  const bool against = ((change > 0) & (p < 0)) | ((change < 0) & (p > 0));
+  const T share = !plain && cautious != 0 && against ? T(0) : decay;
+  return multiply_add(share, p, change);
 }
 
 // eps beside a root of which the factor that corrects its average stands elsewhere. Where beta is

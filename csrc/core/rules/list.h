@@ -11,15 +11,18 @@
 #include "adan.h"
 #include "ademamix.h"
 #include "adopt.h"
+#include "asgd.h"
 #include "lion.h"
+#include "nadam.h"
 #include "radam.h"
 #include "rmsprop.h"
 #include "rprop.h"
+#include "schedule_free.h"
 #include "sgd.h"
 
 namespace fusedopt {
 
 using Rules = TypeList<Adam, Sgd, RmsProp, Lion, AdEMAMix, Adopt, Adan, Adamax, Adadelta, RAdam,
-                       Adagrad, Rprop>;
+                       Adagrad, Rprop, NAdam, Asgd, ScheduleFreeAdamW, ScheduleFreeSgd>;
 
 }  // namespace fusedopt

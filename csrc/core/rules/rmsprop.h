@@ -26,14 +26,10 @@ struct RmsProp {
     double lr, alpha, eps, weight_decay, momentum, centered, maximize, eps_inside_sqrt;
   };
   static constexpr Option<Options> options[] = {
-      {&Options::lr, "lr", -1, true},
-      {&Options::alpha, "alpha"},
-      {&Options::eps, "eps"},
-      {&Options::weight_decay, "weight_decay", -1, true},
-      {&Options::momentum, "momentum"},
-      {&Options::centered, "centered"},
-      {&Options::maximize, "maximize"},
-      {&Options::eps_inside_sqrt, "eps_inside_sqrt", -1, false, true},
+      {&Options::lr, "lr", -1, true},   {&Options::alpha, "alpha"},
+      {&Options::eps, "eps"},           {&Options::weight_decay, "weight_decay", -1, true},
+      {&Options::momentum, "momentum"}, {&Options::centered, "centered"},
+      {&Options::maximize, "maximize"}, optional(&Options::eps_inside_sqrt, "eps_inside_sqrt"),
   };
 
   template <class T>

@@ -12,7 +12,8 @@
 namespace fusedopt {
 
 // An option of a rule: its member of Rule::Options, and where it stands in a parameter group, which
-// is group[key] or, for a tuple, group[key][element].
+// is group[key] or, for a tuple, group[key][element]; or a number of each parameter's state, which
+// steps change.
 template <class Options>
 struct Option {
   using Member = double Options::*;
@@ -22,9 +23,25 @@ struct Option {
   // May be a tensor on the device that its parameters are on, so that a captured graph follows it.
   // Never an option that variant() looks at.
   bool on_device = false;
-  // May be missing in a group, as torch.optim does not have it, and is zero then.
+  // May be missing in a group, as torch.optim does not have it, and is `initial` then.
   bool may_be_missing = false;
+  // state[key] of a parameter, which begins as `initial` or as the option of another key. The last
+  // values of a Row are what all of these become in a step, in their order.
+  bool in_state = false;
+  double initial = 0;
+  const char* begins_as = nullptr;
 };
+
+template <class Options>
+constexpr Option<Options> optional(double Options::* value, const char* key, double initial = 0) {
+  return {value, key, -1, false, true, false, initial};
+}
+
+template <class Options>
+constexpr Option<Options> in_state(double Options::* value, const char* key, double initial,
+                                   const char* begins_as = nullptr) {
+  return {value, key, -1, false, false, true, initial, begins_as};
+}
 
 // What a state is, which decides how it may be stored.
 enum class StateKind : uint8_t {
@@ -49,6 +66,16 @@ FUSEDOPT_HD constexpr bool is_never_negative(StateKind kind) {
 
 template <class Rule>
 constexpr int option_count = int(sizeof(Rule::options) / sizeof(Rule::options[0]));
+
+template <class Rule>
+constexpr int count_numbers() {
+  int count = 0;
+  for (const auto& option : Rule::options) count += option.in_state ? 1 : 0;
+  return count;
+}
+// The numbers that a parameter's state has besides a count of steps.
+template <class Rule>
+constexpr int number_count = count_numbers<Rule>();
 
 // Whether every member of Options is named by exactly one Option.
 template <class Rule>

@@ -1,0 +1,100 @@
+"""NAdam."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from fusedopt._formats import storage_options
+from fusedopt._optimizer import FusedOptimizer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class NAdam(FusedOptimizer, torch.optim.NAdam):
+    r"""NAdam, as :class:`torch.optim.NAdam`, in one fused pass.
+
+    For a parameter :math:`\theta` with gradient :math:`g` in step :math:`t`, element by element:
+
+    .. math::
+        m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2
+
+        \theta \leftarrow \theta - lr \cdot \left(
+            \frac{\mu_{t+1} m}{1 - \mu_1 \cdots \mu_{t+1}}
+            + \frac{(1 - \mu_t) g}{1 - \mu_1 \cdots \mu_t}\right)
+            \Big/ \left(\sqrt{v / (1 - \beta_2^t)} + \epsilon\right), \quad
+        \mu_t = \beta_1 (1 - 0.96^{t \psi} / 2)
+
+    where :math:`\psi` is momentum_decay. Weight decay :math:`\lambda` is that of
+    :class:`fusedopt.Adam`: :math:`g + \lambda \theta` in place of :math:`g` or, with
+    ``decoupled_weight_decay``, :math:`lr \lambda \theta` taken off :math:`\theta` besides. Dozat,
+    Incorporating Nesterov Momentum into Adam, ICLR workshop 2016.
+
+    Args:
+        params, lr, betas, eps, weight_decay, momentum_decay, decoupled_weight_decay, maximize: as
+            in torch.optim.NAdam. lr may be a tensor of one element.
+        capturable: keep step and mu_product on the parameters' CUDA device, so that a step can be
+            captured into a CUDA graph. A replay follows lr, betas and weight_decay where
+            these are tensors on that device; any other option stays as it was.
+        foreach: accepted; the step is always the fused one.
+        differentiable: must be False.
+        state_dtype: dtype of the averages, as in :class:`fusedopt.Adam`.
+        min_8bit_size, master_bits, rounding, seed, max_grad_norm, norm_group, flat: as in
+            :class:`fusedopt.Adam`.
+
+    The state of a parameter is step and mu_product, the product of all :math:`\mu` so far (float32,
+    0-dim, on the CPU unless capturable), and exp_avg and exp_avg_sq, in the parameter's shape.
+
+    Raises:
+        ValueError: as torch.optim.NAdam; for differentiable=True, NaN options, a negative
+            max_grad_norm, parameters that overlap in memory, and choices of storage that make no
+            sense together.
+        TypeError: for a state_dtype that is not supported.
+
+    A parameter that cannot be stepped is an error of the first step in which it has a gradient.
+
+    See docs/precision.md for state_dtype, master_bits and rounding, and the keys that they add.
+    """
+
+    __module__ = "fusedopt"
+    _rule = "nadam"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum_decay: float = 4e-3,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        min_8bit_size: int = 4096,
+        master_bits: int | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
+        max_grad_norm: float | None = None,
+        norm_group: "ProcessGroup | None" = None,
+        flat: bool = False,
+    ) -> None:
+        args: dict[str, Any] = {
+            "params": params,
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum_decay": momentum_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "foreach": foreach,
+            "maximize": maximize,
+            "capturable": capturable,
+        }
+        options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        self._init(options, flat, max_grad_norm, args, differentiable, norm_group)
