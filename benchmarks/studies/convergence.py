@@ -68,9 +68,9 @@ SETUPS = {
     "Adagrad": Setup((1e-2, 3e-2, 1e-1), decays=False),
     "Adadelta": Setup((1.0, 3.0, 10.0), decays=False),
     "NAdam": Setup((1e-3, 3e-3, 1e-2), {"decoupled_weight_decay": True}),
-    "ASGD": Setup((0.3, 1.0, 3.0), decays=False),
+    "ASGD": Setup((0.1, 0.3, 1.0), decays=False),
     "ScheduleFreeAdamW": Setup((3e-3, 1e-2, 3e-2), {"warmup_steps": 20}, scheduled=False),
-    "ScheduleFreeSGD": Setup((1.0, 3.0, 10.0), {"warmup_steps": 20}, False, scheduled=False),
+    "ScheduleFreeSGD": Setup((0.3, 1.0, 3.0), {"warmup_steps": 20}, False, scheduled=False),
     # For full batches: with small ones, of which gradients change their signs, only short steps do.
     "Rprop": Setup((1e-4, 3e-4, 1e-3), {"step_sizes": (1e-6, 1e-3)}, decays=False),
 }

@@ -81,7 +81,8 @@ class ScheduleFree(FusedOptimizer):
                 those.append(z)
                 continue
             weights = exact_weights(member, values)
-            weights = weights.to(z.dtype, copy=True).lerp_(z, share)
+            wide = torch.promote_types(weights.dtype, torch.promote_types(z.dtype, torch.float32))
+            weights = weights.to(wide).lerp(z.to(wide), share)
             others[member] = wrap(weights, member.param) if member.is_sharded else weights
         for share, (params, those) in alike.items():
             torch._foreach_lerp_(params, those, share)

@@ -1,4 +1,4 @@
-"""Schedule-free optimizers: what train() and eval() make of the parameters, and when they refuse."""
+"""Schedule-free optimizers: what train() and eval() make of parameters, and when they refuse."""
 
 import copy
 import io
