@@ -50,7 +50,10 @@ def shared(case: Case, way: str, cls: Any) -> Optimizer:
         for p in params:
             state: dict[str, Tensor] = {}
             for key in case.row.ordered_keys(case.options):
-                state[key] = torch.zeros(WAYS[way]) if key in NUMBERS else torch.zeros_like(p)
+                if key == "step":
+                    state[key] = torch.zeros(WAYS[way])
+                else:
+                    state[key] = torch.ones(()) if key in NUMBERS else torch.zeros_like(p)
             optimizer.state[p].update({k: v.detach() for k, v in state.items()})
     for p in params:
         p.share_memory_()

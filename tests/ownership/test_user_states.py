@@ -356,7 +356,9 @@ def test_tensors_are_stepped_where_they_lie(case: Case, put: str, parameter: str
                 values = dict(optimizer.state[p])
             else:
                 values = {
-                    k: torch.zeros(()) if k in NUMBERS else torch.zeros_like(p).detach()
+                    k: torch.full((), float(k != "step"))
+                    if k in NUMBERS
+                    else torch.zeros_like(p).detach()
                     for k in case.row.ordered_keys(case.options)
                 }
             laid = {k: lay(v) if k not in NUMBERS else v.clone() for k, v in values.items()}
@@ -468,7 +470,8 @@ def test_memory_exchanged_under_a_tensor(case: Case, how: str) -> None:
         for p in params_of(optimizer):
             for key in case.state_keys:
                 value = optimizer.state[p][key]
-                other = value * 2 if key not in NUMBERS else value + 1
+                other = value / 2 if key in NUMBERS else value * 2
+                other = value + 1 if key == "step" else other
                 if how == "data":
                     value.data = other
                 elif how == "set_":

@@ -126,7 +126,7 @@ def test_what_random_rounding_leaves_alone(case: Case) -> None:
         assert mine.keys() == theirs.keys() | {"step"}
         assert float(mine["step"]) == 5
         for key in theirs:
-            if case.row.begins.get(key) != "parameter":  # such a state follows it
+            if case.row.begins.get(key) != "parameter" and key != "ax":  # such states follow it
                 assert_same_bits(mine[key], theirs[key])
     for p, q in zip(params_of(ours), params_of(plain), strict=True):
         torch.testing.assert_close(p, q, rtol=2**-5, atol=2**-5)

@@ -149,7 +149,9 @@ def test_the_data_is_harsh(row: Row) -> None:
     codes = bool(groups_of(row, CHOICES["bfloat16-32-int8"]).options)
     values = plain_result(row.name, "bfloat16-32-int8" if codes else "bfloat16-32").values
     assert values["master"].numel() > 2 * 32768
-    assert values["master"].isnan().sum() > 100 and values["master"].isinf().sum() > 50
+    assert values["master"].isnan().sum() > 100
+    averaged = "z" in row.begins  # with an Inf it becomes NaN
+    assert averaged or values["master"].isinf().sum() > 50
     for key in values:
         if key.endswith("_scale"):
             assert (values[key] < 0).sum() > 20 and (values[key] > 0).sum() > 20
