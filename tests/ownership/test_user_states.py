@@ -356,7 +356,7 @@ def test_tensors_are_stepped_where_they_lie(case: Case, put: str, parameter: str
                 values = dict(optimizer.state[p])
             else:
                 values = {
-                    k: torch.full((), float(k != "step"))
+                    k: torch.full((), 0.0 if k == "step" else 1e-4)
                     if k in NUMBERS
                     else torch.zeros_like(p).detach()
                     for k in case.row.ordered_keys(case.options)
