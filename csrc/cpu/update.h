@@ -156,7 +156,8 @@ inline __attribute__((always_inline)) void put_back(const float* piece, float16*
 
 template <bool usual, class Variant, class Row>
 __attribute__((noinline)) void update_piece(const Span& piece, const Row& row) {
-  run<usual, Variant, fusedopt::Types<float, float, float>>(States<Variant>{}, piece, row, 0,
+  const Row own = row;  // which no store can change
+  run<usual, Variant, fusedopt::Types<float, float, float>>(States<Variant>{}, piece, own, 0,
                                                             piece.numel);
 }
 
@@ -204,11 +205,16 @@ template <class Variant, class Types>
 __attribute__((noinline)) void span_loop(const Span& span, const HyperRow& packed_row,
                                          int64_t begin, int64_t end) {
   using Rule = typename Variant::Rule;
-  typename Rule::template Row<typename Types::Compute> row;
-  memcpy(&row, packed_row.bytes, sizeof row);
-  if (Rule::usual(row)) {
+  using Row = typename Rule::template Row<typename Types::Compute>;
+  Row packed;
+  memcpy(&packed, packed_row.bytes, sizeof packed);
+  // A copy of its own for each loop, which g++ takes apart into registers: not what memcpy has
+  // written as a whole.
+  if (Rule::usual(packed)) {
+    const Row row = packed;
     run_best<true, Variant, Types>(span, row, begin, end);
   } else {
+    const Row row = packed;
     run_best<false, Variant, Types>(span, row, begin, end);
   }
 }

@@ -31,6 +31,12 @@ CODED_TYPES = (
 )
 STATE_FORMATS = 3  # each has a kernel of its own for spans with a Coding
 LOOP = re.compile(r"fusedopt::cpu::(?P<isa>\w+)::.*span_loop" + TYPES)
+# What the loops over float16 call, once converted: one for all dtypes of gradients and states.
+CONVERTED = re.compile(
+    r"fusedopt::cpu::(?P<isa>\w+)::.*update_piece<\w+, "
+    r"(?:fusedopt::)?(?P<rule>\w+::Variant(?:<[^>]*>)?), "
+)
+CALL_TO_CONVERTED = re.compile(r"call\s.*::update_piece<")
 # What the loops over spans with a Coding call: the same for all rules.
 PIECE = re.compile(
     r"fusedopt::cpu::(?P<isa>\w+)::\(anonymous namespace\)::(?P<piece>(en|de)code.*)"
@@ -64,7 +70,7 @@ MOST_IN_STEP = {**MOST, "SHARED": 0, "REG": 128}
 # With 128 registers these kernels, of three or four states with a Coding, spill, so that they ask
 # for one block only (Tile::kMinBlocks); with any number from 129 to 255 it is one.
 THREE_CODED = re.compile(
-    r"coded_step_kernel<.*(Adam::Variant<true>|RmsProp::Variant<true, true>|AdEMAMix::Variant), "
+    r"coded_step_kernel<.*(Adam::Variant<true, true>|RmsProp::Variant<true, true>|AdEMAMix::Variant), "
 )
 FOUR_CODED = re.compile(r"coded_step_kernel<.*Adan::Variant, ")
 MOST_OF_THREE = {**MOST_IN_STEP, "REG": 192}
@@ -104,13 +110,20 @@ def check_loops() -> tuple[list[str], Counter[str]]:
     for line in lines("objdump", "--disassemble", "--demangle", "--no-show-raw-insn", str(MODULE)):
         if header := re.match(r"([0-9a-f]+) <(.*)>:$", line):
             of_loss = LOSS_LOOP.search(header[2].replace("fusedopt::bfloat16", "bfloat16"))
-            named = of_loss or LOOP.search(header[2]) or PIECE.search(header[2])
+            ours = (LOOP, PIECE, CONVERTED)
+            named = of_loss or any(pattern.search(header[2]) for pattern in ours)
             current, taken = header[2] if named else "", of_losses if of_loss else loops
             end = ends.get(int(header[1], 16), 0)
         elif current and "\t" in line:
             address, instruction = line.split("\t", 1)
             if int(address.strip().rstrip(":"), 16) < end:
                 taken[current].append(instruction.strip())
+
+    converted: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name in [name for name in loops if CONVERTED.search(name)]:
+        match = CONVERTED.search(name)
+        assert match is not None
+        converted[match["isa"], match["rule"]] += loops.pop(name)
 
     wrong, count, pieces, kinds = [], Counter[str](), Counter[str](), Counter[str]()
     for name, instructions in loops.items():
@@ -124,6 +137,10 @@ def check_loops() -> tuple[list[str], Counter[str]]:
         count[match["isa"]] += 1
         kinds["coded" if "coded" in match["types"] else "plain"] += match["isa"] == "baseline"
         register, rule = REGISTERS[match["isa"]], match["rule"]
+        if match["types"].replace("fusedopt::", "").startswith("float16"):
+            called = [text for text in instructions if CALL_TO_CONVERTED.match(text)]
+            instructions = [text for text in instructions if text not in called]
+            instructions += converted[match["isa"], rule] if called else []
         for problem in loop_problems(instructions, register, match["types"], rule):
             wrong.append(f"{match['isa']} loop {rule} ({match['types']}): {problem}")
     if len({count[isa] for isa in REGISTERS}) != 1 or not loops:

@@ -103,7 +103,7 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "sum forgets": (ADAGRAD, "multiply_add(g, g, sum)", "multiply_add(g, g, T(0.9) * sum)"),
         "step back": (RPROP, "g = agreement < 0 ? T(0) : g;", ""),
         "steps of any length": (RPROP, "length > row.longest ? row.longest : length", "length"),
-        "decay where it goes against": (AVERAGE, "cautious != 0 && against", "cautious != 0"),
+        "decay where it goes against": (AVERAGE, "against ? decay_against : decay", "decay"),
         "a moment of nothing": (ADAM, "T moment = g;", "T moment = 0;"),
         "product of one mu": (NADAM, "o.mu_product * mu;", "mu;"),
         "mu of the next step": (NADAM, "mu = momentum(o, step),", "mu = momentum(o, step + 1),"),

@@ -16,6 +16,9 @@ from .emulator import Machine, Memory, Watch
 from .faults import find_faults
 from .machine_api import NORM, PREPARE, MachineApi
 
+OF_POWERS = ("nadam", "asgd", "schedule_free_adamw", "schedule_free_sgd")
+"""Rules whose rows have powers that are no whole numbers."""
+
 slow = pytest.mark.slow
 LEAST_EXECUTED = 0.9  # of a kernel's instructions
 
@@ -132,7 +135,7 @@ def test_the_barrier_of_rows_is_needed(machine_of: Callable[[str], Machine], cor
     without = copy(machine)
     nothing = replace(code[place], opcode=("NOP",), operands=())
     without.code = {**machine.code, key: [*code[:place], nothing, *code[place + 1 :]]}
-    with pytest.raises(AssertionError, match="rows are wrong"):
+    with pytest.raises(AssertionError, match="(rows|counts) are wrong"):
         check_rows(without, core, "adam", [(170, 300)], order=0)
 
 
@@ -168,14 +171,17 @@ def test_every_row(machine: Machine, core: Core) -> None:
     """Of all options from all kinds of sources after all numbers of steps, and ranges of counts."""
     full, room = core.full_launch
     cases = [(1, 0), (0, 1), (full, room), (full + 1, room + 2), (1000, 3)]
-    shares = []
+    shares, of_powers = {}, {}
     for number, rule in enumerate(core.rules):
         check_rows(machine, core, rule, cases)
         check_rows(machine, core, rule, [(100, 3)], scale=None, clips=True, order=0)
-        shares.append(machine.executed_share((PREPARE, number)))
-    # What is not executed is the same in each, a tenth of those that are short; and of Adagrad's
-    # the slow way of its divisions, which only denormals take.
-    assert np.mean(shares) >= LEAST_EXECUTED and min(shares) >= LEAST_EXECUTED - 0.03
+        share = machine.executed_share((PREPARE, number))
+        (of_powers if rule in OF_POWERS else shares)[rule] = share
+    # What is not executed is the same in each, a tenth of those that are short; and of Adagrad's,
+    # and where there are powers, the slow ways of divisions, which only denormals take.
+    found = [*shares.values()]
+    assert np.mean(found) >= LEAST_EXECUTED and min(found) >= LEAST_EXECUTED - 0.03, shares
+    assert min(of_powers.values()) >= LEAST_EXECUTED - 0.1, of_powers
 
 
 @slow
@@ -201,4 +207,6 @@ def test_faults_in_rows_are_found(
         check_rows(machine, core, rule, [(100, 30)], watch)
 
     found = find_faults(machine_of("sm_90"), 9, check, 50_000)
-    found.assert_share(found=0.6)  # much of a row is zero, whatever is moved where
+    # Much of a row is zero, whatever is moved where; and the last bits of a polynomial's
+    # coefficients, of which powers are made, show in nothing.
+    found.assert_share(found=0.5 if rule in OF_POWERS else 0.6)

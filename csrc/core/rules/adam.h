@@ -44,7 +44,7 @@ struct Adam {
 
   template <class T>
   struct Row {
-    T grad_factor, coupled_decay, decoupled_decay, cautious;
+    T grad_factor, coupled_decay, decoupled_decay, decay_against;
     T beta1, one_minus_beta1, beta2, one_minus_beta2;
     T step_size, eps;
   };
@@ -52,8 +52,8 @@ struct Adam {
   // What nearly all rows have in common; with it known, update() takes fewer instructions.
   template <class T>
   FUSEDOPT_HD static bool usual(const Row<T>& row) {
-    return row.coupled_decay == 0 && row.cautious == 0 && row.one_minus_beta1 < T(0.5) &&
-           row.one_minus_beta2 < T(0.5);
+    return row.coupled_decay == 0 && row.decay_against == row.decoupled_decay &&
+           row.one_minus_beta1 < T(0.5) && row.one_minus_beta2 < T(0.5);
   }
 
   FUSEDOPT_HD static Row<double> row(const Options& o, double step, bool) {
@@ -64,7 +64,7 @@ struct Adam {
     row.grad_factor = o.maximize != 0 ? -1 : 1;
     row.coupled_decay = o.decoupled_weight_decay != 0 ? 0 : o.weight_decay;
     row.decoupled_decay = o.decoupled_weight_decay != 0 ? o.lr * o.weight_decay : 0;
-    row.cautious = o.cautious_weight_decay != 0 ? 1 : 0;
+    row.decay_against = o.cautious_weight_decay != 0 ? 0 : row.decoupled_decay;
     row.beta1 = o.beta1;
     row.one_minus_beta1 = 1 - o.beta1;
     row.beta2 = o.beta2;
@@ -110,7 +110,7 @@ struct Adam {
 
       T change = math.divide_by_root(row.step_size * moment, second_moment, row.eps);
       if (row.decoupled_decay != 0)
-        change = with_decay<usual>(row.decoupled_decay, row.cautious, p, change);
+        change = with_decay<usual>(row.decoupled_decay, row.decay_against, p, change);
       p -= change;
     }
   };

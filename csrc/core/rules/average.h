@@ -31,14 +31,14 @@ FUSEDOPT_HD T moving_average_of_square(T average, T value, T weight, T one_minus
   return average == T(INFINITY) ? average + weighted * value : updated;
 }
 
-// The change with decoupled decay, which a cautious one leaves out where it goes against the change
-// (Chen et al., 2025, arXiv:2510.12402).
-// plain: the caller knows that it is not cautious.
-template <bool plain, class T>
-FUSEDOPT_HD T with_decay(T decay, T cautious, T p, T change) {
+// The change with decoupled decay, and with another one where this goes against the change:
+// cautious decay has none there (Chen et al., 2025, arXiv:2510.12402). same: the caller knows that
+// both are the same.
+template <bool same, class T>
+FUSEDOPT_HD T with_decay(T decay, T decay_against, T p, T change) {
+  if (same) return multiply_add(decay, p, change);
   const bool against = ((change > 0) & (p < 0)) | ((change < 0) & (p > 0));
-  const T share = !plain && cautious != 0 && against ? T(0) : decay;
-  return multiply_add(share, p, change);
+  return multiply_add(against ? decay_against : decay, p, change);
 }
 
 // eps beside a root of which the factor that corrects its average stands elsewhere. Where beta is

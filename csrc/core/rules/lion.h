@@ -32,20 +32,21 @@ struct Lion {
 
   template <class T>
   struct Row {
-    T grad_factor, decay, cautious, beta1, one_minus_beta1, beta2, one_minus_beta2, lr;
+    T grad_factor, decay, decay_against, beta1, one_minus_beta1, beta2, one_minus_beta2, lr;
   };
 
   // What nearly all rows have in common; with it known, update() takes fewer instructions.
   template <class T>
   FUSEDOPT_HD static bool usual(const Row<T>& row) {
-    return row.cautious == 0 && row.one_minus_beta1 < T(0.5) && row.one_minus_beta2 < T(0.5);
+    return row.decay_against == row.decay && row.one_minus_beta1 < T(0.5) &&
+           row.one_minus_beta2 < T(0.5);
   }
 
   FUSEDOPT_HD static Row<double> row(const Options& o, double, bool) {
     Row<double> row;
     row.grad_factor = o.maximize != 0 ? -1 : 1;
     row.decay = o.lr * o.weight_decay;
-    row.cautious = o.cautious_weight_decay != 0 ? 1 : 0;
+    row.decay_against = o.cautious_weight_decay != 0 ? 0 : row.decay;
     row.beta1 = o.beta1;
     row.one_minus_beta1 = 1 - o.beta1;
     row.beta2 = o.beta2;
@@ -69,7 +70,7 @@ struct Lion {
 
       // The sign of zero is zero, that of NaN is NaN.
       T change = direction > 0 ? row.lr : direction < 0 ? -row.lr : direction;
-      if (row.decay != 0) change = with_decay<usual>(row.decay, row.cautious, p, change);
+      if (row.decay != 0) change = with_decay<usual>(row.decay, row.decay_against, p, change);
       p -= change;
     }
   };
