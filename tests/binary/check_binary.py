@@ -70,7 +70,7 @@ MOST_IN_STEP = {**MOST, "SHARED": 0, "REG": 128}
 # With 128 registers these kernels, of three or four states with a Coding, spill, so that they ask
 # for one block only (Tile::kMinBlocks); with any number from 129 to 255 it is one.
 THREE_CODED = re.compile(
-    r"coded_step_kernel<.*(Adam::Variant<true, true>|RmsProp::Variant<true, true>|AdEMAMix::Variant), "
+    r"coded_step_kernel<.*((Adam|RmsProp)::Variant<true, true>|AdEMAMix::Variant), "
 )
 FOUR_CODED = re.compile(r"coded_step_kernel<.*Adan::Variant, ")
 MOST_OF_THREE = {**MOST_IN_STEP, "REG": 192}
