@@ -185,7 +185,7 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "counts of a skipped step": (PREPARE, "if (skipped(args.factor)) return;", ""),
         "counts not advanced": (PREPARE, "range.counts[i] + 1 :", "range.counts[i] :"),
         "numbers counted": (PREPARE, "range.source == 0 ?", "true ?"),
-        "numbers of another row": (PREPARE, "2 * (row * words", "2 * ((row + 1) * words"),
+        "numbers of another value": (PREPARE, "size_t(source / 2 - 1)", "size_t(source / 2)"),
         "counts of one turn": (PREPARE, RANGE, RANGE.replace("+= threads", "+= range.size")),
         "ranges of one launch": (DEVICE_STEP, "|| range < step.count_ranges) {", ") {"),
         "sources of one turn": (PREPARE, SOURCE, SOURCE.replace("+= threads", "+= args.sources")),
