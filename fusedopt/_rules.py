@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from fusedopt._extension import _C
-from fusedopt._formats import NUMBERS, related
+from fusedopt._formats import related
 
 if TYPE_CHECKING:
     from fusedopt._C import RuleInfo
@@ -22,5 +22,6 @@ def is_never_negative(rule: str, name: str) -> bool:
 
 def state_keys(rules: Iterable[str]) -> set[str]:
     """All keys that states have by these rules, whatever the options and the storage."""
-    variants = [names for rule in rules for names in rule_info(rule)["variants"]]
-    return {*NUMBERS} | related(name for names in variants for name in names)
+    infos = [rule_info(rule) for rule in rules]
+    numbers = {"step"}.union(*(info["numbers"] for info in infos))
+    return numbers | related(k for info in infos for names in info["variants"] for k in names)

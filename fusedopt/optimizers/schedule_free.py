@@ -69,7 +69,7 @@ class ScheduleFree(FusedOptimizer):
             mode = group["train_mode"]
             if member.duplicate or mode is training or (mode is None and training):
                 continue
-            values = local_values(member, self.state.get(member.param, {}), {"z"})
+            values = local_values(member, self.state.get(member.param, {}), member.keys)
             if values.get("z") is None:
                 continue  # it was never stepped: all three are the same
             momentum = float(self._momentum_of(group))

@@ -498,6 +498,24 @@ def test_memory_exchanged_under_a_tensor(case: Case, how: str) -> None:
     assert_close(*pair)
 
 
+def test_keys_that_are_numbers_of_other_rules() -> None:
+    """ASGD's eta and mu are a user's own where the rule is another: of any shape and dtype."""
+    p = nn.Parameter(torch.ones(20))
+    optimizer = fusedopt.AdamW([p])
+    p.grad = torch.ones(20)
+    optimizer.step()
+    mine = {"eta": torch.arange(3), "mu": "text", "lr_max": torch.ones(2, dtype=torch.float64)}
+    optimizer.state[p].update(mine)
+    optimizer.step()
+    assert all(optimizer.state[p][key] is value for key, value in mine.items())
+    other = fusedopt.AdamW([nn.Parameter(torch.ones(20))])
+    other.load_state_dict(optimizer.state_dict())
+    (values,) = other.state.values()
+    assert values["mu"] == "text"
+    for key in ("eta", "lr_max"):
+        assert torch.equal(values[key], mine[key]) and values[key].dtype == mine[key].dtype
+
+
 def test_a_mapped_file(tmp_path: Path) -> None:
     """States in a file: it has them after every step."""
     p = nn.Parameter(torch.ones(1000))
