@@ -252,3 +252,12 @@ CHECKS: dict[str, Callable[[Core, Kernel], None]] = {
     "memory": check_memory,
 }
 """Those that are run for each kernel."""
+
+OF_ANY_RULE = (check_division, check_many_spans, check_memory)
+"""What they look at is the same for all rules."""
+
+
+def taken(kernels: Sequence[Kernel], check: Callable[[Core, Kernel], None]) -> Sequence[Kernel]:
+    """Those to run a check for: all, or a third with all variants and all combinations of dtypes,
+    as the number of combinations is no multiple of three."""
+    return kernels[::3] if check in OF_ANY_RULE else kernels

@@ -51,8 +51,9 @@ inline const std::vector<HostKernel>& host_kernels() {
 
 template <class Rule>
 void host_prepare(const PrepareArgs& args) {
-  for (uint32_t thread = 0; thread < kThreads; ++thread) prepare_rows<Rule>(args, thread, kThreads);
-  for (uint32_t thread = 0; thread < kThreads; ++thread) advance_counts(args, thread, kThreads);
+  constexpr uint32_t threads = kWarp;  // which is less than a launch has sources
+  for (uint32_t thread = 0; thread < threads; ++thread) prepare_rows<Rule>(args, thread, threads);
+  for (uint32_t thread = 0; thread < threads; ++thread) advance_counts(args, thread, threads);
 }
 
 template <class... Members>

@@ -74,7 +74,7 @@ struct Asgd {
       T change = row.lr * g;
       if (row.decay != 0) change = multiply_add(row.decay, p, change);
       p -= change;
-      ax = usual ? p : moving_average<false>(ax, p, row.mu, row.one_minus_mu);
+      ax = usual || row.mu == 1 ? p : moving_average<false>(ax, p, row.mu, row.one_minus_mu);
     }
   };
 
