@@ -105,6 +105,7 @@ class Plan:
         positions: list[int] | None = None,
         grads: list[tuple[Tensor, Tensor]] = ...,
         add_up: Callable[[list[float]], float] | None = None,
+        check_only: bool = False,
     ) -> Lacks | None: ...
     @property
     def span_count(self) -> int: ...

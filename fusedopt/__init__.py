@@ -19,6 +19,7 @@ from fusedopt.optimizers.ademamix import AdEMAMix
 from fusedopt.optimizers.adopt import ADOPT
 from fusedopt.optimizers.asgd import ASGD
 from fusedopt.optimizers.lion import Lion
+from fusedopt.optimizers.muon import Muon
 from fusedopt.optimizers.nadam import NAdam
 from fusedopt.optimizers.radam import RAdam
 from fusedopt.optimizers.rmsprop import RMSprop
@@ -41,6 +42,7 @@ __all__ = [
     "FlatParameters",
     "Lion",
     "MemoryReport",
+    "Muon",
     "NAdam",
     "RAdam",
     "RMSprop",

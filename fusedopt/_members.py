@@ -34,6 +34,7 @@ class Group:
         options: the group itself.
         rule: the rule that its parameters are updated by.
         unsafe_in_int8: options with which states must not be codes, and why.
+        others: keys of states that somebody else takes care of.
     """
 
     optimizer: str
@@ -41,6 +42,7 @@ class Group:
     options: dict[str, Any]
     rule: str
     unsafe_in_int8: Mapping[str, str]
+    others: frozenset[str] = frozenset()
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:

@@ -113,7 +113,7 @@ class CutNorm:
             mine = [number for number, cut in enumerate(self.cuts) if group in cut]
             flags = float(failed or bool(failures)), float(skips)
             values = [*(sums[number] for number in mine), *flags]
-            rows = _all_gather(values, group)
+            rows = gather_values(values, group)
             for rank, row in enumerate(rows):
                 skips = skips or bool(row[-1])
                 if row[-2] and not failed:
@@ -135,7 +135,7 @@ class CutNorm:
         return total
 
 
-def _all_gather(values: Sequence[float], group: "ProcessGroup") -> list[list[float]]:
+def gather_values(values: Sequence[float], group: "ProcessGroup") -> list[list[float]]:
     """What each process of a group has, in the order of its ranks."""
     from torch import distributed
 

@@ -67,7 +67,7 @@ def complete_states(
         if member.duplicate:
             continue
         param, keys = member.param, member.keys
-        those = related(keys)
+        those = related(keys) - member.group.others
         there = state.get(param, {})
         _check_values(member, there)
         before = local_values(member, there, those)

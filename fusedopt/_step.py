@@ -42,6 +42,11 @@ class SteppingOptimizer(Optimizer):
     # Of parameters whose state names no count, the steps taken on the device since it was made.
     _first_counts: FirstCounts
 
+    @property
+    def _name(self) -> str:
+        """What errors call it."""
+        return type(self).__name__
+
     def _groups(self, param_groups: Iterable[dict[str, Any]] | None = None) -> list[Group]:
         raise NotImplementedError
 
@@ -102,12 +107,20 @@ class SteppingOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
 
+    def _step(self, grads: list[tuple[Tensor, Tensor]] | None = None) -> None:
+        """Step without hooks.
+
+        Args:
+            grads: sharded parameters, each with a plain tensor in place of its gradient.
+        """
         state = self.state  # which another thread may replace meanwhile
         if self._cut_norm is not None:
             self._check_no_capture()
             self._cut_norm.gathered = False
-        grads: list[tuple[Tensor, Tensor]] = []
+        grads = [] if grads is None else grads
         try:
             missing = self._take_step(self._plan or self._make_plan(state), state, grads)
             if missing is not None:
@@ -117,7 +130,27 @@ class SteppingOptimizer(Optimizer):
         except Exception as error:
             self._tell_others(error)
             raise
-        return loss
+
+    def _check_step(
+        self, grads: list[tuple[Tensor, Tensor]], positions: list[int] | None = None
+    ) -> None:
+        """Raise what a step would raise, but for what has to do with other processes' gradients.
+
+        Args:
+            grads: to which those are added that were redistributed for it.
+            positions: of the parameters whose gradients are looked at; None: all.
+        """
+        for _ in range(MOST_PLANS):
+            plan = self._plan or self._make_plan(self.state)
+            lacks = plan.step(
+                self.param_groups, self.state, None, None, None, positions, grads, check_only=True
+            )
+            if lacks is None:
+                return
+            grads += self._placed_grads(lacks.gradients)
+            if not lacks.gradients:
+                params = [*self._params()]
+                self._make_plan(self.state, [params[i] for i in lacks.states])
 
     def _take_step(
         self, plan: _C.Plan, state: Mapping[Tensor, Any], grads: list[tuple[Tensor, Tensor]]
@@ -150,7 +183,7 @@ class SteppingOptimizer(Optimizer):
         """The gradients of sharded parameters as plain tensors, placed as the parameters are."""
         members = list_members(self._groups())
         those = (members[position] for position in positions)
-        what = type(self).__name__
+        what = self._name
         return [(m.param, placed_grad(m.param, f"{what}: {m.name}")) for m in those]
 
     def _tell_others(self, error: Exception) -> None:
@@ -167,7 +200,7 @@ class SteppingOptimizer(Optimizer):
     def _check_no_capture(self) -> None:
         if self._max_grad_norm is not None and any(map(_C.is_capturing, self._devices())):
             raise RuntimeError(
-                f"{type(self).__name__}: a step with max_grad_norm whose gradients are cut among "
+                f"{self._name}: a step with max_grad_norm whose gradients are cut among "
                 "processes cannot be captured into a CUDA graph, as the host adds up their norm"
             )
 
@@ -202,7 +235,7 @@ class SteppingOptimizer(Optimizer):
                     return
                 missing = found
             raise RuntimeError(
-                f"{type(self).__name__}: another thread changes parameters or their state faster "
+                f"{self._name}: another thread changes parameters or their state faster "
                 "than they can be looked up; nothing was stepped"
             )
         except BaseException:
@@ -225,7 +258,7 @@ class SteppingOptimizer(Optimizer):
     def _check_capture(self, param: Tensor) -> None:
         if _C.is_capturing(param.device):
             raise RuntimeError(
-                f"{type(self).__name__}: the first step, which makes the state, cannot be "
+                f"{self._name}: the first step, which makes the state, cannot be "
                 "captured into a CUDA graph; take a step before capture begins"
             )
 
@@ -235,7 +268,7 @@ class SteppingOptimizer(Optimizer):
             self._check_norm_group(self._params())
         norm = self._make_norm()
         self._plan = make_plan(
-            type(self).__name__,
+            self._name,
             self._groups(),
             state,
             new={id(param) for param in new},
@@ -251,10 +284,10 @@ class SteppingOptimizer(Optimizer):
 
     def _make_norm(self) -> CutNorm:
         group = None if self._norm_group is None else self._norm_group.group
-        return CutNorm(type(self).__name__, self._params(), group)
+        return CutNorm(self._name, self._params(), group)
 
     def _check_norm_group(self, params: Iterable[Tensor]) -> None:
-        check_norm_group(type(self).__name__, params, given=self._norm_group is not None)
+        check_norm_group(self._name, params, given=self._norm_group is not None)
 
     def _flat_grad(self, member: Member) -> int:
         """The address of a member's flat gradient; 0 for none. Warns of a lost parameter."""
@@ -266,7 +299,7 @@ class SteppingOptimizer(Optimizer):
         if not self._warned_detached:
             self._warned_detached = True
             warnings.warn(
-                f"{type(self).__name__}: {member.name} was moved into a flat buffer and is no "
+                f"{self._name}: {member.name} was moved into a flat buffer and is no "
                 "longer there (module.to(), param.data = ...); it is stepped where it is now, on "
                 "its own. Make FlatParameters anew to have it flat again.",
                 stacklevel=2,

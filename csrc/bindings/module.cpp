@@ -74,6 +74,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("add_idle", &Plan::add_idle)
       .def("step", &Plan::step, py::arg("groups"), py::arg("state"), py::arg("grad_scale"),
            py::arg("found_inf"), py::arg("max_grad_norm"), py::arg("positions") = py::none(),
-           py::arg("grads") = py::list(), py::arg("add_up") = py::none())
+           py::arg("grads") = py::list(), py::arg("add_up") = py::none(),
+           py::arg("check_only") = false)
       .def_property_readonly("span_count", &Plan::span_count);
 }

@@ -75,17 +75,16 @@ class Plan {
     std::vector<int> gradients;  // placed as their parameters are, and ready
   };
 
-  // One step over all parameters that have a gradient or, with positions, those of them. Returns
-  // None when it is done.
-  //
-  // Grads: parameters, each with a plain tensor in place of its gradient. Add_up: adds up the sums
-  // of squares of those cut among the same processes, and those of these processes.
+  // One step over all parameters that have a gradient or, with positions, those of them; null when
+  // it is done. Grads: parameters, each with a plain tensor in place of its gradient. Add_up: adds
+  // up the sums of squares of those cut among the same processes, and those of these processes.
+  // Check_only: the step is not taken.
   std::optional<Lacks> step(const py::list& groups, const py::object& state,
                             const py::object& grad_scale, const py::object& found_inf,
                             const std::optional<double>& max_grad_norm,
                             const std::optional<std::vector<int>>& positions,
                             const std::vector<std::pair<py::object, py::object>>& grads,
-                            const py::object& add_up) {
+                            const py::object& add_up, bool check_only) {
     const Turn turn(workspace_->turn);
     const at::NoGradGuard no_grad;
     runner_.called_with = c10::impl::tls_local_dispatch_key_set();
@@ -97,6 +96,7 @@ class Plan {
     runner_.add_up = add_up.is_none() ? nullptr : add_up.ptr();
     if (!set_factor(grad_scale, found_inf, max_grad_norm)) return std::nullopt;
     if (!prepare(groups, state)) return Lacks{missing_, misplaced_};
+    if (check_only) return std::nullopt;
     if (is_captured(spans_.works, active_, outdated_, members_, entries_, table_))
       workspace_->captured = true;
     // Others' weights are their own masters.

@@ -15,13 +15,13 @@ RULES = {
     f"core/rules/{name.lower()}.h": name
     for name in (
         *("Adam", "Sgd", "RmsProp", "Lion", "AdEMAMix", "Adopt", "Adan"),
-        *("Adamax", "Adadelta", "RAdam", "Adagrad", "Rprop", "NAdam", "Asgd"),
+        *("Adamax", "Adadelta", "RAdam", "Adagrad", "Rprop", "NAdam", "Asgd", "Muon"),
     )
 } | {"core/rules/schedule_free.h": "ScheduleFreeAdamW"}
 ADAM, SGD, RMSPROP, LION, ADEMAMIX, ADOPT, ADAN, ADAMAX, ADADELTA, RADAM, ADAGRAD, RPROP, *REST = (
     RULES
 )
-NADAM, ASGD, SCHEDULE_FREE = REST
+NADAM, ASGD, MUON, SCHEDULE_FREE = REST
 AVERAGE = "core/rules/average.h"
 ARITHMETIC, BLOCKS, CODES, CONTROL, DTYPE, NORM, RANDOM = (
     f"core/{name}.h"
@@ -112,6 +112,12 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "weights not added up": (SCHEDULE_FREE, "o.weight_sum + weight;", "weight;"),
         "no warm-up": (SCHEDULE_FREE, "step < o.warmup_steps ?", "false ?"),
         "average not moved": (SCHEDULE_FREE, "(-row.step_size, change,", "(0, change,"),
+        "gradient has no second part": (MUON, "usual || row.nesterov != 0", "false"),
+        "momentum not averaged": (
+            MUON,
+            "row.one_minus_momentum = 1 - o.momentum;",
+            "row.one_minus_momentum = 1;",
+        ),
         "tail skipped by the loop": (LOOP, "i < end; ++i", "i < end - end % 8; ++i"),
         "tail skipped by the tile": (TILE, "i < s.numel)", "i < s.numel - s.numel % 8)"),
     },
@@ -122,6 +128,7 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "denormals flushed": (DISPATCH, GUARD + GUARDED, GUARD),
         "rare operands unnoticed": (QUICK, "{ return !(doubt_ == 0); }", "{ return false; }"),
         "root not refined": (QUICK, "(-root, root, value), 0.5f", "(0, root, 0), 0.5f"),
+        "unusual rows average": (ASGD, "usual || row.mu == 1 ?", "usual ?"),
         "sign of a zero lost": (QUICK, "& 0x7fffffffu) | sign)", "& 0x7fffffffu))"),
         "last round of a chunk": (TILE, "< base + kChunk &&", "< base + 3 * kRound &&"),
     },

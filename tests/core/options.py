@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 import numpy as np
-from support.optimizers import ROWS, Row
+from support.optimizers import MUON, ROWS, Row
 from support.reference import Array, Options, State, Step
 
 
@@ -44,7 +44,7 @@ def numbers_of(row: Row, options: Options) -> list[Options]:
 
 
 RULES: dict[str, Rule] = {}
-for row in ROWS:
+for row in [*ROWS, MUON]:
     large = {key: value for key, value in LARGE.items() if key in row.defaults}
     first = (row.defaults | large, *numbers_of(row, row.defaults | large))
     rule = RULES.setdefault(row.ours._rule, Rule(update_of(row), first[0] | first[1]))

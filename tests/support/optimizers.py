@@ -744,6 +744,32 @@ SCHEDULE_FREE_SGD = Row(
     takes_codes=lambda options: False,
 )
 
+
+def muon_step(
+    o: Options, step: int, first: bool, p: Array, g: Array, s: State
+) -> tuple[Array, State]:
+    buffer = o["momentum"] * s["momentum_buffer"] + (1 - o["momentum"]) * g
+    direction = o["momentum"] * buffer + (1 - o["momentum"]) * g if o["nesterov"] else buffer
+    return direction, {"momentum_buffer": buffer}
+
+
+MUON = Row(
+    name="muon",
+    ours=fusedopt.Muon,
+    step=muon_step,
+    defaults={"momentum": 0.95, "nesterov": True, "maximize": False},
+    option_sets={
+        "default": {},
+        "plain": {"nesterov": False},
+        "short": {"momentum": 0.3},
+        "all": {"momentum": 0.6, "nesterov": False, "maximize": True},
+    },
+    state_keys=lambda options: ("momentum_buffer",),
+    counts_steps=False,
+)
+"""What is elementwise of Muon: the momentum, for which a parameter stands. Its steps have tests of
+their own."""
+
 ROWS = [
     ADAMW,
     ADAM,

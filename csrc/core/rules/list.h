@@ -13,6 +13,7 @@
 #include "adopt.h"
 #include "asgd.h"
 #include "lion.h"
+#include "muon.h"
 #include "nadam.h"
 #include "radam.h"
 #include "rmsprop.h"
@@ -23,6 +24,6 @@
 namespace fusedopt {
 
 using Rules = TypeList<Adam, Sgd, RmsProp, Lion, AdEMAMix, Adopt, Adan, Adamax, Adadelta, RAdam,
-                       Adagrad, Rprop, NAdam, Asgd, ScheduleFreeAdamW, ScheduleFreeSgd>;
+                       Adagrad, Rprop, NAdam, Asgd, ScheduleFreeAdamW, ScheduleFreeSgd, Muon>;
 
 }  // namespace fusedopt
