@@ -5,7 +5,8 @@ each other where those of a warp or of a block have to. Or one warp after the ot
 has to wait, in an order that is drawn at random. Each thread sees at once what others have written.
 
 Two instructions are not known to the bit: the quick reciprocals and roots (MUFU) are those rounded
-correctly, or moved by as many units in the last place as is asked for, and the check before a quick
+correctly, or moved by as many units in the last place as is asked for (but for those that are
+hardest to round, see tests/core/quick.py), and the check before a quick
 division (FCHK) sends more to the slow way than the hardware may. Indices of constant memory are
 taken to wrap at 16 bits.
 """
@@ -14,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
+from core.quick import HARDEST_DIVISORS, HARDEST_ROOTS
 
 from .machine_api import (
     CROSS_ENTROPY,
@@ -1115,11 +1117,17 @@ class Blocks:
 
             return run_double
         value = self._float(i.operands[1])
+        operands = HARDEST_ROOTS if i.opcode[1].startswith("RSQ") else HARDEST_DIVISORS
+        # A mantissa and, of roots, the lowest bit of the exponent.
+        mask = U32(0xFFFFFF if i.opcode[1].startswith("RSQ") else 0x7FFFFF)
+        hardest = np.array([float.fromhex(text) for text in operands], F32).view(U32) & mask
 
         def run(active: Lanes) -> None:
-            found = work(flushed(value()).view(F32).astype(F64)).astype(F32)
-            finite = np.isfinite(found) & (np.abs(found) > F32(2e-38)) & (np.abs(found) < F32(3e38))
-            bits = self._moved(found.view(U32), finite)
+            operand = flushed(value())
+            found = work(operand.view(F32).astype(F64)).astype(F32)
+            moves = np.isfinite(found) & (np.abs(found) > F32(2e-38)) & (np.abs(found) < F32(3e38))
+            moves &= ~np.isin(operand & mask, hardest)
+            bits = self._moved(found.view(U32), moves)
             self._write(i.operands[0], canonical(bits), active)
 
         return run

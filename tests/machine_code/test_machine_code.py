@@ -17,7 +17,7 @@ from core.coding import Coding
 from core.library import Core, Kernel
 from core.memory import Fill, Streams, extreme, usual
 
-from .emulator import Machine, Memory, Watch
+from .emulator import ARGUMENT, Machine, Memory, Watch
 from .faults import find_faults
 
 slow = pytest.mark.slow
@@ -25,7 +25,9 @@ CODED_SIZES = [4097, 300, 1, 700, 3841]
 CODED_ROWS = [(9, 300), (5, 513), (9, 1000), (17, 896)]
 """How many, and how many elements each has, of spans with codes: more than a chunk of blocks."""
 FACTOR = 1 / 3  # which float32 does not hold
-LEAST_EXECUTED = 0.6  # of a kernel's instructions
+# Of a kernel's instructions. Where a rule does little else, half of them are what rare divisions
+# and roots of float64 take.
+LEAST_EXECUTED = {"float64": 0.5, "float32": 0.6, "bfloat16": 0.6, "float16": 0.6, "coded": 0.6}
 FAULT_EVERY = {"float32": 16, "coded": 96}  # instructions
 LEAST_FOUND = {"float32": (0.7, 0.0), "coded": (0.6, 0.1)}  # of the faults; took a slow way
 
@@ -115,8 +117,9 @@ def test_one_kernel_of_each_kind(machine: Machine, core: Core) -> None:
 @slow
 def test_every_kernel(machine: Machine, core: Core) -> None:
     """Sizes around a chunk's, streams aligned together, apart and not at all, Inf, NaN, denormals
-    and all magnitudes, with each quick reciprocal and root up to one unit off."""
-    for kernel in core.kernels:
+    and all magnitudes, with each quick reciprocal and root up to one unit off. Half of the kernels
+    of each architecture, with all variants and all combinations of dtypes."""
+    for kernel in core.kernels[[*ARGUMENT].index(machine.arch) :: 2]:
         Case(core, kernel).check(machine)
 
 
@@ -148,14 +151,14 @@ def test_every_coded_kernel(machine: Machine, core: Core) -> None:
 
 @slow
 def test_usual_and_zero_gradients(machine: Machine, core: Core) -> None:
-    for kernel in core.kernels[::3]:
+    for kernel in core.kernels[::6]:
         for zero in (False, True):
             Case(core, kernel, usual, zero).check(machine)
 
 
 @slow
 def test_few_blocks_take_all_chunks(machine: Machine, core: Core) -> None:
-    for kernel in [*core.kernels[::7], *core.coded_kernels[::3]]:
+    for kernel in [*core.kernels[::10], *core.coded_kernels[::4]]:
         Case(core, kernel).check(machine, blocks=3)
 
 
@@ -166,10 +169,10 @@ def test_rows_and_a_factor_in_memory(machine: Machine, core: Core) -> None:
     api = machine.api
     control = api.control(api.factor(FACTOR))
     skips = api.control(api.factor(FACTOR, found_inf=np.ones(1, np.float32)))
-    for kernel in [*core.kernels[::2], *core.coded_kernels[::2]]:
+    for kernel in [*core.kernels[::5], *core.coded_kernels[::4]]:
         case = Case(core, kernel, control=control)
         case.check(machine, rows_in_memory=True, control=control)
-    for kernel in [*core.kernels[::7], *core.coded_kernels[::2]]:
+    for kernel in [*core.kernels[::10], *core.coded_kernels[::4]]:
         case = Case(core, kernel, control=skips)
         before = case.memory.after(lambda spans: None)
         step = partial(machine.step, rows=case.rows, memory=case.touched, control=skips)
@@ -188,7 +191,7 @@ def test_most_instructions_have_been_executed(machine: Machine, core: Core) -> N
         Case(core, kernel, control=control).check(machine, control=control)
         for key in (key for key in machine.code if key[0] == kernel.index):
             share = machine.executed_share(key)
-            assert share >= LEAST_EXECUTED, f"{kernel}: {share:.0%}"
+            assert share >= LEAST_EXECUTED[kernel.dtypes[0]], f"{kernel}: {share:.0%}"
 
 
 @slow

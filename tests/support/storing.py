@@ -75,9 +75,8 @@ def richest_with(case: Case, choice: Choice) -> Case | None:
     return max(same, key=lambda c: (len(c.state_keys), len(c.options)), default=None)
 
 
-FIRST = (
-    4  # rows of the table of which every choice is among the fast tests, as of a third of others
-)
+FIRST = 2
+"""Rows of the table of which every choice is among the fast tests, as of a third of others."""
 
 
 def marks(row: Row, choice: str) -> tuple[pytest.MarkDecorator, ...]:
