@@ -73,7 +73,7 @@ def test_states_of_optimizers_are_as_listed(name: str) -> None:
     keys, size, codes, _ = row_of(name, 0)
     options = {"momentum": 0.9} if name == "SGD" else {}
     make = listed_optimizers()[name]
-    param = torch.nn.Parameter(torch.ones(2**16))
+    param = torch.nn.Parameter(torch.ones(2**8, 2**8))
     param.grad = torch.ones_like(param)
     optimizer = make([param], **options)
     optimizer.step()
