@@ -1,17 +1,66 @@
 """Matrices that are cut among processes, brought together whole, each on one of them."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fusedopt._norms import gather_values
 from fusedopt._sharded import cut_dims, is_sharded, local_of, mesh_of, placements_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+def agree(
+    optimizer: str, groups: Sequence["ProcessGroup"], positions: Sequence[int], *, skips: bool
+) -> bool:
+    """Whether one of the processes skips the step.
+
+    Args:
+        positions: of the parameters that take part, the same ones on all processes.
+
+    Raises:
+        RuntimeError: where another process cannot step, or has gradients of others.
+    """
+    mark = float(zlib.crc32(repr(positions).encode()))
+    failure = ""
+    for group in _turns(groups):
+        rows = gather_values([float(bool(failure)), float(skips), mark], group)
+        for rank, (failed, others_skip, others_mark) in enumerate(rows):
+            skips = skips or bool(others_skip)
+            who = f"rank {rank} of the process group '{group.group_name}'"
+            if failed:
+                failure = failure or f"{who} cannot step; see what it raises"
+            elif others_mark != mark:
+                failure = failure or (
+                    f"{who} has gradients of other matrices than this one; expected the same ones "
+                    "on all processes that share them"
+                )
+    if failure:
+        raise RuntimeError(f"{optimizer}: nothing was stepped, as {failure}")
+    return skips
+
+
+def tell_failed(groups: Sequence["ProcessGroup"], error: Exception) -> None:
+    """Let the processes that are about to agree know that this one cannot step."""
+    try:
+        for group in _turns(groups):
+            gather_values([1.0, 0.0, 0.0], group)
+    except Exception as other:
+        error.add_note(f"The other processes could not be told: {other}")
+
+
+def _turns(groups: Sequence["ProcessGroup"]) -> Iterator["ProcessGroup"]:
+    """All of them as often as there are groups: then all processes know what one of them knows, be
+    it in another group, and none waits for one that has given up."""
+    for _ in groups:
+        yield from groups
+
 
 Change = Callable[[list[Tensor]], None]
 """Changes whole tensors in place."""

@@ -21,6 +21,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
@@ -71,9 +72,23 @@ SETUPS = {
     "ASGD": Setup((0.1, 0.3, 1.0), decays=False),
     "ScheduleFreeAdamW": Setup((3e-3, 1e-2, 3e-2), {"warmup_steps": 20}, scheduled=False),
     "ScheduleFreeSGD": Setup((0.3, 1.0, 3.0), {"warmup_steps": 20}, False, scheduled=False),
+    # Of the matrices in blocks; AdamW steps all else with the rate that is best for it alone.
+    "Muon": Setup((1e-2, 3e-2, 1e-1), {"adamw": {"lr": 3e-3}}),
     # For full batches: with small ones, of which gradients change their signs, only short steps do.
     "Rprop": Setup((1e-4, 3e-4, 1e-3), {"step_sizes": (1e-6, 1e-3)}, decays=False),
 }
+
+
+def muon_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """The matrices in blocks, and for AdamW matrices and vectors apart from them."""
+    inside = [p for name, p in model.named_parameters() if p.dim() == 2 and "blocks" in name]
+    known = {id(p) for p in inside}
+    others = [p for p in model.parameters() if id(p) not in known]
+    apart = parameter_groups(nn.ParameterList(others), decay)
+    return [
+        {"params": inside, "weight_decay": decay},
+        *({**group, "use_muon": False} for group in apart),
+    ]
 
 
 def train(name: str, rate: float, steps: int) -> Json:
@@ -84,6 +99,8 @@ def train(name: str, rate: float, steps: int) -> Json:
     groups: Any = parameter_groups(one.model, decay)
     if name == "Rprop":  # has no weight decay
         groups = one.model.parameters()
+    if name == "Muon":
+        groups = muon_groups(one.model, decay)
     optimizer = getattr(fusedopt, name)(groups, lr=rate, **setup.options)
     scheduler = CosineAnnealingLR(optimizer, T_max=steps) if setup.scheduled else None
     if isinstance(optimizer, ScheduleFree):

@@ -1,8 +1,7 @@
 """Muon."""
 
 import math
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -13,13 +12,13 @@ from torch.optim.optimizer import ParamsT
 from fusedopt._directions import Parts, as_matrices, swapped_gradients
 from fusedopt._extension import _C
 from fusedopt._formats import DEFAULTS, storage_options
-from fusedopt._gathered import change_whole
-from fusedopt._norms import gather_values
+from fusedopt._gathered import agree, change_whole, tell_failed
+from fusedopt._members import Group
 from fusedopt._optimizer import FusedOptimizer
 from fusedopt._orthogonal import DTYPE, NewtonSchulz
 from fusedopt._sharded import groups_of, is_sharded, local_of, whole_of
 from fusedopt._states import replace_values
-from fusedopt.optimizers._checks import check_betas, check_options, number_in
+from fusedopt.optimizers._checks import check_betas, check_options
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -181,25 +180,38 @@ class Muon(FusedOptimizer):
         self._cached_parts = None
 
     def _check_group(self, index: int, group: Mapping[str, Any]) -> None:
+        self._check_options(index, group)
+        self._check_matrices(index, group, group["params"])
+
+    def _check_options(self, index: int, group: Mapping[str, Any]) -> None:
         what = f"Muon: group {index}"
-        if not group.get("use_muon", True):
+        if not self._is_of_matrices(group):
             check_betas(what, group["betas"], 2)
             check_options(what, {key: group[key] for key in ("lr", "eps", "weight_decay")}, 2)
             return
-        for member, param in self._group(index, dict(group)).named():
-            _check_matrix(f"Muon: {member}", param, self._adamw is not None)
-        check_options(what, {key: group[key] for key in OPTIONS}, 0)
-        coefficients = group["ns_coefficients"]
-        if not isinstance(coefficients, tuple | list) or len(coefficients) != 3:
-            raise ValueError(f"{what}: ns_coefficients is {coefficients!r}; expected three numbers")
-        if any(number_in(c) is None or not math.isfinite(c) for c in coefficients):
-            raise ValueError(f"{what}: ns_coefficients is {coefficients!r}; expected three numbers")
-        steps = group["ns_steps"]
-        if not isinstance(steps, int) or not 0 <= steps < 100:
-            raise ValueError(f"{what}: ns_steps is {steps!r}; expected a number from 0 to 99")
+        check_options(what, {key: group[key] for key in ("lr", "weight_decay", "momentum")}, 0)
+        Group("Muon", index, _steps_of(group), "sgd", {}).check_options()
+
+        def check(key: str, right: bool, expected: str) -> None:
+            if not right:
+                raise ValueError(f"{what}: {key} is {group[key]!r}; expected {expected}")
+
+        coefficients, steps = group["ns_coefficients"], group["ns_steps"]
+        three = isinstance(coefficients, tuple | list) and len(coefficients) == 3
+        check("ns_coefficients", three and all(map(_is_finite, coefficients)), "three numbers")
+        check("eps", _is_finite(group["eps"]) and group["eps"] >= 0, "a number of at least 0")
+        check("ns_steps", isinstance(steps, int) and 0 <= steps < 100, "a number from 0 to 99")
         for key, choices in (("adjust_lr_fn", ADJUSTMENTS), ("ns_view", VIEWS)):
-            if (choice := group.get(key, choices[0])) not in choices:
-                raise ValueError(f"{what}: {key} is {choice!r}; expected one of {choices}")
+            check(key, group.get(key, choices[0]) in choices, f"one of {choices}")
+
+    def _check_matrices(
+        self, index: int, group: Mapping[str, Any], those: Iterable[Tensor]
+    ) -> None:
+        """Raise for those parameters of a group that are no matrices, if they should be."""
+        looked_at = {id(param) for param in those} if self._is_of_matrices(group) else set()
+        for name, param in self._group(index, dict(group)).named() if looked_at else ():
+            if id(param) in looked_at:
+                _check_matrix(f"Muon: {name}", param, self._adamw is not None)
 
     def _is_of_matrices(self, group: Mapping[str, Any]) -> bool:
         return self._rule_of(group) == self._rule
@@ -219,7 +231,7 @@ class Muon(FusedOptimizer):
                 self._tell_others(error)
                 raise
             ordinals = [i for i, p in enumerate(self._params()) if p in matrices]
-            if self._agree(skips=skips, matrices=ordinals):
+            if agree("Muon", self._process_groups(), ordinals, skips=skips):
                 return
             parts.average._step(placed)
             stepped = True
@@ -248,7 +260,9 @@ class Muon(FusedOptimizer):
             The matrices that have a gradient, each with its direction.
         """
         for index, group in enumerate(self.param_groups):
-            self._check_group(index, group)
+            self._check_options(index, group)
+            if new:
+                self._check_matrices(index, group, new)
         if new:
             if any(_C.is_capturing(param.device) for param in new):
                 self._check_capture(new[0])
@@ -268,8 +282,6 @@ class Muon(FusedOptimizer):
             raise RuntimeError("Muon: a step cannot be captured into a CUDA graph")
         average.set_groups([*self._groups_to_average()])
         apply.set_groups([*self._groups_to_apply()])
-        for each in apply._groups():
-            each.check_options()
         for param in self._params():
             if not (values := self.state.get(param)):
                 continue
@@ -313,15 +325,13 @@ class Muon(FusedOptimizer):
             for param in group["params"]:
                 if not is_lazy(param):
                     by_ratio.setdefault(_ratio(param, group), []).append(param)
-            storage = {key: group[key] for key in DEFAULTS if key in group}
             for ratio, params in by_ratio.items():
                 # The direction is taken `ratio` times, the decay once.
-                options = {
-                    **{"params": params, "lr": _number(group["lr"]) * ratio},
-                    "weight_decay": _number(group["weight_decay"]) / ratio,
-                    **{"momentum": 0, "dampening": 0, "nesterov": False, "maximize": False},
-                }
-                yield index, "sgd", storage | options
+                options = _steps_of(group)
+                options["params"] = params
+                options["lr"] = float(group["lr"]) * ratio
+                options["weight_decay"] = float(group["weight_decay"]) / ratio
+                yield index, "sgd", options
 
     @torch.no_grad()
     def _orthogonalize(self, matrices: Mapping[Tensor, Tensor]) -> None:
@@ -352,52 +362,28 @@ class Muon(FusedOptimizer):
         matrices = (g["params"] for g in self.param_groups if self._is_of_matrices(g))
         return [*dict.fromkeys(group for ps in matrices for p in ps for group in groups_of(p))]
 
-    def _agree(self, *, skips: bool, matrices: Sequence[int]) -> bool:
-        """Whether one of the processes skips the step.
-
-        Raises:
-            RuntimeError: where another one cannot step, or has gradients of other matrices.
-        """
-        mark = float(zlib.crc32(repr(matrices).encode()))
-        for group in self._process_groups():
-            for rank, (failed, other_skips, other) in enumerate(
-                gather_values([0.0, float(skips), mark], group)
-            ):
-                if failed:
-                    raise RuntimeError(
-                        f"Muon: nothing was stepped, as rank {rank} of the process group "
-                        f"'{group.group_name}' cannot step; see what it raises"
-                    )
-                if other != mark:
-                    raise RuntimeError(
-                        f"Muon: nothing was stepped, as rank {rank} of the process group "
-                        f"'{group.group_name}' has gradients of other matrices than this one; "
-                        "expected the same ones on all processes that share them"
-                    )
-                skips = skips or bool(other_skips)
-        return skips
-
     def _tell_others(self, error: Exception) -> None:
-        try:
-            for group in self._process_groups():
-                gather_values([1.0, 0.0, 0.0], group)
-        except Exception as other:
-            error.add_note(f"The other processes could not be told: {other}")
+        tell_failed(self._process_groups(), error)
 
     # -- copies -------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_adamw": self._adamw}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._cached_parts = None
-        if any(not self._is_of_matrices(group) for group in self.param_groups):
-            self._adamw = self._adamw or ADAMW
 
 
-OPTIONS: Final = ("lr", "weight_decay", "momentum", "eps")
+def _steps_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group by which its matrices are stepped, as SGD's."""
+    storage = {key: group[key] for key in DEFAULTS if key in group}
+    plain = {"momentum": 0, "dampening": 0, "nesterov": False, "maximize": False}
+    return {**storage, **plain, "lr": group["lr"], "weight_decay": group["weight_decay"]}
 
 
-def _number(value: Any) -> float:
-    return float(value)
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _view(group: Mapping[str, Any]) -> str:

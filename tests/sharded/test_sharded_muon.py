@@ -11,6 +11,7 @@ from support.ranks import DEVICE, Trial, check, check_on_a_gpu, worlds
 from support.sharding import LAYOUTS, Layout, Pair, drawn, mesh_of, sharded, whole
 from support.training import params_of
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
@@ -135,6 +136,28 @@ def an_error_on_one_rank() -> None:
                 assert torch.equal(p.to_local(), q.to_local())
 
 
+def an_error_in_one_of_two_groups() -> None:
+    """Processes that share no matrix with the one that fails know of it as well."""
+    mesh = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("across", "along"))
+    begin = drawn([(8, 6), (6, 8)], torch.float32, 1)
+    params = [
+        nn.Parameter(sharded(t, mesh[n], (Shard(0),)))
+        for t, n in zip(begin, ("across", "along"), strict=True)
+    ]
+    optimizer = fusedopt.Muon(params)
+    for p in params:
+        p.grad = sharded(torch.ones(p.shape), p.device_mesh, p.placements)
+    before = [p.to_local().clone() for p in params]
+    if dist.get_rank() == 3:
+        optimizer.param_groups[0]["lr"] = float("nan")
+    with pytest.raises((RuntimeError, ValueError), match=r"lr|nothing was stepped, as rank"):
+        optimizer.step()
+    assert all(torch.equal(p.to_local(), old) for p, old in zip(params, before, strict=True))
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step()
+    assert not torch.equal(params[0].to_local(), before[0])
+
+
 def an_inf_on_one_rank() -> None:
     """found_inf that processes do not agree on: none of them steps, and none waits."""
     mesh = mesh_of((dist.get_world_size(),))
@@ -193,6 +216,8 @@ def trials(world: int) -> dict[str, Trial]:
     each |= {"shared-out": products_are_shared_out, "fsdp2": fsdp2}
     if world > 1:
         each |= {"an-error": an_error_on_one_rank, "an-inf": an_inf_on_one_rank}
+    if world == 4:
+        each["an-error-in-one-of-two-groups"] = an_error_in_one_of_two_groups
     return each
 
 

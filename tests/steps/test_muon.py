@@ -530,6 +530,8 @@ def test_refused() -> None:
         {"ns_view": "rows"},
         {"lr": -1.0},
         {"eps": -1.0},
+        {"eps": math.nan},
+        {"lr": "fast"},
         {"momentum": -0.1},
         {"weight_decay": -1.0},
     ):
@@ -610,6 +612,7 @@ def test_goes_on_with_the_same_bits(how: str, options: dict[str, Any]) -> None:
     train(optimizer, range(4, 8))
     train(resumed, range(4, 8))
     assert_equal(values_of(resumed), values_of(optimizer))
+    assert how == "state_dict" or resumed._adamw == optimizer._adamw
     resumed.add_param_group({"params": [nn.Parameter(torch.ones(3, dtype=dtype))]})
     assert resumed.param_groups[-1]["use_muon"] is False
 
