@@ -25,7 +25,11 @@ class Part(SteppingOptimizer):
     Attributes:
         rules: of its groups.
         indices: what errors call these.
+        found_inf, grad_scale: as GradScaler gives them to an optimizer.
     """
+
+    found_inf: Any = None
+    grad_scale: Any = None
 
     def __init__(self, name: str, workspace: _C.Workspace, others: frozenset[str]) -> None:
         """Others: keys of states that are not for this one."""

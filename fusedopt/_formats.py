@@ -19,6 +19,7 @@ BLOCK: int = _C.block
 # What the keys of a state are made of, besides the names that a rule gives its states.
 CODE = "_code"  # behind a name: that state in codes
 SCALE = "_scale"  # behind a name: the scales of the codes
+EMA = "ema"  # the average of the weights
 ORDER = (
     "code_stride"  # the strides whose order the codes are in, where these are not the usual ones
 )
@@ -62,7 +63,7 @@ COMBINATIONS = _C.combinations()
 """The dtypes of parameter, gradient and states that there are kernels for."""
 
 # A checkpoint changes none of these: how an optimizer stores things is its own choice.
-OWN_OPTIONS = ("state_dtype", "min_8bit_size", "master_bits", "rounding")
+OWN_OPTIONS = ("state_dtype", "min_8bit_size", "master_bits", "rounding", "ema_decay")
 
 
 # What a group says of storage that says nothing of it.
@@ -72,6 +73,7 @@ DEFAULTS: Mapping[str, Any] = {
     "master_bits": None,
     "rounding": "nearest",
     "seed": 0,
+    "ema_decay": None,
 }
 
 
@@ -81,6 +83,7 @@ def storage_options(
     master_bits: int | None,
     rounding: str,
     seed: int,
+    ema_decay: float | None = None,
 ) -> dict[str, Any]:
     """What a parameter group says of storage, as a JSON file could.
 
@@ -93,6 +96,7 @@ def storage_options(
         "master_bits": master_bits,
         "rounding": rounding,
         "seed": seed,
+        "ema_decay": ema_decay,
     }
     return {key: value for key, value in options.items() if value != DEFAULTS[key]}
 

@@ -1,13 +1,16 @@
 """FusedOptimizer, which all optimizers are: the constructor, parameter groups and the step."""
 
+import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fusedopt._averages import Averages, averages_of, check_decay, has_average, swapped
 from fusedopt._checkpoint import (
     COPIED,
     LOADED,
@@ -37,7 +40,7 @@ from fusedopt._members import Group, can_have_state, check_members, is_ready, li
 from fusedopt._norms import NormGroup
 from fusedopt._overlap import has_own_elements
 from fusedopt._rules import state_keys
-from fusedopt._sharded import is_sharded, local_of
+from fusedopt._sharded import is_sharded, local_of, whole_of
 from fusedopt._states import is_begun, note_begun
 from fusedopt._step import SteppingOptimizer
 from fusedopt._watched_state import OptimizerState, plain, watched
@@ -64,6 +67,9 @@ class FusedOptimizer(SteppingOptimizer):
     _own_defaults: Mapping[str, Any] = {}
     _given: Given = {}
     _flat = False
+    _averages: Averages | None = None  # None: no group has any, or they were not asked for yet
+    _has_averages = False
+    _is_swapped = False
 
     def _init(
         self,
@@ -138,6 +144,8 @@ class FusedOptimizer(SteppingOptimizer):
         try:
             added.check_options()
             self._check_group(index, added.options)
+            if has_average(added.options):
+                check_decay(f"{type(self).__name__}: group {index}", added.options["ema_decay"])
             if self._max_grad_norm is not None:
                 self._check_norm_group(added.params)
             # Others are looked at when they first have a gradient, as in torch.
@@ -162,8 +170,35 @@ class FusedOptimizer(SteppingOptimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        self._note_averages()
 
     # -- the step -----------------------------------------------------------------------------
+
+    def _step(self, grads: list[tuple[Tensor, Tensor]] | None = None) -> bool:
+        if not self._has_averages:
+            return self._update(grads)
+        groups = self._groups()
+        if self._averages is None:
+            self._averages = Averages(type(self).__name__)
+        try:
+            if self._is_swapped:
+                raise RuntimeError(
+                    f"{type(self).__name__}: step() within swap_ema(), where parameters are their "
+                    "averages; leave it first"
+                )
+            self._averages.check(groups, self.state)
+        except Exception as error:
+            self._tell_others(error)
+            raise
+        stepped = self._update(grads)
+        if stepped:
+            found_inf = whole_of(getattr(self, "found_inf", None))
+            self._averages.update(groups, self.state, found_inf)
+        return stepped
+
+    def _update(self, grads: list[tuple[Tensor, Tensor]] | None) -> bool:
+        """A step without averages."""
+        return super()._step(grads)
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -298,6 +333,7 @@ class FusedOptimizer(SteppingOptimizer):
         note_weights(copied.known_weights, states, self._workspace)
         note_begun(copied.begun, states, self._workspace)
         self._plan = None
+        self._note_averages()
 
     # -- master weights -----------------------------------------------------------------------
 
@@ -321,6 +357,54 @@ class FusedOptimizer(SteppingOptimizer):
         """
         members = list_members(self._groups())
         load_masters(type(self).__name__, [*masters], members, self.state, self._workspace)
+
+    # -- averages of the weights --------------------------------------------------------------
+
+    def _note_averages(self) -> None:
+        self._has_averages = any(map(has_average, self.param_groups))
+        self._averages = None
+
+    def ema_params(self) -> Iterator[Tensor]:
+        """The averages of the weights that ema_decay asks for, in the order of the groups.
+
+        They are those of the last step, not copies. Where a parameter has none, as it has never
+        been stepped, its average is itself.
+
+        Raises:
+            RuntimeError: where no group has ema_decay.
+        """
+        self._check_averages()
+        return averages_of(self._params(), self.state)
+
+    def swap_ema(self) -> AbstractContextManager[None]:
+        """A context in which parameters are their averages, for evaluating or saving a model.
+
+        Afterwards they are to the bit what they were, as are masters. A step within it is an error.
+        It takes the memory of a copy of the parameters.
+
+        Raises:
+            RuntimeError: where no group has ema_decay, and within another one.
+        """
+        self._check_averages()
+        return self._swapped()
+
+    @contextlib.contextmanager
+    def _swapped(self) -> Iterator[None]:
+        if self._is_swapped:
+            raise RuntimeError(f"{type(self).__name__}: swap_ema() within swap_ema()")
+        with swapped([*self._params()], self.state, self._workspace):
+            self._is_swapped = True
+            try:
+                yield
+            finally:
+                self._is_swapped = False
+
+    def _check_averages(self) -> None:
+        if not self._has_averages:
+            raise RuntimeError(
+                f"{type(self).__name__}: there are no averages of the weights; give ema_decay= to "
+                "the optimizer, or to a group of it"
+            )
 
     # -- gradients ----------------------------------------------------------------------------
 

@@ -19,8 +19,12 @@ MOST_GROWTH_LATER: Final = 12
 LEAST_OBLONG: Final = 2
 # Elements of matrices that are multiplied together. On a CPU larger ones fill all cores on their
 # own, and their batched product is slower.
-MOST_TOGETHER: Final = {"cpu": 2**21, "cuda": 2**25}
+MOST_TOGETHER: Final = {"cpu": 2**20, "cuda": 2**25}
 LARGEST_TOGETHER: Final = {"cpu": 256**2, "cuda": 2**24}
+
+# Rows of symmetric matrices of which only half is computed, and in how many blocks.
+LEAST_HALVED: Final = 640
+ROW_BLOCKS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class NewtonSchulz:
         x = torch.empty((len(matrices), *first.shape), dtype=DTYPE, device=first.device)
         torch._foreach_copy_([*x.unbind()], matrices)
         norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
-        x.div_(norm.clamp_(min=self.eps))
+        x.div_(norm.clamp_(min=self.eps).to(DTYPE))
         # One product of matrices takes less time than a batched one of a single pair.
         result = self._iterate(x[0] if len(x) == 1 else x)
         return [result] if len(x) == 1 else [*result.unbind()]
@@ -67,8 +71,8 @@ class NewtonSchulz:
             return self._iterate_gram(x)
         a, b, c = self.coefficients
         for _ in range(self.steps):
-            gram = x @ x.mT
-            x = _add_product(x, a, _add_product(gram, b, gram, gram, c), x)
+            gram = _symmetric_product(x, x.mT)
+            x = _add_product(x, a, _symmetric_product(gram, gram, c, gram, b), x)
         return x
 
     def _most_updates(self, growth: float) -> int:
@@ -87,17 +91,17 @@ class NewtonSchulz:
         left, updates = self.steps, self._most_updates(MOST_GROWTH)
         while left > 0:
             steps = min(left, updates + 1)
-            gram = x @ x.mT
+            gram = _symmetric_product(x, x.mT)
             for step in range(steps):
-                change = _add_product(gram, b, gram, gram, c)
+                change = _symmetric_product(gram, gram, c, gram, b)
                 if step == 0:
                     factor = change.clone()
                     factor.diagonal(dim1=-2, dim2=-1).add_(a)
                 else:
-                    factor = _add_product(factor, a, change, factor)
+                    factor = _symmetric_product(change, factor, 1, factor, a)
                 if step < steps - 1:
-                    gram = _add_product(gram, a, change, gram)
-                    gram = _add_product(gram, a, change, gram)
+                    gram = _symmetric_product(change, gram, 1, gram, a)
+                    gram = _symmetric_product(change, gram, 1, gram, a)
             x = factor @ x
             left, updates = left - steps, self._most_updates(MOST_GROWTH_LATER)
         return x
@@ -117,3 +121,27 @@ def _add_product(x: Tensor, beta: float, y: Tensor, z: Tensor, alpha: float = 1)
     """beta * x + alpha * y @ z, of matrices or batches of them."""
     add = torch.addmm if x.dim() == 2 else torch.baddbmm
     return add(x, y, z, beta=beta, alpha=alpha)
+
+
+def _symmetric_product(
+    y: Tensor, z: Tensor, alpha: float = 1, x: Tensor | None = None, beta: float = 1
+) -> Tensor:
+    """beta * x + alpha * y @ z where this is symmetric but for rounding.
+
+    Of a large matrix on a CPU, whose products take as long as they have operations, only what is on
+    the diagonal and right of it is computed, in blocks of rows.
+    """
+    size = y.shape[-2]
+    if y.dim() > 2 or y.device.type != "cpu" or size < LEAST_HALVED:
+        return y @ z if x is None else _add_product(x, beta, y, z, alpha)
+    result = y.new_empty(size, size)
+    rows = -(-size // ROW_BLOCKS)
+    for begin in range(0, size, rows):
+        here, right = slice(begin, begin + rows), slice(begin, None)
+        ours, theirs, into = y[here], z[:, right], result[here, right]
+        if x is None:
+            torch.mm(ours, theirs, out=into)
+        else:
+            torch.addmm(x[here, right], ours, theirs, beta=beta, alpha=alpha, out=into)
+        result[here, :begin] = result[:begin, here].mT
+    return result

@@ -20,6 +20,7 @@ from fusedopt._extension import _C
 from fusedopt._flat import find_buffer
 from fusedopt._formats import (
     CODE,
+    EMA,
     MASTERS,
     NUMBERS,
     OLD_REMAINDER,
@@ -118,7 +119,7 @@ def is_begun(param: Tensor, state: Mapping[Tensor, Any], workspace: _C.Workspace
 def _rule_state(state: Mapping[Tensor, Any], param: Tensor) -> Tensor | None:
     """The first of the rule's states; None: there is none."""
     for key, value in values_of(state, param).items():
-        if key not in NUMBERS | MASTERS and isinstance(value, Tensor):
+        if key not in NUMBERS | MASTERS | {EMA} and isinstance(value, Tensor):
             return value
     return None
 

@@ -110,11 +110,14 @@ class SteppingOptimizer(Optimizer):
         self._step()
         return loss
 
-    def _step(self, grads: list[tuple[Tensor, Tensor]] | None = None) -> None:
-        """Step without hooks.
+    def _step(self, grads: list[tuple[Tensor, Tensor]] | None = None) -> bool:
+        """Step without hooks, unless another process skips the step.
 
         Args:
             grads: sharded parameters, each with a plain tensor in place of its gradient.
+
+        Returns:
+            Whether no other process skips it.
         """
         state = self.state  # which another thread may replace meanwhile
         if self._cut_norm is not None:
@@ -126,10 +129,11 @@ class SteppingOptimizer(Optimizer):
             if missing is not None:
                 self._step_anew(missing, state, grads)
         except SkippedElsewhere:
-            pass
+            return False
         except Exception as error:
             self._tell_others(error)
             raise
+        return True
 
     def _check_step(
         self, grads: list[tuple[Tensor, Tensor]], positions: list[int] | None = None

@@ -34,7 +34,9 @@ int kernel_for(const Entry& e, const Member& m, int variant, const at::Tensor& p
     throw py::value_error(what() + " has shape " + text(param.sizes()) +
                           " but its gradient has shape " + text(grad.sizes()));
   const auto grad_dtype = dtype_of(grad.scalar_type());
-  if (e.coded && (grad_dtype == m.dtype || grad_dtype == DType::float32))
+  // Without states, averages of weights take any of these for a gradient.
+  const bool any = e.tensor_count == 0 && grad_dtype && size_of(*grad_dtype) == 2;
+  if (e.coded && (grad_dtype == m.dtype || grad_dtype == DType::float32 || any))
     return registry().coded_kernel(variant);
   const int index = grad_dtype && !e.coded && grad.is_complex() == param.is_complex()
                         ? combination(m.dtype, *grad_dtype, *dtype_of(m.state_type))

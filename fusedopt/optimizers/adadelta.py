@@ -36,8 +36,8 @@ class Adadelta(FusedOptimizer, torch.optim.Adadelta):
         foreach: accepted; the step is always the fused one.
         differentiable: must be False.
         state_dtype: dtype of the states, as in :class:`fusedopt.Adam`.
-        min_8bit_size, master_bits, rounding, seed, max_grad_norm, norm_group, flat: as in
-            :class:`fusedopt.Adam`.
+        min_8bit_size, master_bits, rounding, seed, ema_decay, max_grad_norm, norm_group, flat: as
+            in :class:`fusedopt.Adam`.
 
     The state of a parameter is step (float32, 0-dim, on the CPU unless capturable), square_avg and
     acc_delta, in the parameter's shape.
@@ -73,6 +73,7 @@ class Adadelta(FusedOptimizer, torch.optim.Adadelta):
         master_bits: int | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        ema_decay: float | None = None,
         max_grad_norm: float | None = None,
         norm_group: "ProcessGroup | None" = None,
         flat: bool = False,
@@ -87,5 +88,7 @@ class Adadelta(FusedOptimizer, torch.optim.Adadelta):
             "capturable": capturable,
             "maximize": maximize,
         }
-        options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        options = storage_options(
+            state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay
+        )
         self._init(options, flat, max_grad_norm, args, differentiable, norm_group)

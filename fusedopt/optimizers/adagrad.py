@@ -47,8 +47,8 @@ class Adagrad(FusedOptimizer, _WithoutStates):
             these are tensors on that device; any other option stays as it was.
         state_dtype: dtype of the states, as in :class:`fusedopt.Adam`, but not "int8": errors
             of codes would add up in the sum.
-        min_8bit_size, master_bits, rounding, seed, max_grad_norm, norm_group, flat: as in
-            :class:`fusedopt.Adam`.
+        min_8bit_size, master_bits, rounding, seed, ema_decay, max_grad_norm, norm_group, flat: as
+            in :class:`fusedopt.Adam`.
 
     The state of a parameter is step (float32, 0-dim, on the CPU unless capturable or fused)
     and sum, in the parameter's shape. As in torch, the constructor makes it; but the first step
@@ -88,6 +88,7 @@ class Adagrad(FusedOptimizer, _WithoutStates):
         master_bits: int | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        ema_decay: float | None = None,
         max_grad_norm: float | None = None,
         norm_group: "ProcessGroup | None" = None,
         flat: bool = False,
@@ -103,7 +104,9 @@ class Adagrad(FusedOptimizer, _WithoutStates):
             "maximize": maximize,
             "fused": fused,
         }
-        options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        options = storage_options(
+            state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay
+        )
         if capturable:
             options["capturable"] = True
         self._init(options, flat, max_grad_norm, args, differentiable, norm_group)

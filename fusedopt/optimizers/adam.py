@@ -55,6 +55,10 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         rounding: of bfloat16 parameters without masters: "nearest", or "stochastic", which is right
             in the mean.
         seed: of stochastic rounding, from 0 to 2**64 - 1; saved in the state_dict.
+        ema_decay: keep a moving average of the weights, :math:`a \leftarrow d a + (1 - d) \theta`
+            after each step, from the weights after the first one, as the key ema of the state: in
+            float32 or, where it is no "int8", in state_dtype. :meth:`ema_params` yields the
+            averages, within :meth:`swap_ema` they are the parameters. None: there are none.
         max_grad_norm: clip the gradients to this norm of all of them together, as
             torch.nn.utils.clip_grad_norm_ does, but only within the step: gradients are read, not
             written. The norm is :attr:`grad_norm`. None: no clipping. With a norm that is not
@@ -105,6 +109,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         master_bits: int | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        ema_decay: float | None = None,
         max_grad_norm: float | None = None,
         norm_group: "ProcessGroup | None" = None,
         flat: bool = False,
@@ -122,7 +127,9 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        options = storage_options(
+            state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay
+        )
         options |= decay_options(cautious_weight_decay)
         if not first_moment:
             options["first_moment"] = False
@@ -170,6 +177,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         master_bits: int | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        ema_decay: float | None = None,
         max_grad_norm: float | None = None,
         norm_group: "ProcessGroup | None" = None,
         flat: bool = False,
@@ -186,7 +194,9 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
             "capturable": capturable,
             "fused": fused,
         }
-        options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        options = storage_options(
+            state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay
+        )
         options |= decay_options(cautious_weight_decay)
         if not first_moment:
             options["first_moment"] = False

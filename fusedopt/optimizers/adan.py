@@ -44,8 +44,8 @@ class Adan(FusedOptimizer):
         capturable: keep the step counts on the parameters' CUDA device, so that a step can be
             captured into a CUDA graph. A replay follows lr, betas and weight_decay where
             these are tensors on that device; any other option stays as it was.
-        state_dtype, min_8bit_size, master_bits, rounding, seed, max_grad_norm, norm_group, flat:
-            as in :class:`fusedopt.Adam`.
+        state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay, max_grad_norm,
+            norm_group, flat: as in :class:`fusedopt.Adam`.
 
     The state of a parameter is step (float32, 0-dim, on the CPU unless capturable) and exp_avg,
     exp_avg_sq, exp_avg_diff and neg_pre_grad, which is minus the last gradient (clipped, where
@@ -81,6 +81,7 @@ class Adan(FusedOptimizer):
         master_bits: int | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        ema_decay: float | None = None,
         max_grad_norm: float | None = None,
         norm_group: "ProcessGroup | None" = None,
         flat: bool = False,
@@ -93,6 +94,8 @@ class Adan(FusedOptimizer):
         }
         check_options(type(self).__name__, defaults, betas=3)
         defaults |= {"no_prox": no_prox, "maximize": maximize, "capturable": capturable}
-        options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        options = storage_options(
+            state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay
+        )
         args = {"params": params, "defaults": defaults}
         self._init(options, flat, max_grad_norm, args, norm_group=norm_group)

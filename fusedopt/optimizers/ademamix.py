@@ -52,7 +52,7 @@ class AdEMAMix(FusedOptimizer):
         state_dtype: dtype of the states, as in :class:`fusedopt.Adam`, but not "int8": a step
             changes the slow average by less than codes can tell apart. So it does with
             torch.bfloat16 where gradients are nearly constant.
-        min_8bit_size, master_bits, rounding, seed, max_grad_norm, norm_group, flat:
+        min_8bit_size, master_bits, rounding, seed, ema_decay, max_grad_norm, norm_group, flat:
             as in :class:`fusedopt.Adam`.
 
     The state of a parameter is step (float32, 0-dim, on the CPU unless capturable) and
@@ -90,6 +90,7 @@ class AdEMAMix(FusedOptimizer):
         master_bits: int | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        ema_decay: float | None = None,
         max_grad_norm: float | None = None,
         norm_group: "ProcessGroup | None" = None,
         flat: bool = False,
@@ -105,6 +106,8 @@ class AdEMAMix(FusedOptimizer):
         }
         check_options(type(self).__name__, defaults, betas=3)
         defaults |= {"maximize": maximize, "capturable": capturable}
-        options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        options = storage_options(
+            state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay
+        )
         args = {"params": params, "defaults": defaults}
         self._init(options, flat, max_grad_norm, args, norm_group=norm_group)

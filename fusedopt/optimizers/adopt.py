@@ -43,8 +43,8 @@ class ADOPT(FusedOptimizer):
         capturable: keep the step counts on the parameters' CUDA device, so that a step can be
             captured into a CUDA graph. A replay follows lr, betas and weight_decay where
             these are tensors on that device; any other option stays as it was.
-        state_dtype, min_8bit_size, master_bits, rounding, seed, max_grad_norm, norm_group, flat:
-            as in :class:`fusedopt.Adam`.
+        state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay, max_grad_norm,
+            norm_group, flat: as in :class:`fusedopt.Adam`.
 
     The state of a parameter is step (float32, 0-dim, on the CPU unless capturable) and exp_avg and
     exp_avg_sq, in the parameter's shape.
@@ -80,6 +80,7 @@ class ADOPT(FusedOptimizer):
         master_bits: int | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        ema_decay: float | None = None,
         max_grad_norm: float | None = None,
         norm_group: "ProcessGroup | None" = None,
         flat: bool = False,
@@ -94,6 +95,8 @@ class ADOPT(FusedOptimizer):
         }
         check_options(type(self).__name__, defaults, betas=2)
         defaults |= {"maximize": maximize, "capturable": capturable}
-        options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        options = storage_options(
+            state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay
+        )
         args = {"params": params, "defaults": defaults}
         self._init(options, flat, max_grad_norm, args, norm_group=norm_group)

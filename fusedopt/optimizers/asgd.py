@@ -39,8 +39,8 @@ class ASGD(FusedOptimizer, torch.optim.ASGD):
         differentiable: must be False.
         state_dtype: dtype of ax: by default torch.float32 (float64 for float64 parameters). It
             cannot be "int8", as errors of codes would add up in an average of weights.
-        min_8bit_size, master_bits, rounding, seed, max_grad_norm, norm_group, flat: as in
-            :class:`fusedopt.Adam`.
+        min_8bit_size, master_bits, rounding, seed, ema_decay, max_grad_norm, norm_group, flat: as
+            in :class:`fusedopt.Adam`.
 
     The state of a parameter is step, eta and mu (float32, 0-dim, on the CPU unless capturable) and
     ax, in the parameter's shape.
@@ -77,6 +77,7 @@ class ASGD(FusedOptimizer, torch.optim.ASGD):
         master_bits: int | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        ema_decay: float | None = None,
         max_grad_norm: float | None = None,
         norm_group: "ProcessGroup | None" = None,
         flat: bool = False,
@@ -92,5 +93,7 @@ class ASGD(FusedOptimizer, torch.optim.ASGD):
             "maximize": maximize,
             "capturable": capturable,
         }
-        options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        options = storage_options(
+            state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay
+        )
         self._init(options, flat, max_grad_norm, args, differentiable, norm_group)

@@ -40,8 +40,8 @@ class Lion(FusedOptimizer):
         cautious_weight_decay: as in :class:`fusedopt.Adam`.
         capturable: a step can be captured into a CUDA graph. A replay follows lr, betas and
             weight_decay where these are tensors on that device; any other option stays as it was.
-        state_dtype, min_8bit_size, master_bits, rounding, seed, max_grad_norm, norm_group, flat:
-            as in :class:`fusedopt.Adam`.
+        state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay, max_grad_norm,
+            norm_group, flat: as in :class:`fusedopt.Adam`.
 
     The state of a parameter is exp_avg, in the parameter's shape.
 
@@ -74,6 +74,7 @@ class Lion(FusedOptimizer):
         master_bits: int | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        ema_decay: float | None = None,
         max_grad_norm: float | None = None,
         norm_group: "ProcessGroup | None" = None,
         flat: bool = False,
@@ -81,7 +82,9 @@ class Lion(FusedOptimizer):
         defaults: dict[str, Any] = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         check_options(type(self).__name__, defaults, betas=2)
         defaults |= {"maximize": maximize, "capturable": capturable}
-        options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        options = storage_options(
+            state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay
+        )
         options |= decay_options(cautious_weight_decay)
         args = {"params": params, "defaults": defaults}
         self._init(options, flat, max_grad_norm, args, norm_group=norm_group)

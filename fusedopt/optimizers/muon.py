@@ -84,8 +84,9 @@ class Muon(FusedOptimizer):
             for each element of the first dimension, as convolutions are; "batch": matrices in the
             last two dimensions, such as those of experts.
         maximize: as in torch.optim.Adam.
-        state_dtype, min_8bit_size, master_bits, rounding, seed, max_grad_norm, norm_group, flat:
-            as in :class:`fusedopt.Adam`. Gradients are clipped before they are averaged.
+        state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay, max_grad_norm,
+            norm_group, flat: as in :class:`fusedopt.Adam`. Gradients are clipped before they are
+            averaged.
 
     The state of a matrix is momentum_buffer, in the parameter's shape; that of another parameter is
     AdamW's.
@@ -129,6 +130,7 @@ class Muon(FusedOptimizer):
         master_bits: int | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        ema_decay: float | None = None,
         max_grad_norm: float | None = None,
         norm_group: "ProcessGroup | None" = None,
         flat: bool = False,
@@ -145,7 +147,9 @@ class Muon(FusedOptimizer):
                     + ", ".join(key for key in ADAMW if key != "decoupled_weight_decay")
                 )
             self._adamw = {**ADAMW, **adamw}
-        options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        options = storage_options(
+            state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay
+        )
         options |= {"ns_view": ns_view} if ns_view != VIEWS[0] else {}
         options |= {"maximize": True} if maximize else {}
         args = {"params": params, "defaults": defaults}
@@ -218,7 +222,7 @@ class Muon(FusedOptimizer):
 
     # -- the step -----------------------------------------------------------------------------
 
-    def _step(self, grads: list[tuple[Tensor, Tensor]] | None = None) -> None:
+    def _update(self, grads: list[tuple[Tensor, Tensor]] | None) -> bool:
         new = [p for p in self._params() if _C.has_gradient(p) and not self.state.get(p)]
         parts = self._parts
         placed: list[tuple[Tensor, Tensor]] = []
@@ -232,7 +236,7 @@ class Muon(FusedOptimizer):
                 raise
             ordinals = [i for i, p in enumerate(self._params()) if p in matrices]
             if agree("Muon", self._process_groups(), ordinals, skips=skips):
-                return
+                return False
             parts.average._step(placed)
             stepped = True
             self._orthogonalize(matrices)
@@ -246,6 +250,7 @@ class Muon(FusedOptimizer):
                 for param in new:
                     replace_values(self.state, param, None)
                     self._workspace.forget_begun(param)
+        return True
 
     def _look(
         self, new: Sequence[Tensor], placed: list[tuple[Tensor, Tensor]]
@@ -297,7 +302,7 @@ class Muon(FusedOptimizer):
                 direction.grad_dtype = grad.dtype
             direction.grad = grad
         average._max_grad_norm, average._norm_group = self._max_grad_norm, self._norm_group
-        average.grad_scale = getattr(self, "grad_scale", None)  # type: ignore[attr-defined]
+        average.grad_scale = getattr(self, "grad_scale", None)
         average._check_step(placed)
         apply._check_step([], positions=[])
         return matrices

@@ -41,8 +41,8 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
         foreach: accepted; the step is always the fused one.
         differentiable: must be False.
         state_dtype: dtype of the averages, as in :class:`fusedopt.Adam`.
-        min_8bit_size, master_bits, rounding, seed, max_grad_norm, norm_group, flat: as in
-            :class:`fusedopt.Adam`.
+        min_8bit_size, master_bits, rounding, seed, ema_decay, max_grad_norm, norm_group, flat: as
+            in :class:`fusedopt.Adam`.
 
     The state of a parameter is step and mu_product, the product of all :math:`\mu` so far (float32,
     0-dim, on the CPU unless capturable), and exp_avg and exp_avg_sq, in the parameter's shape.
@@ -80,6 +80,7 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
         master_bits: int | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        ema_decay: float | None = None,
         max_grad_norm: float | None = None,
         norm_group: "ProcessGroup | None" = None,
         flat: bool = False,
@@ -96,5 +97,7 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
             "maximize": maximize,
             "capturable": capturable,
         }
-        options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        options = storage_options(
+            state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay
+        )
         self._init(options, flat, max_grad_norm, args, differentiable, norm_group)

@@ -42,8 +42,8 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
         foreach: accepted; the step is always the fused one.
         differentiable: must be False.
         state_dtype: dtype of the states, as in :class:`fusedopt.Adam`.
-        min_8bit_size, master_bits, rounding, seed, max_grad_norm, norm_group, flat: as in
-            :class:`fusedopt.Adam`.
+        min_8bit_size, master_bits, rounding, seed, ema_decay, max_grad_norm, norm_group, flat: as
+            in :class:`fusedopt.Adam`.
 
     The state of a parameter is step (float32, 0-dim, on the CPU unless capturable), exp_avg and
     exp_avg_sq, in the parameter's shape.
@@ -80,6 +80,7 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
         master_bits: int | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        ema_decay: float | None = None,
         max_grad_norm: float | None = None,
         norm_group: "ProcessGroup | None" = None,
         flat: bool = False,
@@ -95,5 +96,7 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
             "maximize": maximize,
             "capturable": capturable,
         }
-        options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        options = storage_options(
+            state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay
+        )
         self._init(options, flat, max_grad_norm, args, differentiable, norm_group)

@@ -47,6 +47,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         rounding: of bfloat16 parameters without masters: "nearest", or "stochastic", which is right
             in the mean.
         seed: of stochastic rounding, from 0 to 2**64 - 1; saved in the state_dict.
+        ema_decay: as in :class:`fusedopt.Adam`.
         max_grad_norm: clip the gradients to this norm of all of them together, as
             torch.nn.utils.clip_grad_norm_ does, but only within the step: gradients are read, not
             written. The norm is :attr:`grad_norm`. None: no clipping. With a norm that is not
@@ -97,6 +98,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         master_bits: int | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        ema_decay: float | None = None,
         max_grad_norm: float | None = None,
         norm_group: "ProcessGroup | None" = None,
         flat: bool = False,
@@ -113,7 +115,9 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
             "foreach": foreach,
             "maximize": maximize,
         }
-        options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        options = storage_options(
+            state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay
+        )
         if eps_inside_sqrt:
             options["eps_inside_sqrt"] = True
         self._init(options, flat, max_grad_norm, args, differentiable, norm_group)

@@ -39,8 +39,8 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         differentiable: must be False.
         state_dtype: dtype of the states, as in :class:`fusedopt.Adam`, but not "int8": errors
             of codes would add up in the step sizes.
-        min_8bit_size, master_bits, rounding, seed, max_grad_norm, norm_group, flat: as in
-            :class:`fusedopt.Adam`.
+        min_8bit_size, master_bits, rounding, seed, ema_decay, max_grad_norm, norm_group, flat: as
+            in :class:`fusedopt.Adam`.
 
     The state of a parameter is step (float32, 0-dim, on the CPU unless capturable), prev and
     step_size, in the parameter's shape.
@@ -75,6 +75,7 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         master_bits: int | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        ema_decay: float | None = None,
         max_grad_norm: float | None = None,
         norm_group: "ProcessGroup | None" = None,
         flat: bool = False,
@@ -88,5 +89,7 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
             "foreach": foreach,
             "maximize": maximize,
         }
-        options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        options = storage_options(
+            state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay
+        )
         self._init(options, flat, max_grad_norm, args, differentiable, norm_group)

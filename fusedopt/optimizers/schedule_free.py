@@ -130,8 +130,8 @@ class ScheduleFreeAdamW(ScheduleFree):
             weight_decay where these are tensors on that device; any other option stays as it was.
         state_dtype: dtype of the states: by default torch.float32 (float64 for float64 parameters).
             It cannot be "int8", as errors of codes would add up in :math:`z`.
-        min_8bit_size, master_bits, rounding, seed, max_grad_norm, norm_group, flat: as in
-            :class:`fusedopt.Adam`.
+        min_8bit_size, master_bits, rounding, seed, ema_decay, max_grad_norm, norm_group, flat: as
+            in :class:`fusedopt.Adam`.
 
     The state of a parameter is step, lr_max and weight_sum (float32, 0-dim, on the CPU unless
     capturable) and z and exp_avg_sq, in the parameter's shape. A group has the key train_mode,
@@ -169,6 +169,7 @@ class ScheduleFreeAdamW(ScheduleFree):
         master_bits: int | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        ema_decay: float | None = None,
         max_grad_norm: float | None = None,
         norm_group: "ProcessGroup | None" = None,
         flat: bool = False,
@@ -184,7 +185,9 @@ class ScheduleFreeAdamW(ScheduleFree):
         check_momentum(type(self).__name__, "betas[0]", betas[0])
         defaults |= {"r": r, "weight_lr_power": weight_lr_power}
         defaults |= {"maximize": maximize, "capturable": capturable, "train_mode": None}
-        options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        options = storage_options(
+            state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay
+        )
         args = {"params": params, "defaults": defaults}
         self._init(options, flat, max_grad_norm, args, norm_group=norm_group)
 
@@ -214,8 +217,8 @@ class ScheduleFreeSGD(ScheduleFree):
             weight_decay where these are tensors on that device; any other option stays as it was.
         state_dtype: dtype of the states: by default torch.float32 (float64 for float64 parameters).
             It cannot be "int8", as errors of codes would add up in :math:`z`.
-        min_8bit_size, master_bits, rounding, seed, max_grad_norm, norm_group, flat: as in
-            :class:`fusedopt.Adam`.
+        min_8bit_size, master_bits, rounding, seed, ema_decay, max_grad_norm, norm_group, flat: as
+            in :class:`fusedopt.Adam`.
 
     The state of a parameter is step, lr_max and weight_sum (float32, 0-dim, on the CPU unless
     capturable) and z, in the parameter's shape. A group has the key train_mode, which is saved.
@@ -251,6 +254,7 @@ class ScheduleFreeSGD(ScheduleFree):
         master_bits: int | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        ema_decay: float | None = None,
         max_grad_norm: float | None = None,
         norm_group: "ProcessGroup | None" = None,
         flat: bool = False,
@@ -265,7 +269,9 @@ class ScheduleFreeSGD(ScheduleFree):
         check_momentum(type(self).__name__, "momentum", momentum)
         defaults |= {"r": r, "weight_lr_power": weight_lr_power}
         defaults |= {"maximize": maximize, "capturable": capturable, "train_mode": None}
-        options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        options = storage_options(
+            state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay
+        )
         args = {"params": params, "defaults": defaults}
         self._init(options, flat, max_grad_norm, args, norm_group=norm_group)
 

@@ -44,6 +44,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         rounding: of bfloat16 parameters without masters: "nearest", or "stochastic", which is right
             in the mean.
         seed: of stochastic rounding, from 0 to 2**64 - 1; saved in the state_dict.
+        ema_decay: as in :class:`fusedopt.Adam`.
         max_grad_norm: clip the gradients to this norm of all of them together, as
             torch.nn.utils.clip_grad_norm_ does, but only within the step: gradients are read, not
             written. The norm is :attr:`grad_norm`. None: no clipping. With a norm that is not
@@ -89,6 +90,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         master_bits: int | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        ema_decay: float | None = None,
         max_grad_norm: float | None = None,
         norm_group: "ProcessGroup | None" = None,
         flat: bool = False,
@@ -104,7 +106,9 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             "foreach": foreach,
             "fused": fused,
         }
-        options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        options = storage_options(
+            state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay
+        )
         if capturable:
             options["capturable"] = True
         self._init(options, flat, max_grad_norm, args, differentiable, norm_group)

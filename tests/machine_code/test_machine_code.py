@@ -25,9 +25,9 @@ CODED_SIZES = [4097, 300, 1, 700, 3841]
 CODED_ROWS = [(9, 300), (5, 513), (9, 1000), (17, 896)]
 """How many, and how many elements each has, of spans with codes: more than a chunk of blocks."""
 FACTOR = 1 / 3  # which float32 does not hold
-# Of a kernel's instructions. Where a rule does little else, half of them are what rare divisions
-# and roots of float64 take.
-LEAST_EXECUTED = {"float64": 0.5, "float32": 0.6, "bfloat16": 0.6, "float16": 0.6, "coded": 0.6}
+LEAST_EXECUTED = 0.6  # of a kernel's instructions
+# Where little is done besides a division by a root, what is rare of that is nearly half of it.
+LEAST_EXECUTED_OF_SHORT = 0.5
 FAULT_EVERY = {"float32": 16, "coded": 96}  # instructions
 LEAST_FOUND = {"float32": (0.7, 0.0), "coded": (0.6, 0.1)}  # of the faults; took a slow way
 
@@ -191,7 +191,10 @@ def test_most_instructions_have_been_executed(machine: Machine, core: Core) -> N
         Case(core, kernel, control=control).check(machine, control=control)
         for key in (key for key in machine.code if key[0] == kernel.index):
             share = machine.executed_share(key)
-            assert share >= LEAST_EXECUTED[kernel.dtypes[0]], f"{kernel}: {share:.0%}"
+            is_short = kernel.rule == "adam" and "exp_avg" not in kernel.states
+            assert share >= (LEAST_EXECUTED_OF_SHORT if is_short else LEAST_EXECUTED), (
+                f"{kernel}: {share:.0%}"
+            )
 
 
 @slow

@@ -125,6 +125,21 @@ def test_iteration_with_other_coefficients(coefficients: tuple[float, float, flo
     assert (got - want).norm() <= 3 * (rounded - want).norm() + 0.01 * want.norm()
 
 
+@pytest.mark.parametrize("sides", [(100, 100), (100, 101), (101, 300)], ids=str)
+@pytest.mark.parametrize("blocks", [1, 2, 3, 7])
+def test_halves_of_symmetric_products(
+    sides: tuple[int, int], blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they are computed, the iteration is the same."""
+    matrix = with_spectrum(sides, SPECTRA["1/k"]).float()
+    plain, halved = matrix.clone(), matrix.clone()
+    NewtonSchulz(COEFFICIENTS, 5, 1e-7).orthogonalize([plain])
+    monkeypatch.setattr(_orthogonal, "LEAST_HALVED", 0)
+    monkeypatch.setattr(_orthogonal, "ROW_BLOCKS", blocks)
+    NewtonSchulz(COEFFICIENTS, 5, 1e-7).orthogonalize([halved])
+    assert (halved - plain).norm() <= 0.03 * plain.norm()
+
+
 def test_many_matrices_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Together, in parts, one by one; wide beside tall; transposed ones; batches."""
     whole = [torch.randn(shape) for shape in ((6, 9), (9, 6), (6, 9), (20, 3), (9, 6), (6, 9))]

@@ -34,8 +34,8 @@ class Quartet(FusedOptimizer):
         initial_total: what the sum of squares begins with.
         share: :math:`\sigma`, of Adagrad's step.
         follow: :math:`\phi`, from 0 to 1, of the way to the weights that the anchor goes in a step.
-        capturable, min_8bit_size, master_bits, rounding, seed, max_grad_norm, flat: as in
-            :class:`fusedopt.Adam`.
+        capturable, min_8bit_size, master_bits, rounding, seed, ema_decay, max_grad_norm, flat: as
+            in :class:`fusedopt.Adam`.
         state_dtype: dtype of the states, as in :class:`fusedopt.Adam`, but not "int8".
 
     The state of a parameter is step (float32, 0-dim, on the CPU unless capturable) and exp_avg,
@@ -70,6 +70,7 @@ class Quartet(FusedOptimizer):
         master_bits: int | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        ema_decay: float | None = None,
         max_grad_norm: float | None = None,
         flat: bool = False,
     ) -> None:
@@ -85,5 +86,7 @@ class Quartet(FusedOptimizer):
         }
         check_options(type(self).__name__, defaults, betas=2)
         defaults |= {"maximize": maximize, "capturable": capturable}
-        options = storage_options(state_dtype, min_8bit_size, master_bits, rounding, seed)
+        options = storage_options(
+            state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay
+        )
         self._init(options, flat, max_grad_norm, {"params": params, "defaults": defaults})
