@@ -97,6 +97,8 @@ check-tables: env  ## check that the tables in the documentation are those of th
 	$(PY) -m benchmarks.report --gpu $(GPU_RESULTS) --check
 	$(PY) -m benchmarks.studies.precision --check
 	$(PY) -m benchmarks.studies.convergence --check
+	$(PY) -m benchmarks.studies.muon --check
+	$(PY) -m benchmarks.studies.averages --check
 	$(PY) -m benchmarks.sharded --check
 	$(PY) -m benchmarks.losses --check
 	$(PY) -m benchmarks.gpu.model --check
@@ -109,6 +111,8 @@ tables: env  ## write the tables of the results into the documentation
 	$(PY) -m benchmarks.report $(RESULTS) --plots docs/images
 	$(PY) -m benchmarks.studies.precision --tables
 	$(PY) -m benchmarks.studies.convergence --tables
+	$(PY) -m benchmarks.studies.muon --tables
+	$(PY) -m benchmarks.studies.averages --tables
 	$(PY) -m benchmarks.sharded --tables
 	$(PY) -m benchmarks.losses --tables
 

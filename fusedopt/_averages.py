@@ -1,7 +1,8 @@
 """Moving averages of weights, which optimizers keep where a group has ema_decay."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+import operator
+from collections.abc import Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -13,6 +14,7 @@ from fusedopt._formats import EMA
 from fusedopt._masters import note_weights, with_known_weights
 from fusedopt._members import Group, Member, can_have_state, list_members
 from fusedopt._sharded import is_sharded, local_of, mesh_of, placements_of, wrap
+from fusedopt._states import is_begun
 from fusedopt._watched_state import ParameterState, values_of
 
 # average + lr * (weights - average), with the weights in place of a gradient.
@@ -36,6 +38,42 @@ def check_decay(what: str, decay: Any) -> None:
         raise ValueError(f"{what}: ema_decay is {decay}; expected at least 0 and less than 1")
 
 
+class _Seen:
+    """What was there when all averages were last looked up, to be found again at little cost."""
+
+    def __init__(self, groups: Sequence[Group], state: Mapping[Tensor, Any]) -> None:
+        self._state, self._changes = state, _C.changes()
+        self._options = [_options_of(group.options) for group in groups]
+        self._params = [param for group in groups for param in group.params]
+        averaged = [p for g in groups if has_average(g.options) for p in g.params]
+        self._waiting = [p for p in averaged if values_of(state, p).get(EMA) is None]
+        waiting = set(map(id, self._waiting))
+        self._locals = [local_of(p) for p in averaged if id(p) not in waiting]
+        self._addresses = [local.data_ptr() for local in self._locals]
+        # Others tell of no changes, and shards may be exchanged.
+        watched = all(
+            type(state.get(p)) is ParameterState for p in averaged if id(p) not in waiting
+        )
+        self._is_plain = watched and not any(map(is_sharded, averaged))
+
+    def is_there(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any]) -> bool:
+        params = [param for group in groups for param in group["params"]]
+        return (
+            self._is_plain
+            and self._state is state
+            and self._changes == _C.changes()
+            and self._options == [_options_of(group) for group in groups]
+            and len(params) == len(self._params)
+            and all(map(operator.is_, params, self._params))
+            and not any(map(_C.has_gradient, self._waiting))
+            and self._addresses == [local.data_ptr() for local in self._locals]
+        )
+
+
+def _options_of(group: Mapping[str, Any]) -> tuple[Any, Any]:
+    return group.get("ema_decay"), group.get("state_dtype")
+
+
 class Averages:
     """Keeps the averages of an optimizer's parameters in their states."""
 
@@ -44,6 +82,17 @@ class Averages:
         self._part = Part(optimizer, _C.Workspace(), frozenset())
         # What the part steps: of each average a plain tensor, whose gradient is the parameter.
         self._stepped: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        self._seen: _Seen | None = None
+
+    def are_known(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any]) -> bool:
+        """Whether nothing has changed since update(), so that step() does."""
+        return self._seen is not None and self._seen.is_there(groups, state)
+
+    def step(self, found_inf: Any) -> None:
+        """Average the same weights as update() has."""
+        self._part.found_inf = found_inf
+        if self._part.param_groups:
+            self._part._step()
 
     def check(self, groups: Sequence[Group], state: Mapping[Tensor, Any]) -> None:
         """Raise what update() would raise."""
@@ -53,17 +102,28 @@ class Averages:
         for member in _averaged(groups, state):
             _check_average(member, values_of(state, member.param).get(EMA))
 
+    def fresh(
+        self, groups: Sequence[Group], state: Mapping[Tensor, Any], workspace: _C.Workspace
+    ) -> set[int]:
+        """The ids of parameters whose average was made for a step that is still to come."""
+        those = (member.param for member in _averaged(groups, state))
+        return {id(param) for param in those if is_begun(param, state, workspace)}
+
     def update(
-        self, groups: Sequence[Group], state: MutableMapping[Tensor, Any], found_inf: Any
+        self,
+        groups: Sequence[Group],
+        state: MutableMapping[Tensor, Any],
+        fresh: Container[int],
+        found_inf: Any,
     ) -> None:
         """Average the weights of all parameters that are stepped; first averages are copies."""
         stepped: dict[tuple[int, bool], list[Tensor]] = {}
+        begun = False
         for member in _averaged(groups, state):
             average = values_of(state, member.param).get(EMA)
-            if average is None:
-                if member.param not in state:
-                    state[member.param] = ParameterState()
-                state[member.param][EMA] = _first_average(member)
+            if average is None or id(member.param) in fresh:
+                begin_averages([member], state)
+                begun = True
                 continue
             if not _fits(member, average):
                 average = state[member.param][EMA] = _converted(member, average)
@@ -76,9 +136,8 @@ class Averages:
             options = {"params": tensors, "lr": 1 - float(decays[index] or 0), **AS_SGD}
             part_groups.append((index, "sgd", options | (OF_ANY_GRADIENT if other else {})))
         self._part.set_groups(part_groups)
-        self._part.found_inf = found_inf
-        if part_groups:
-            self._part._step()
+        self.step(found_inf)
+        self._seen = None if begun else _Seen(groups, state)
 
     def _tensor_of(self, member: Member, average: Tensor) -> Tensor:
         """What stands for an average in steps; users see neither it nor its gradient."""
@@ -88,11 +147,23 @@ class Averages:
             if found is average and made.grad is not None and _is_same_memory(made.grad, weights):
                 return made
         tensor: Tensor = local_of(average).detach()
-        if _is_other(tensor, weights):
+        if tensor.dtype != weights.dtype:
             tensor.grad_dtype = weights.dtype
         tensor.grad = weights.detach()
         self._stepped[member.param] = average, tensor
         return tensor
+
+
+def begin_averages(members: Iterable[Member], state: MutableMapping[Tensor, Any]) -> None:
+    """Make averages of what weights are now."""
+    for member in members:
+        if member.param not in state:
+            state[member.param] = ParameterState()
+        average = state[member.param].get(EMA)
+        if average is None or not _fits(member, average):
+            state[member.param][EMA] = _first_average(member)
+        else:
+            local_of(average).copy_(member.local.detach())
 
 
 def _averaged(groups: Sequence[Group], state: Mapping[Tensor, Any]) -> Iterator[Member]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fusedopt._averages import Averages, averages_of, check_decay, has_average, swapped
+from fusedopt._averages import (
+    Averages,
+    averages_of,
+    begin_averages,
+    check_decay,
+    has_average,
+    swapped,
+)
 from fusedopt._checkpoint import (
     COPIED,
     LOADED,
@@ -28,7 +35,7 @@ from fusedopt._counts import (
 )
 from fusedopt._extension import _C
 from fusedopt._flat import FlatGradients, FlatParameters, are_flat
-from fusedopt._formats import name_of
+from fusedopt._formats import EMA, name_of
 from fusedopt._masters import (
     forget_outdated,
     load_masters,
@@ -167,6 +174,7 @@ class FusedOptimizer(SteppingOptimizer):
                 made_early = [p for p in added.params if p.requires_grad]
             if made_early:
                 self._make_plan(self.state, made_early)
+                self._begin_averages(made_early)
         except Exception:
             self.param_groups.pop()
             raise
@@ -177,24 +185,30 @@ class FusedOptimizer(SteppingOptimizer):
     def _step(self, grads: list[tuple[Tensor, Tensor]] | None = None) -> bool:
         if not self._has_averages:
             return self._update(grads)
-        groups = self._groups()
         if self._averages is None:
             self._averages = Averages(type(self).__name__)
+        if self._cut_norm is not None:
+            self._cut_norm.gathered = False
+        averages, groups, fresh = self._averages, self._groups(), set[int]()
         try:
             if self._is_swapped:
                 raise RuntimeError(
-                    f"{type(self).__name__}: step() within swap_ema(), where parameters are their "
-                    "averages; leave it first"
+                    f"{type(self).__name__}: step() within swap_ema(); leave it first"
                 )
-            self._averages.check(groups, self.state)
+            if not averages.are_known(self.param_groups, self.state):
+                averages.check(groups, self.state)
+                fresh = averages.fresh(groups, self.state, self._workspace)
         except Exception as error:
             self._tell_others(error)
             raise
-        stepped = self._update(grads)
-        if stepped:
-            found_inf = whole_of(getattr(self, "found_inf", None))
-            self._averages.update(groups, self.state, found_inf)
-        return stepped
+        if not self._update(grads):
+            return False
+        found_inf = whole_of(getattr(self, "found_inf", None))
+        if averages.are_known(self.param_groups, self.state):
+            averages.step(found_inf)
+        else:
+            averages.update(groups, self.state, fresh, found_inf)
+        return True
 
     def _update(self, grads: list[tuple[Tensor, Tensor]] | None) -> bool:
         """A step without averages."""
@@ -363,6 +377,18 @@ class FusedOptimizer(SteppingOptimizer):
     def _note_averages(self) -> None:
         self._has_averages = any(map(has_average, self.param_groups))
         self._averages = None
+
+    def _begin_averages(self, params: Sequence[Tensor]) -> None:
+        """Make averages for a step that is still to come, as states are made."""
+        those = {id(param) for param in params}
+        members = [
+            member
+            for member in list_members(self._groups())
+            if id(member.param) in those and has_average(member.group.options)
+            if EMA not in self.state.get(member.param, {})
+        ]
+        begin_averages(members, self.state)
+        note_begun((member.param for member in members), self.state, self._workspace)
 
     def ema_params(self) -> Iterator[Tensor]:
         """The averages of the weights that ema_decay asks for, in the order of the groups.

@@ -117,11 +117,15 @@ def is_begun(param: Tensor, state: Mapping[Tensor, Any], workspace: _C.Workspace
 
 
 def _rule_state(state: Mapping[Tensor, Any], param: Tensor) -> Tensor | None:
-    """The first of the rule's states; None: there is none."""
+    """The first of the rule's states, or the average of the weights; None: there is neither."""
+    average = None
     for key, value in values_of(state, param).items():
-        if key not in NUMBERS | MASTERS | {EMA} and isinstance(value, Tensor):
+        if key in NUMBERS | MASTERS or not isinstance(value, Tensor):
+            continue
+        if key != EMA:
             return value
-    return None
+        average = value
+    return average
 
 
 def replace_values(state: MutableMapping[Tensor, Any], param: Tensor, values: Any) -> None:

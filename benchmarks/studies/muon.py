@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from statistics import median, quantiles
@@ -29,7 +30,7 @@ from benchmarks.report.tables import table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parents[1] / "results" / "muon.json"
-PAGE, MARKER = ROOT / "docs" / "optimizers.md", "muon"
+PAGE = ROOT / "docs" / "optimizers.md"
 ROUNDS, SECONDS = 21, 60.0  # at most, per case
 
 Shapes = tuple[tuple[int, int], ...]
@@ -82,11 +83,11 @@ def case(name: str) -> Json:
     }
 
 
-def rows(results: Json) -> list[list[str]]:
+def rows(results: Json, first: str, second: str) -> list[list[str]]:
     """The medians of both, and of the ratios of each round, with quartiles."""
     made = []
     for one in results["cases"]:
-        theirs, ours = one["seconds"][THEIRS], one["seconds"][OURS]
+        theirs, ours = one["seconds"][first], one["seconds"][second]
         ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
         low, middle, high = quantiles(ratios, n=4)
         made.append(
@@ -101,33 +102,60 @@ def rows(results: Json) -> list[list[str]]:
     return made
 
 
-def text(results: Json) -> str:
+def text(results: Json, what: str, theirs: str, ours: str) -> str:
     """The table, and where it comes from."""
-    head = ["matrices", f"{THEIRS}, ms", f"{OURS}, ms", "times as fast", "quartiles"]
-    return f"{table(head, rows(results), left=1)}\n{where(results)}.\n"
+    head = [what, f"{theirs}, ms", f"{ours}, ms", "times as fast", "quartiles"]
+    return f"{table(head, rows(results, theirs, ours), left=1)}\n{where(results)}.\n"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Measure, or only write or check the table; the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.studies.muon",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON file")
-    parser.add_argument("--tables", action="store_true", help="only write the table again")
-    parser.add_argument("--check", action="store_true", help="exit status 1 if the table is old")
-    options = parser.parse_args(arguments)
-    if not (options.tables or options.check):
-        found = provenance(torch.device("cpu"), [])
-        write_json(options.output, {"provenance": found, "cases": [case(name) for name in CASES]})
-    results = json.loads(options.output.read_text())
-    if options.output != RESULTS:
-        print(text(results))
-        return 0
-    shown = show(PAGE, MARKER, text(results), check=options.check)
-    return int(options.check and not shown)
+@dataclass(frozen=True)
+class Study:
+    """Two ways to do the same, in some cases.
 
+    Attributes:
+        module: how the command line calls it.
+        results: the JSON file.
+        marker: of the table in PAGE.
+        what: the cases are.
+        case: measures one.
+    """
+
+    module: str
+    results: Path
+    marker: str
+    what: str
+    theirs: str
+    ours: str
+    cases: Sequence[str]
+    case: Callable[[str], Json]
+
+    def main(self, arguments: list[str] | None, about: str | None) -> int:
+        """Measure, or only write or check the table; the exit status."""
+        parser = argparse.ArgumentParser(
+            prog=f"python -m {self.module}",
+            description=about,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument("--output", type=Path, default=self.results, help="the JSON file")
+        parser.add_argument("--tables", action="store_true", help="only write the table again")
+        parser.add_argument("--check", action="store_true", help="exit status 1 if it is old")
+        options = parser.parse_args(arguments)
+        if not (options.tables or options.check):
+            found = provenance(torch.device("cpu"), [])
+            cases = [self.case(name) for name in self.cases]
+            write_json(options.output, {"provenance": found, "cases": cases})
+        results = json.loads(options.output.read_text())
+        shown_text = text(results, self.what, self.theirs, self.ours)
+        if options.output != self.results:
+            print(shown_text)
+            return 0
+        shown = show(PAGE, self.marker, shown_text, check=options.check)
+        return int(options.check and not shown)
+
+
+STUDY = Study(
+    "benchmarks.studies.muon", RESULTS, "muon", "matrices", THEIRS, OURS, tuple(CASES), case
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(STUDY.main(None, __doc__))

@@ -39,6 +39,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("flat_tensors", flat_tensors);
   m.def("flat_steps", flat_steps);
   m.def("note_change", note_change);
+  m.def("changes", [] { return changes; });
   m.def("has_gradient", has_gradient);
   m.def("is_capturing", is_capturing);
   m.def("is_recorded", at::hasCallbacks);

@@ -17,6 +17,7 @@ from .build_module import build_module
 DEFINES = ["-DFUSEDOPT_ACCELERATOR=c10::kCPU", "-DFUSEDOPT_WITH_CUDA"]
 TESTS = [
     "device",
+    "steps/test_averages.py",
     "steps/test_clipping.py",
     "steps/test_plan.py",
     "storage/test_storage_bitwise.py",

@@ -73,8 +73,8 @@ def by_formula(
 ) -> Tensor:
     """As the authors write it, on the shorter side."""
     a, b, c = coefficients
-    x = matrix.double() / matrix.double().norm().clamp(min=1e-7)
-    x = (x if x.shape[0] <= x.shape[1] else x.T).to(dtype)
+    x = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).to(dtype)
+    x = x / x.norm().clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -114,7 +114,9 @@ def test_iteration(sides: tuple[int, int], spectrum: Any, steps: int) -> None:
         assert torch.linalg.svdvals(got)[0] < 1.35
 
 
-@pytest.mark.parametrize("coefficients", [(8.2, -22.5, 15.7), (1.5, -0.5, 0.0), (20.0, -30.0, 9.0)])
+@pytest.mark.parametrize(
+    "coefficients", [(8.2, -22.5, 15.7), (1.5, -0.5, 0.0), (13.0, -22.0, 10.0)]
+)
 def test_iteration_with_other_coefficients(coefficients: tuple[float, float, float]) -> None:
     """A first one so large that Gram matrices are not worth it, and one that lets errors be."""
     matrix = with_spectrum((32, 256), SPECTRA["1/k"])
