@@ -1,7 +1,6 @@
 """Moving averages of weights, which optimizers keep where a group has ema_decay."""
 
 import contextlib
-import operator
 from collections.abc import Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Final
 
@@ -15,7 +14,7 @@ from fusedopt._masters import note_weights, with_known_weights
 from fusedopt._members import Group, Member, can_have_state, list_members
 from fusedopt._sharded import is_sharded, local_of, mesh_of, placements_of, wrap
 from fusedopt._states import is_begun
-from fusedopt._watched_state import ParameterState, values_of
+from fusedopt._watched_state import OptimizerState, ParameterState, values_of
 
 # average + lr * (weights - average), with the weights in place of a gradient.
 AS_SGD: Final = {
@@ -39,34 +38,47 @@ def check_decay(what: str, decay: Any) -> None:
 
 
 class _Seen:
-    """What was there when all averages were last looked up, to be found again at little cost."""
+    """What there was when all averages were last looked up, to be found again at little cost.
+
+    It holds no tensors.
+
+    Attributes:
+        steps: of each step the index of the group, whether no plain kernel takes the averages and
+            their parameters, and the places of these among all parameters.
+    """
 
     def __init__(self, groups: Sequence[Group], state: Mapping[Tensor, Any]) -> None:
-        self._state, self._changes = state, _C.changes()
+        params = [param for group in groups for param in group.params]
+        members = {m.ordinal: m for m in list_members(groups) if has_average(m.group.options)}
+        averages = {at: values_of(state, m.param).get(EMA) for at, m in members.items()}
+        self.steps: dict[tuple[int, bool], list[int]] = {}
+        for at, average in averages.items():
+            if average is not None and not members[at].duplicate:
+                other = _is_other(local_of(average), members[at].local)
+                self.steps.setdefault((members[at].group.index, other), []).append(at)
+        self._waiting = [at for at, average in averages.items() if average is None]
+        self._changes = _C.changes()
         self._options = [_options_of(group.options) for group in groups]
-        self._params = [param for group in groups for param in group.params]
-        averaged = [p for g in groups if has_average(g.options) for p in g.params]
-        self._waiting = [p for p in averaged if values_of(state, p).get(EMA) is None]
-        waiting = set(map(id, self._waiting))
-        self._locals = [local_of(p) for p in averaged if id(p) not in waiting]
-        self._addresses = [local.data_ptr() for local in self._locals]
-        # Others tell of no changes, and shards may be exchanged.
-        watched = all(
-            type(state.get(p)) is ParameterState for p in averaged if id(p) not in waiting
-        )
-        self._is_plain = watched and not any(map(is_sharded, averaged))
+        self._ids = [*map(id, params)]
+        there = [params[at] for places in self.steps.values() for at in places]
+        self._addresses = [local_of(param).data_ptr() for param in there]
+        # Other dictionaries tell of no changes, and shards may be exchanged.
+        watched = type(state) is OptimizerState
+        watched = watched and all(type(state[param]) is ParameterState for param in there)
+        self._is_plain = watched and not any(is_sharded(m.param) for m in members.values())
 
     def is_there(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any]) -> bool:
         params = [param for group in groups for param in group["params"]]
         return (
             self._is_plain
-            and self._state is state
+            and type(state) is OptimizerState
             and self._changes == _C.changes()
             and self._options == [_options_of(group) for group in groups]
-            and len(params) == len(self._params)
-            and all(map(operator.is_, params, self._params))
-            and not any(map(_C.has_gradient, self._waiting))
-            and self._addresses == [local.data_ptr() for local in self._locals]
+            and self._ids == [*map(id, params)]
+            and not any(_C.has_gradient(params[at]) for at in self._waiting)
+            and self._addresses
+            == [params[at].data_ptr() for places in self.steps.values() for at in places]
+            and all(params[at] in state for places in self.steps.values() for at in places)
         )
 
 
@@ -75,24 +87,26 @@ def _options_of(group: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 class Averages:
-    """Keeps the averages of an optimizer's parameters in their states."""
+    """Keeps the averages of an optimizer's parameters in their states.
+
+    Between steps it holds neither of them.
+    """
 
     def __init__(self, optimizer: str) -> None:
-        # A step by the averages' parameters as gradients, without any state.
+        # A step with parameters for gradients, without any state.
         self._part = Part(optimizer, _C.Workspace(), frozenset())
-        # What the part steps: of each average a plain tensor, whose gradient is the parameter.
-        self._stepped: dict[Tensor, tuple[Tensor, Tensor]] = {}
         self._seen: _Seen | None = None
 
     def are_known(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any]) -> bool:
         """Whether nothing has changed since update(), so that step() does."""
         return self._seen is not None and self._seen.is_there(groups, state)
 
-    def step(self, found_inf: Any) -> None:
-        """Average the same weights as update() has."""
-        self._part.found_inf = found_inf
-        if self._part.param_groups:
-            self._part._step()
+    def step(
+        self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any], found_inf: Any
+    ) -> None:
+        """Average the weights of the same parameters as update() has."""
+        if self._seen is not None:
+            self._step(self._seen.steps, groups, state, found_inf)
 
     def check(self, groups: Sequence[Group], state: Mapping[Tensor, Any]) -> None:
         """Raise what update() would raise."""
@@ -117,41 +131,53 @@ class Averages:
         found_inf: Any,
     ) -> None:
         """Average the weights of all parameters that are stepped; first averages are copies."""
-        stepped: dict[tuple[int, bool], list[Tensor]] = {}
-        begun = False
+        begun: list[Member] = []
         for member in _averaged(groups, state):
             average = values_of(state, member.param).get(EMA)
             if average is None or id(member.param) in fresh:
-                begin_averages([member], state)
-                begun = True
-                continue
-            if not _fits(member, average):
-                average = state[member.param][EMA] = _converted(member, average)
-            tensor = self._tensor_of(member, average)
-            key = member.group.index, _is_other(tensor, member.local)
-            stepped.setdefault(key, []).append(tensor)
-        decays = {group.index: group.options.get("ema_decay") for group in groups}
-        part_groups: list[tuple[int, str, dict[str, Any]]] = []
-        for (index, other), tensors in stepped.items():
-            options = {"params": tensors, "lr": 1 - float(decays[index] or 0), **AS_SGD}
-            part_groups.append((index, "sgd", options | (OF_ANY_GRADIENT if other else {})))
-        self._part.set_groups(part_groups)
-        self.step(found_inf)
-        self._seen = None if begun else _Seen(groups, state)
+                begun.append(member)
+            elif not _fits(member, average):
+                state[member.param][EMA] = _converted(member, average)
+        those = {member.ordinal for member in begun}
+        self._seen = _Seen(groups, state)
+        steps = {
+            key: [place for place in places if place not in those]
+            for key, places in self._seen.steps.items()
+        }
+        self._step(steps, [group.options for group in groups], state, found_inf)
+        if begun:
+            begin_averages(begun, state)
+            self._seen = None
 
-    def _tensor_of(self, member: Member, average: Tensor) -> Tensor:
-        """What stands for an average in steps; users see neither it nor its gradient."""
-        weights, known = member.local, self._stepped.get(member.param)
-        if known is not None:
-            found, made = known
-            if found is average and made.grad is not None and _is_same_memory(made.grad, weights):
-                return made
-        tensor: Tensor = local_of(average).detach()
-        if tensor.dtype != weights.dtype:
-            tensor.grad_dtype = weights.dtype
-        tensor.grad = weights.detach()
-        self._stepped[member.param] = average, tensor
-        return tensor
+    def _step(
+        self,
+        steps: Mapping[tuple[int, bool], Sequence[int]],
+        groups: Sequence[Mapping[str, Any]],
+        state: Mapping[Tensor, Any],
+        found_inf: Any,
+    ) -> None:
+        params = [param for group in groups for param in group["params"]]
+        stepped: list[tuple[int, str, dict[str, Any]]] = []
+        averages: list[Tensor] = []
+        try:
+            for (index, other), places in steps.items():
+                those = [local_of(state[params[place]][EMA]) for place in places]
+                averages += those
+                for average, place in zip(those, places, strict=True):
+                    weights = local_of(params[place])
+                    if average.dtype != weights.dtype:
+                        average.grad_dtype = weights.dtype
+                    average.grad = weights
+                options = {"params": those, "lr": 1 - float(groups[index]["ema_decay"]), **AS_SGD}
+                stepped.append((index, "sgd", options | (OF_ANY_GRADIENT if other else {})))
+            self._part.set_groups(stepped)
+            self._part.found_inf = found_inf
+            if averages:
+                self._part._step()
+        finally:
+            for average in averages:
+                average.grad = None
+            self._part.set_groups([])
 
 
 def begin_averages(members: Iterable[Member], state: MutableMapping[Tensor, Any]) -> None:
@@ -181,15 +207,6 @@ def _averaged(groups: Sequence[Group], state: Mapping[Tensor, Any]) -> Iterator[
 def _is_other(average: Tensor, weights: Tensor) -> bool:
     """Whether no plain kernel takes them as a parameter and its gradient."""
     return average.dtype == torch.float32 and weights.dtype in (torch.bfloat16, torch.float16)
-
-
-def _is_same_memory(grad: Tensor, weights: Tensor) -> bool:
-    return (
-        grad.data_ptr() == weights.data_ptr()
-        and grad.dtype == weights.dtype
-        and grad.shape == weights.shape
-        and grad.stride() == weights.stride()
-    )
 
 
 def _dtype_of(member: Member) -> torch.dtype:

@@ -1,11 +1,13 @@
 """Optimizers inside of Muon: one averages gradients, the other steps by what these have become."""
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fusedopt._counts import FirstCounts
 from fusedopt._extension import _C
@@ -14,7 +16,6 @@ from fusedopt._members import Group
 from fusedopt._rules import state_keys
 from fusedopt._sharded import is_sharded, local_of, wrap
 from fusedopt._step import SteppingOptimizer
-from fusedopt._watched_state import OptimizerState
 
 ALIGNED = 64  # elements
 
@@ -38,7 +39,8 @@ class Part(SteppingOptimizer):
         self._others = others
         self._workspace = workspace
         self._first_counts: FirstCounts = {}
-        self.state = OptimizerState(dict)
+        # Nothing of it is kept, so that it need not tell of changes.
+        self.state = defaultdict(dict)
         self.param_groups: list[dict[str, Any]] = []
         self.rules: list[str] = []
         self.indices: list[int] = []
@@ -63,24 +65,27 @@ class Part(SteppingOptimizer):
         self.rules = [rule for _, rule, _ in groups]
         self.param_groups = [options for _, _, options in groups]
 
-    def share(self, param: Tensor, values: Any) -> None:
-        """Let a parameter have this state, the very dictionary."""
-        if self.state.get(param) is not values:
-            self.state[param] = values
+    def let_go(self) -> None:
+        """Hold nothing between steps that belongs to the other optimizer."""
+        self.set_groups([])
+        self.state.clear()
 
 
 class Directions:
     """Where parameters are to go: tensors like them, which have memory only while they are lent."""
 
     def __init__(self) -> None:
-        self._of: dict[Tensor, Tensor] = {}
-        self._idle: dict[Tensor, Tensor] = {}
+        # Parameters are not kept alive.
+        self._of = WeakTensorKeyDictionary()
+        self._idle = WeakTensorKeyDictionary()
         self._buffers: list[tuple[Tensor, int]] = []
 
     def of(self, param: Tensor) -> Tensor:
         """A parameter's direction; an empty tensor where it has none yet."""
-        found = self._of.get(param)
-        return self._idle.setdefault(param, torch.empty(0)) if found is None else found
+        found: Tensor | None = self._of.get(param)
+        if found is None:
+            found = self._idle.setdefault(param, torch.empty(0))
+        return found
 
     def lend(self, params: Iterable[Tensor]) -> None:
         """Give memory to the directions of these parameters, and of others that have one.
@@ -88,7 +93,7 @@ class Directions:
         Where some fit their parameters no longer, all are made anew.
         """
         if not all(_is_like(direction, param) for param, direction in self._of.items()):
-            self._of, self._buffers = {}, []
+            self._of, self._buffers = WeakTensorKeyDictionary(), []
         missing: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for param in params:
             if param not in self._of:
@@ -128,6 +133,12 @@ class Parts:
         self.directions = Directions()
         self.average = Part(name, workspace, MASTERS)
         self.apply = Part(name, workspace, frozenset({ORDER}))
+
+    def let_go(self) -> None:
+        """Hold nothing between steps."""
+        self.directions.take_back()
+        self.average.let_go()
+        self.apply.let_go()
 
 
 def _is_like(direction: Tensor, param: Tensor) -> bool:

@@ -205,7 +205,7 @@ class FusedOptimizer(SteppingOptimizer):
             return False
         found_inf = whole_of(getattr(self, "found_inf", None))
         if averages.are_known(self.param_groups, self.state):
-            averages.step(found_inf)
+            averages.step(self.param_groups, self.state, found_inf)
         else:
             averages.update(groups, self.state, fresh, found_inf)
         return True

@@ -245,7 +245,7 @@ class Muon(FusedOptimizer):
             with swapped_gradients(whole):
                 parts.apply._step(shards)
         finally:
-            parts.directions.take_back()
+            parts.let_go()
             if not stepped:
                 for param in new:
                     replace_values(self.state, param, None)
@@ -292,10 +292,10 @@ class Muon(FusedOptimizer):
                 continue
             direction = matrices.get(param)
             if direction is None:
-                average.share(param, values)
+                average.state[param] = values
                 continue
-            average.share(direction, values)
-            apply.share(param, values)
+            average.state[direction] = values
+            apply.state[param] = values
             grad = param.grad
             assert grad is not None
             if grad.dtype != direction.dtype:

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -329,6 +330,21 @@ def test_averages_that_were_put_there() -> None:
     optimizer.param_groups[0]["lr"] = 0.0
     train(optimizer, range(4, 5))
     assert_same([mine], [want])
+
+
+def test_nothing_is_kept_alive() -> None:
+    """Neither states that were cleared, nor parameters that have left, nor what they pointed to."""
+    params = params_of(shapes=[(6, 4), (5,), (7,)])
+    optimizer = fusedopt.AdamW(params, ema_decay=0.5)
+    train(optimizer, range(3))
+    average = weakref.ref(optimizer.state[params[0]]["ema"])
+    memory = weakref.ref(params[1].data.untyped_storage())
+    leaving = weakref.ref(params[2])
+    del optimizer.state[params[0]]
+    params[1].data = params[1].data.clone()
+    del optimizer.state[params[2]], optimizer.param_groups[0]["params"][2], params[2]
+    assert average() is None and memory() is None and leaving() is None
+    train(optimizer, range(3, 5))
 
 
 def saved(optimizer: Any) -> Any:

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -440,6 +441,28 @@ def test_directions_have_memory_in_a_step_only() -> None:
     train(optimizer, range(2))
     directions = [optimizer._parts.directions.of(p) for p in params]
     assert all(d.untyped_storage().nbytes() == 0 and d.grad is None for d in directions)
+
+
+def test_nothing_is_kept_alive() -> None:
+    """Neither states that were cleared, nor parameters that have left."""
+    params = matrices((*SHAPES, *OTHERS[:2]))
+    groups = [{"params": params[:8]}, {"params": params[8:]}]
+    optimizer = fusedopt.Muon(groups, adamw={})
+    train(optimizer, range(2))
+    freed = [
+        weakref.ref(optimizer.state[params[0]]["momentum_buffer"]),
+        weakref.ref(optimizer.state[params[9]]["exp_avg"]),
+        weakref.ref(params[7]),
+        weakref.ref(params[9]),
+        weakref.ref(params[1].grad),
+    ]
+    del optimizer.state[params[0]]
+    params[1].grad = None
+    del optimizer.state[params[9]], optimizer.param_groups[1]["params"][1], params[9]
+    del optimizer.state[params[7]], optimizer.param_groups[0]["params"][7], params[7]
+    del groups
+    assert [each() for each in freed] == [None] * 5
+    train(optimizer, range(2, 4))
 
 
 def spoil_gradient(optimizer: Any) -> str:
