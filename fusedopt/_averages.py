@@ -7,13 +7,20 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fusedopt._directions import Part
+from fusedopt._directions import Part, set_gradient
 from fusedopt._extension import _C
 from fusedopt._formats import EMA
-from fusedopt._masters import note_weights, with_known_weights
+from fusedopt._masters import forget_outdated, note_weights, with_known_weights
 from fusedopt._members import Group, Member, can_have_state, list_members
-from fusedopt._sharded import is_sharded, local_of, mesh_of, placements_of, wrap
-from fusedopt._states import is_begun
+from fusedopt._overlap import has_own_elements
+from fusedopt._sharded import (
+    is_sharded,
+    local_of,
+    mesh_of,
+    placements_of,
+    wrap,
+)
+from fusedopt._states import check_state, is_begun
 from fusedopt._watched_state import OptimizerState, ParameterState, values_of
 
 # average + lr * (weights - average), with the weights in place of a gradient.
@@ -48,6 +55,7 @@ class _Seen:
     """
 
     def __init__(self, groups: Sequence[Group], state: Mapping[Tensor, Any]) -> None:
+        self._changes = _C.changes()  # before anything is looked up
         params = [param for group in groups for param in group.params]
         members = {m.ordinal: m for m in list_members(groups) if has_average(m.group.options)}
         averages = {at: values_of(state, m.param).get(EMA) for at, m in members.items()}
@@ -57,11 +65,10 @@ class _Seen:
                 other = _is_other(local_of(average), members[at].local)
                 self.steps.setdefault((members[at].group.index, other), []).append(at)
         self._waiting = [at for at, average in averages.items() if average is None]
-        self._changes = _C.changes()
         self._options = [_options_of(group.options) for group in groups]
         self._ids = [*map(id, params)]
         there = [params[at] for places in self.steps.values() for at in places]
-        self._addresses = [local_of(param).data_ptr() for param in there]
+        self._weights = [_identity_of(local_of(param)) for param in there]
         # Other dictionaries tell of no changes, and shards may be exchanged.
         watched = type(state) is OptimizerState
         watched = watched and all(type(state[param]) is ParameterState for param in there)
@@ -76,10 +83,14 @@ class _Seen:
             and self._options == [_options_of(group) for group in groups]
             and self._ids == [*map(id, params)]
             and not any(_C.has_gradient(params[at]) for at in self._waiting)
-            and self._addresses
-            == [params[at].data_ptr() for places in self.steps.values() for at in places]
+            and self._weights
+            == [_identity_of(params[at]) for places in self.steps.values() for at in places]
             and all(params[at] in state for places in self.steps.values() for at in places)
         )
+
+
+def _identity_of(weights: Tensor) -> tuple[int, torch.dtype, torch.Size]:
+    return weights.data_ptr(), weights.dtype, weights.shape
 
 
 def _options_of(group: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -114,14 +125,28 @@ class Averages:
             if has_average(group.options):
                 check_decay(f"{group.optimizer}: group {group.index}", group.options["ema_decay"])
         for member in _averaged(groups, state):
-            _check_average(member, values_of(state, member.param).get(EMA))
+            _ = member.format  # which says how averages are stored
+            check_average(member, values_of(state, member.param).get(EMA))
 
     def fresh(
-        self, groups: Sequence[Group], state: Mapping[Tensor, Any], workspace: _C.Workspace
+        self,
+        groups: Sequence[Group],
+        state: Mapping[Tensor, Any],
+        workspace: _C.Workspace,
+        made: Mapping[Tensor, bool] | None,
     ) -> set[int]:
-        """The ids of parameters whose average was made for a step that is still to come."""
+        """The ids of parameters whose average was made for a step that is still to come.
+
+        Args:
+            made: the averages that were made for it; None: nobody knows, as in a copy.
+        """
+
+        def is_made(param: Tensor) -> bool:
+            average = values_of(state, param).get(EMA)
+            return average is not None and (made is None or average in made)
+
         those = (member.param for member in _averaged(groups, state))
-        return {id(param) for param in those if is_begun(param, state, workspace)}
+        return {id(p) for p in those if is_made(p) and is_begun(p, state, workspace)}
 
     def update(
         self,
@@ -140,14 +165,16 @@ class Averages:
                 state[member.param][EMA] = _converted(member, average)
         those = {member.ordinal for member in begun}
         self._seen = _Seen(groups, state)
+        self._part._plan = None  # that tells no other storage
         steps = {
             key: [place for place in places if place not in those]
             for key, places in self._seen.steps.items()
         }
         self._step(steps, [group.options for group in groups], state, found_inf)
         if begun:
-            begin_averages(begun, state)
             self._seen = None
+            if found_inf is None or not bool(found_inf):
+                begin_averages(begun, state)
 
     def _step(
         self,
@@ -165,9 +192,7 @@ class Averages:
                 averages += those
                 for average, place in zip(those, places, strict=True):
                     weights = local_of(params[place])
-                    if average.dtype != weights.dtype:
-                        average.grad_dtype = weights.dtype
-                    average.grad = weights
+                    set_gradient(average, weights)
                 options = {"params": those, "lr": 1 - float(groups[index]["ema_decay"]), **AS_SGD}
                 stepped.append((index, "sgd", options | (OF_ANY_GRADIENT if other else {})))
             self._part.set_groups(stepped)
@@ -177,7 +202,7 @@ class Averages:
         finally:
             for average in averages:
                 average.grad = None
-            self._part.set_groups([])
+            self._part.let_go()
 
 
 def begin_averages(members: Iterable[Member], state: MutableMapping[Tensor, Any]) -> None:
@@ -231,7 +256,7 @@ def _converted(member: Member, average: Tensor) -> Tensor:
     return wrap(local, member.param) if member.is_sharded else local
 
 
-def _check_average(member: Member, average: Any) -> None:
+def check_average(member: Member, average: Any) -> None:
     if average is None:
         return
     where, param = member.where(EMA), member.param
@@ -243,9 +268,9 @@ def _check_average(member: Member, average: Any) -> None:
             f"parameter is {'sharded' if member.is_sharded else 'a plain tensor'}; load it with "
             "torch.distributed.checkpoint"
         )
-    if average.shape != param.shape or local_of(average).shape != member.local.shape:
+    if member.is_sharded and average.shape != param.shape:
         raise ValueError(
-            f"{where} has shape {tuple(average.shape)}; expected that of the parameter, "
+            f"{where} has the whole shape {tuple(average.shape)}; expected that of the parameter, "
             f"{tuple(param.shape)}"
         )
     if member.is_sharded and (
@@ -255,35 +280,55 @@ def _check_average(member: Member, average: Any) -> None:
             f"{where} is sharded as {placements_of(average)} among {mesh_of(average)}; expected it "
             f"as the parameter, {placements_of(param)} among {mesh_of(param)}"
         )
+    local = local_of(average)
+    check_state(member, {EMA: local})
+    if not has_own_elements(local) or (
+        local.numel() > 0 and local.data_ptr() == member.local.data_ptr()
+    ):
+        raise ValueError(
+            f"{where} shares memory, with itself or its parameter; expected a tensor of its own"
+        )
 
 
-def averages_of(params: Iterable[Tensor], state: Mapping[Tensor, Any]) -> Iterator[Tensor]:
+def averages_of(groups: Sequence[Group], state: Mapping[Tensor, Any]) -> Iterator[Tensor]:
     """The average of each parameter; the parameter itself where there is none."""
-    for param in params:
-        average = values_of(state, param).get(EMA)
-        yield param.detach() if average is None else average
+    for group in groups:
+        for param in group.params:
+            average = values_of(state, param).get(EMA) if has_average(group.options) else None
+            yield param.detach() if average is None else average
 
 
 @contextlib.contextmanager
 def swapped(
-    params: Sequence[Tensor], state: Mapping[Tensor, Any], workspace: _C.Workspace
+    groups: Sequence[Group], state: Mapping[Tensor, Any], workspace: _C.Workspace
 ) -> Iterator[None]:
-    """Within it parameters are their averages; afterwards they are to the bit what they were."""
-    known = with_known_weights(params, state, workspace)
-    averages = {p: a for p in params if (a := values_of(state, p).get(EMA)) is not None}
+    """Within it parameters are their averages; afterwards they are to the bit what they were.
+
+    Raises:
+        TypeError, ValueError: for what cannot be the average of its parameter. Nothing has been
+            changed then.
+    """
+    averages: dict[Tensor, Tensor] = {}
+    for member in list_members(groups):
+        average = values_of(state, member.param).get(EMA)
+        if average is not None and has_average(member.group.options):
+            check_average(member, average)
+            averages[member.param] = average
+    forget_outdated(averages, state, workspace)
+    known = with_known_weights(averages, state, workspace)
     with torch.no_grad():
         before = {param: local_of(param).clone() for param in averages}
-        _write(averages)
-    # Masters stay those of the weights that come back.
-    note_weights(known, state, workspace)
     try:
+        _write(averages)
+        # Masters stay those of the weights that come back.
+        note_weights(known, state, workspace)
         yield
     finally:
-        with torch.no_grad():
-            _write(before)
+        _write(before)
         note_weights(known, state, workspace)
 
 
+@torch.no_grad()
 def _write(values: Mapping[Tensor, Tensor]) -> None:
     for param, value in values.items():
         local_of(param).copy_(local_of(value))

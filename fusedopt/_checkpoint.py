@@ -8,7 +8,8 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedopt._formats import CODE, MASTERS, NUMBERS, ORDER, OWN_OPTIONS, SCALE, part_of
+from fusedopt._averages import check_average, has_average
+from fusedopt._formats import CODE, EMA, MASTERS, NUMBERS, ORDER, OWN_OPTIONS, SCALE, part_of
 from fusedopt._members import Group, Member
 from fusedopt._rules import state_keys
 from fusedopt._sharded import local_of
@@ -45,7 +46,10 @@ class Copied(NamedTuple):
 def with_own_options(group: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
     """A group with those options of ours that a checkpoint leaves as they are."""
     theirs = {key: value for key, value in group.items() if key not in OWN_OPTIONS}
-    return theirs | {key: ours[key] for key in OWN_OPTIONS if key in ours}
+    own = {key: ours[key] for key in OWN_OPTIONS if key in ours}
+    if own.get("ema_decay") is not None and group.get("ema_decay") is not None:
+        own["ema_decay"] = group["ema_decay"]  # that there are averages is ours, how fast is theirs
+    return theirs | own
 
 
 def check_saved_by(frame: FrameType | None, groups: Iterable[Group]) -> None:
@@ -135,6 +139,8 @@ def states_by_param(
             states[number] = values
         else:
             _check_loaded(member, values, needed[number])
+            if has_average(member.group.options):
+                check_average(member, values.get(EMA))
             _check_filled(member, values, values_of(present, member.param), given)
             states[member.param] = values
     return states

@@ -20,6 +20,14 @@ from fusedopt._step import SteppingOptimizer
 ALIGNED = 64  # elements
 
 
+class PartGroup(Group):
+    """A group whose parameters errors call as another optimizer does: by its "labels", if any."""
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        labels = self.options.get("labels")
+        yield from zip(labels, self.params, strict=True) if labels else super().named()
+
+
 class Part(SteppingOptimizer):
     """Steps some parameters by the states of another optimizer, to which all else belongs.
 
@@ -52,7 +60,7 @@ class Part(SteppingOptimizer):
     def _groups(self, param_groups: Iterable[dict[str, Any]] | None = None) -> list[Group]:
         those = self.param_groups if param_groups is None else param_groups
         return [
-            Group(self._called, index, options, rule, {}, self._others)
+            PartGroup(self._called, index, options, rule, {}, self._others)
             for index, options, rule in zip(self.indices, those, self.rules, strict=True)
         ]
 
@@ -69,6 +77,7 @@ class Part(SteppingOptimizer):
         """Hold nothing between steps that belongs to the other optimizer."""
         self.set_groups([])
         self.state.clear()
+        self.found_inf = self.grad_scale = None
 
 
 class Directions:
@@ -148,6 +157,13 @@ def _is_like(direction: Tensor, param: Tensor) -> bool:
     return bool(
         there.shape == local.shape and there.dtype == local.dtype and there.device == local.device
     )
+
+
+def set_gradient(tensor: Tensor, grad: Tensor) -> None:
+    """Of whatever dtype."""
+    if getattr(tensor, "grad_dtype", tensor.dtype) != grad.dtype:
+        tensor.grad_dtype = grad.dtype
+    tensor.grad = grad
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fusedopt._norms import gather_values
+from fusedopt._norms import device_of, gather_values
 from fusedopt._sharded import cut_dims, is_sharded, local_of, mesh_of, placements_of
 
 if TYPE_CHECKING:
@@ -173,13 +173,15 @@ def _exchange(
     """
     from torch import distributed
 
+    device = device_of(like.group, like.local.device)
     empty = like.local.new_empty(0, dtype=dtype)
-    out = torch.cat([empty, *(part.reshape(-1) for part in parts)])
+    out = torch.cat([empty, *(part.reshape(-1) for part in parts)]).to(device)
     sizes = [[sum(map(math.prod, shapes)) for shapes in those] for those in (sent, received)]
     into = out.new_empty(sum(sizes[1]))
     distributed.all_to_all_single(into, out, sizes[1], sizes[0], group=like.group)
     result = []
-    for shapes, values in zip(received, into.split(sizes[1]), strict=True):
+    here = into.to(like.local.device)
+    for shapes, values in zip(received, here.split(sizes[1]), strict=True):
         pieces = values.split([math.prod(shape) for shape in shapes])
         result.append([piece.view(s) for piece, s in zip(pieces, shapes, strict=True)])
     return result

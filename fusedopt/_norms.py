@@ -139,12 +139,19 @@ def gather_values(values: Sequence[float], group: "ProcessGroup") -> list[list[f
     """What each process of a group has, in the order of its ranks."""
     from torch import distributed
 
-    types = {device.type for device in group._device_types}
-    device = torch.device("cpu")
-    if "cpu" not in types:
-        device = group.bound_device_id or torch.device("cuda", torch.cuda.current_device())
+    device = device_of(group, torch.device("cpu"))
     sent = torch.tensor(values, dtype=torch.float64, device=device)
     received = torch.empty(group.size(), len(values), dtype=torch.float64, device=device)
     distributed.all_gather([*received.unbind()], sent, group=group)
     rows: list[list[float]] = received.tolist()
     return rows
+
+
+def device_of(group: "ProcessGroup", wanted: torch.device) -> torch.device:
+    """Where what a group sends has to be: on a device of the kind that is wanted, if it can."""
+    types = {device.type for device in group._device_types}
+    if wanted.type in types:
+        return wanted
+    if "cpu" in types:
+        return torch.device("cpu")
+    return group.bound_device_id or torch.device("cuda", torch.cuda.current_device())

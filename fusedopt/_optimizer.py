@@ -1,9 +1,7 @@
 """FusedOptimizer, which all optimizers are: the constructor, parameter groups and the step."""
 
-import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,13 +9,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fusedopt._averages import (
-    Averages,
-    averages_of,
-    begin_averages,
     check_decay,
     has_average,
-    swapped,
 )
+from fusedopt._averaging import AveragingOptimizer
 from fusedopt._checkpoint import (
     COPIED,
     LOADED,
@@ -35,7 +30,7 @@ from fusedopt._counts import (
 )
 from fusedopt._extension import _C
 from fusedopt._flat import FlatGradients, FlatParameters, are_flat
-from fusedopt._formats import EMA, name_of
+from fusedopt._formats import name_of
 from fusedopt._masters import (
     forget_outdated,
     load_masters,
@@ -47,16 +42,15 @@ from fusedopt._members import Group, can_have_state, check_members, is_ready, li
 from fusedopt._norms import NormGroup
 from fusedopt._overlap import has_own_elements
 from fusedopt._rules import state_keys
-from fusedopt._sharded import is_sharded, local_of, whole_of
+from fusedopt._sharded import is_sharded, local_of
 from fusedopt._states import is_begun, note_begun
-from fusedopt._step import SteppingOptimizer
 from fusedopt._watched_state import OptimizerState, plain, watched
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class FusedOptimizer(SteppingOptimizer):
+class FusedOptimizer(AveragingOptimizer):
     """What all optimizers share.
 
     A subclass names its rule, by which the compiled module knows its maths. Where torch.optim has a
@@ -74,9 +68,6 @@ class FusedOptimizer(SteppingOptimizer):
     _own_defaults: Mapping[str, Any] = {}
     _given: Given = {}
     _flat = False
-    _averages: Averages | None = None  # None: no group has any, or they were not asked for yet
-    _has_averages = False
-    _is_swapped = False
 
     def _init(
         self,
@@ -178,41 +169,8 @@ class FusedOptimizer(SteppingOptimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        self._note_averages()
 
     # -- the step -----------------------------------------------------------------------------
-
-    def _step(self, grads: list[tuple[Tensor, Tensor]] | None = None) -> bool:
-        if not self._has_averages:
-            return self._update(grads)
-        if self._averages is None:
-            self._averages = Averages(type(self).__name__)
-        if self._cut_norm is not None:
-            self._cut_norm.gathered = False
-        averages, groups, fresh = self._averages, self._groups(), set[int]()
-        try:
-            if self._is_swapped:
-                raise RuntimeError(
-                    f"{type(self).__name__}: step() within swap_ema(); leave it first"
-                )
-            if not averages.are_known(self.param_groups, self.state):
-                averages.check(groups, self.state)
-                fresh = averages.fresh(groups, self.state, self._workspace)
-        except Exception as error:
-            self._tell_others(error)
-            raise
-        if not self._update(grads):
-            return False
-        found_inf = whole_of(getattr(self, "found_inf", None))
-        if averages.are_known(self.param_groups, self.state):
-            averages.step(self.param_groups, self.state, found_inf)
-        else:
-            averages.update(groups, self.state, fresh, found_inf)
-        return True
-
-    def _update(self, grads: list[tuple[Tensor, Tensor]] | None) -> bool:
-        """A step without averages."""
-        return super()._step(grads)
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -288,6 +246,7 @@ class FusedOptimizer(SteppingOptimizer):
                 "state": {LOADED: states_by_param(loaded, members, self.state, self._given)},
             }
 
+        self._check_not_swapped("load_state_dict()")
         handle = self.register_load_state_dict_pre_hook(check)
         before = {**self.__dict__, "defaults": dict(self.defaults)}
         try:
@@ -301,6 +260,7 @@ class FusedOptimizer(SteppingOptimizer):
         self._workspace.forget_states()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._check_not_swapped("a copy")
         self._forget_outdated_masters()
         state = {
             **super().__getstate__(),
@@ -346,8 +306,7 @@ class FusedOptimizer(SteppingOptimizer):
         self.state = states
         note_weights(copied.known_weights, states, self._workspace)
         note_begun(copied.begun, states, self._workspace)
-        self._plan = None
-        self._note_averages()
+        self._plan = self._averages = None
 
     # -- master weights -----------------------------------------------------------------------
 
@@ -369,68 +328,9 @@ class FusedOptimizer(SteppingOptimizer):
             ValueError: for another number of tensors or other shapes. Nothing has been changed
                 then.
         """
+        self._check_not_swapped("load_master_params()")
         members = list_members(self._groups())
         load_masters(type(self).__name__, [*masters], members, self.state, self._workspace)
-
-    # -- averages of the weights --------------------------------------------------------------
-
-    def _note_averages(self) -> None:
-        self._has_averages = any(map(has_average, self.param_groups))
-        self._averages = None
-
-    def _begin_averages(self, params: Sequence[Tensor]) -> None:
-        """Make averages for a step that is still to come, as states are made."""
-        those = {id(param) for param in params}
-        members = [
-            member
-            for member in list_members(self._groups())
-            if id(member.param) in those and has_average(member.group.options)
-            if EMA not in self.state.get(member.param, {})
-        ]
-        begin_averages(members, self.state)
-        note_begun((member.param for member in members), self.state, self._workspace)
-
-    def ema_params(self) -> Iterator[Tensor]:
-        """The averages of the weights that ema_decay asks for, in the order of the groups.
-
-        They are those of the last step, not copies. Where a parameter has none, as it has never
-        been stepped, its average is itself.
-
-        Raises:
-            RuntimeError: where no group has ema_decay.
-        """
-        self._check_averages()
-        return averages_of(self._params(), self.state)
-
-    def swap_ema(self) -> AbstractContextManager[None]:
-        """A context in which parameters are their averages, for evaluating or saving a model.
-
-        Afterwards they are to the bit what they were, as are masters. A step within it is an error.
-        It takes the memory of a copy of the parameters.
-
-        Raises:
-            RuntimeError: where no group has ema_decay, and within another one.
-        """
-        self._check_averages()
-        return self._swapped()
-
-    @contextlib.contextmanager
-    def _swapped(self) -> Iterator[None]:
-        if self._is_swapped:
-            raise RuntimeError(f"{type(self).__name__}: swap_ema() within swap_ema()")
-        with swapped([*self._params()], self.state, self._workspace):
-            self._is_swapped = True
-            try:
-                yield
-            finally:
-                self._is_swapped = False
-
-    def _check_averages(self) -> None:
-        if not self._has_averages:
-            raise RuntimeError(
-                f"{type(self).__name__}: there are no averages of the weights; give ema_decay= to "
-                "the optimizer, or to a group of it"
-            )
 
     # -- gradients ----------------------------------------------------------------------------
 

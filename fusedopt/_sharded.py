@@ -62,6 +62,14 @@ def placements_of(tensor: Tensor) -> tuple[Any, ...]:
     return placements
 
 
+def reshard(model: Any) -> None:
+    """Let FSDP2's modules in a model let go of weights that they have gathered; None: there are
+    none."""
+    for module in () if model is None else model.modules():
+        if "torch.distributed.fsdp" in sys.modules and hasattr(module, "reshard"):
+            module.reshard()
+
+
 def _dim_of(placement: Any) -> int | None:
     """The dimension that a placement shards; None: it shards none."""
     from torch.distributed.tensor.placement_types import Shard, _StridedShard

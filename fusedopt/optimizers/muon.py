@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
 
-from fusedopt._directions import Parts, as_matrices, swapped_gradients
+from fusedopt._directions import Parts, as_matrices, set_gradient, swapped_gradients
 from fusedopt._extension import _C
 from fusedopt._formats import DEFAULTS, storage_options
 from fusedopt._gathered import agree, change_whole, tell_failed
@@ -28,6 +28,9 @@ ADAMW: Final = {
     **{"amsgrad": False, "decoupled_weight_decay": True},
 }
 """Options of groups that are stepped by AdamW, and their defaults."""
+
+OF_MATRICES: Final = 0x9E3779B97F4A7C15
+"""By what seeds for matrices are others, any 64 bits."""
 
 ADJUSTMENTS: Final = (None, "original", "match_rms_adamw")
 VIEWS: Final = ("flatten", "batch")
@@ -179,7 +182,7 @@ class Muon(FusedOptimizer):
                     )
                 for key, default in self._adamw.items():
                     param_group.setdefault(key, default)
-                param_group.setdefault("maximize", self._own_defaults.get("maximize", False))
+                param_group.setdefault("maximize", self.defaults.get("maximize", False))
         super().add_param_group(param_group)
         self._cached_parts = None
 
@@ -190,6 +193,11 @@ class Muon(FusedOptimizer):
     def _check_options(self, index: int, group: Mapping[str, Any]) -> None:
         what = f"Muon: group {index}"
         if not self._is_of_matrices(group):
+            if missing := ADAMW.keys() - group.keys():
+                raise ValueError(
+                    f"{what} has use_muon=False but no {min(missing)}; give the group all options "
+                    f"of AdamW: {', '.join(ADAMW)}"
+                )
             check_betas(what, group["betas"], 2)
             check_options(what, {key: group[key] for key in ("lr", "eps", "weight_decay")}, 2)
             return
@@ -229,13 +237,16 @@ class Muon(FusedOptimizer):
         stepped = False
         try:
             try:
-                matrices = self._look(new, placed)
                 skips = self._is_skipped()
+                matrices = self._look(new, placed)
             except Exception as error:
                 self._tell_others(error)
                 raise
-            ordinals = [i for i, p in enumerate(self._params()) if p in matrices]
-            if agree("Muon", self._process_groups(), ordinals, skips=skips):
+            sharded = [i for i, p in enumerate(self._params()) if p in matrices and is_sharded(p)]
+            if agree("Muon", self._process_groups(), sharded, skips=skips):
+                if self._max_grad_norm is not None:  # which then is not finite
+                    parts.average.found_inf = 1.0
+                    parts.average._step(placed)
                 return False
             parts.average._step(placed)
             stepped = True
@@ -244,6 +255,10 @@ class Muon(FusedOptimizer):
             shards = [(p, local_of(d)) for p, d in matrices.items() if p not in whole]
             with swapped_gradients(whole):
                 parts.apply._step(shards)
+            # No state was made for a step that is still to come any longer.
+            for param in self._params():
+                if _C.has_gradient(param):
+                    self._workspace.forget_begun(param)
         finally:
             parts.let_go()
             if not stepped:
@@ -296,16 +311,22 @@ class Muon(FusedOptimizer):
                 continue
             average.state[direction] = values
             apply.state[param] = values
-            grad = param.grad
-            assert grad is not None
-            if grad.dtype != direction.dtype:
-                direction.grad_dtype = grad.dtype
-            direction.grad = grad
+            assert param.grad is not None
+            if param.grad.shape != direction.shape:
+                raise ValueError(
+                    f"Muon: {self._name_of(param)} has shape {tuple(param.shape)} but its gradient "
+                    f"has shape {tuple(param.grad.shape)}"
+                )
+            set_gradient(direction, param.grad)
         average._max_grad_norm, average._norm_group = self._max_grad_norm, self._norm_group
         average.grad_scale = getattr(self, "grad_scale", None)
         average._check_step(placed)
         apply._check_step([], positions=[])
         return matrices
+
+    def _name_of(self, param: Tensor) -> str:
+        named = (each for group in self._groups() for each in group.named())
+        return next(name for name, each in named if each is param)
 
     @property
     def _parts(self) -> Parts:
@@ -326,14 +347,16 @@ class Muon(FusedOptimizer):
         for index, group in enumerate(self.param_groups):
             if not self._is_of_matrices(group):
                 continue
-            by_ratio: dict[float, list[Tensor]] = {}
-            for param in group["params"]:
+            by_ratio: dict[float, dict[str, Tensor]] = {}
+            for name, param in self._group(index, group).named():
                 if not is_lazy(param):
-                    by_ratio.setdefault(_ratio(param, group), []).append(param)
+                    by_ratio.setdefault(_ratio(param, group), {})[name] = param
             for ratio, params in by_ratio.items():
                 # The direction is taken `ratio` times, the decay once.
                 options = _steps_of(group)
-                options["params"] = params
+                options |= {"params": [*params.values()], "labels": [*params]}
+                # Other random bits than those of AdamW's parameters.
+                options["seed"] = options.get("seed", DEFAULTS["seed"]) ^ OF_MATRICES
                 options["lr"] = float(group["lr"]) * ratio
                 options["weight_decay"] = float(group["weight_decay"]) / ratio
                 yield index, "sgd", options
@@ -363,7 +386,9 @@ class Muon(FusedOptimizer):
         return found_inf is not None and bool(found_inf)
 
     def _process_groups(self) -> "list[ProcessGroup]":
-        """Those that share matrices."""
+        """Those that share matrices, and all that gather a norm."""
+        if self._max_grad_norm is not None:
+            return [*self._make_norm().groups]
         matrices = (g["params"] for g in self.param_groups if self._is_of_matrices(g))
         return [*dict.fromkeys(group for ps in matrices for p in ps for group in groups_of(p))]
 

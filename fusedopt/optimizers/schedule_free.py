@@ -61,6 +61,7 @@ class ScheduleFree(FusedOptimizer):
 
     @torch.no_grad()
     def _move(self, training: bool) -> None:
+        self._check_not_swapped("train()" if training else "eval()")
         self._forget_outdated_masters()
         alike: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
         others: dict[Member, Tensor] = {}

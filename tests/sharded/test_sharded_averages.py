@@ -39,7 +39,9 @@ def same_bits(layout: Layout, choice: str) -> None:
     for p, average in zip(ours, pair.sharded.ema_params(), strict=True):
         assert isinstance(average, DTensor) and average.placements == p.placements
     before = [p.to_local().clone() for p in ours]
-    with pair.sharded.swap_ema():
+    with pytest.raises(ValueError, match=r"give it the model: swap_ema\(model\)"):
+        pair.sharded.swap_ema()
+    with pair.sharded.swap_ema(nn.ParameterList(ours)):
         for p, average in zip(ours, pair.plain.ema_params(), strict=True):
             assert_same_bits(whole(p.detach()), average.to(dtype))
     for p, old in zip(ours, before, strict=True):
@@ -84,6 +86,31 @@ def checkpoints() -> None:
         assert_same_bits(a.to_local(), b.to_local())
 
 
+def gathered_weights() -> None:
+    """A forward pass in front of a swap, within it, and behind it has the weights of its own."""
+    mesh = mesh_of((dist.get_world_size(),))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 20), nn.Linear(20, 5)).to(DEVICE)
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = fusedopt.AdamW(model.parameters(), lr=0.1, ema_decay=0.75)
+    inputs = drawn([(4, 8)], torch.float32, 0)[0]
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(inputs).square().mean().backward()
+        optimizer.step()
+    averages = [whole(a) for a in optimizer.ema_params()]
+    with torch.no_grad():
+        trained = model(inputs)
+        with optimizer.swap_ema(model):
+            swapped = model(inputs)
+        assert torch.equal(model(inputs), trained)
+        w1, b1, w2, b2 = averages
+        want = (inputs @ w1.T + b1) @ w2.T + b2
+    torch.testing.assert_close(swapped, want)
+    assert not torch.allclose(swapped, trained)
+
+
 def an_error_on_one_rank() -> None:
     """With max_grad_norm all processes learn of it, and none has changed anything."""
     pair = Pair(
@@ -109,7 +136,7 @@ def trials(world: int) -> dict[str, Trial]:
         for layout in LAYOUTS[world]
         for choice in CHOICES
     }
-    each["checkpoints"] = checkpoints
+    each |= {"checkpoints": checkpoints, "gathered-weights": gathered_weights}
     if world > 1:
         each["an-error"] = an_error_on_one_rank
     return each

@@ -136,6 +136,41 @@ def an_error_on_one_rank() -> None:
                 assert torch.equal(p.to_local(), q.to_local())
 
 
+def an_error_with_a_norm_of_others() -> None:
+    """Clipping gathers the norm of what is no shard of a matrix, too: nobody waits there."""
+    mesh = mesh_of((dist.get_world_size(),))
+    bad = dist.get_rank() == 1
+    for kind in ("plain", "vectors"):
+        (matrix,) = drawn([(8, 6)], torch.float32, 1)
+        (vector,) = drawn([(64,)], torch.float32, 2)
+        params = [nn.Parameter(matrix), nn.Parameter(vector)]
+        options: dict[str, Any] = {"norm_group": dist.group.WORLD}
+        if kind == "vectors":
+            params[1], options = nn.Parameter(sharded(vector, mesh, (Shard(0),))), {}
+        groups = [{"params": [p]} for p in params]
+        optimizer: Any = fusedopt.Muon(groups, adamw={}, max_grad_norm=1.0, **options)
+
+        def set_grads(optimizer: Any = optimizer) -> None:
+            for p in params_of(optimizer):
+                p.grad = torch.ones_like(p.detach())
+
+        set_grads()
+        optimizer.step()
+        before = [whole(p.detach()).clone() for p in params]
+        if bad:
+            optimizer.param_groups[0]["lr"] = float("nan")
+        with pytest.raises((RuntimeError, ValueError), match=r"lr|nothing was stepped, as rank"):
+            optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.1
+        optimizer.found_inf = torch.tensor(float(bad))
+        optimizer.step()
+        for p, old in zip(params, before, strict=True):
+            assert torch.equal(whole(p.detach()), old), kind
+        optimizer.found_inf = torch.tensor(0.0)
+        optimizer.step()
+        assert not torch.equal(whole(params[0].detach()), before[0])
+
+
 def an_error_in_one_of_two_groups() -> None:
     """Processes that share no matrix with the one that fails know of it as well."""
     mesh = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("across", "along"))
@@ -216,6 +251,7 @@ def trials(world: int) -> dict[str, Trial]:
     each |= {"shared-out": products_are_shared_out, "fsdp2": fsdp2}
     if world > 1:
         each |= {"an-error": an_error_on_one_rank, "an-inf": an_inf_on_one_rank}
+        each["an-error-with-a-norm"] = an_error_with_a_norm_of_others
     if world == 4:
         each["an-error-in-one-of-two-groups"] = an_error_in_one_of_two_groups
     return each

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -433,3 +434,150 @@ def test_averages_on_a_device(row: Row, cuda: str) -> None:
             train(optimizer, range(5))
             results.append(copies(optimizer.ema_params()))
         assert_same(results[1], results[0])
+
+
+# -- what must not happen ------------------------------------------------------------------------
+
+
+def test_a_wrong_average_is_not_swapped_in() -> None:
+    params = params_of(shapes=[(3,), (4,)])
+    optimizer = fusedopt.SGD(params, lr=0.1, ema_decay=0.5)
+    train(optimizer, range(2))
+    before = copies(params)
+    for wrong in (torch.zeros(7), torch.tensor(5.0), torch.zeros(1).expand(4), params[1].detach()):
+        optimizer.state[params[1]]["ema"] = wrong
+        with (
+            pytest.raises((TypeError, ValueError), match=r"SGD: state 'ema' of parameter 1"),
+            optimizer.swap_ema(),
+        ):
+            pass
+        with pytest.raises((TypeError, ValueError), match=r"SGD: state 'ema' of parameter 1"):
+            optimizer.step()
+        assert_same(params, before)
+    other = fusedopt.SGD(params_of(shapes=[(3,), (4,)]), ema_decay=0.5)
+    with pytest.raises((TypeError, ValueError), match=r"SGD: state 'ema' of parameter 1"):
+        other.load_state_dict({**optimizer.state_dict(), "state": {1: {"ema": torch.zeros(7)}}})
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)],
+    ids=["wider", "narrower"],
+)
+@pytest.mark.parametrize("make", [fusedopt.AdamW, fusedopt.SGD, fusedopt.Muon])
+def test_parameters_of_another_dtype_later(
+    make: Any, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    """As model.float() and model.bfloat16() make them."""
+    params = params_of(dtypes[0], shapes=[(6, 4), (12, 3)])
+    optimizer = make(params, lr=0.1, ema_decay=0.5)
+    train(optimizer, range(3))
+    want = [average.float() for average in optimizer.ema_params()]
+    for p in params:
+        p.data = p.data.to(dtypes[1])
+        p.grad = None
+    for step in range(3, 6):
+        train(optimizer, range(step, step + 1))
+        want = averaged(want, params, 0.5)
+    torch.testing.assert_close([*optimizer.ema_params()], want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["cleared", "replaced"])
+@pytest.mark.parametrize("make", [fusedopt.AdamW, fusedopt.Muon])
+def test_states_that_were_cleared(make: Any, how: str) -> None:
+    """Averages begin anew, and go on from there."""
+    params = params_of(shapes=[(6, 4), (12, 3)])
+    optimizer = make(params, lr=0.1, ema_decay=0.75)
+    train(optimizer, range(3))
+    if how == "cleared":
+        optimizer.state.clear()
+    else:
+        optimizer.state = defaultdict(dict)
+    want: list[Tensor] | None = None
+    for step in range(3, 7):
+        train(optimizer, range(step, step + 1))
+        want = averaged(want, params, 0.75)
+    assert_same([*optimizer.ema_params()], want)  # type: ignore[arg-type]
+
+
+def test_weights_that_somebody_set_stay() -> None:
+    """A swap does not bring back what masters had been before."""
+    params = params_of(torch.bfloat16, shapes=[(40,)])
+    optimizer = fusedopt.AdamW(params, lr=1e-3, ema_decay=0.5, master_bits=32)
+    train(optimizer, range(3))
+    with torch.no_grad():
+        params[0].fill_(3.0)
+    with optimizer.swap_ema():
+        pass
+    assert (next(optimizer.master_params()) == 3.0).all()
+
+
+def test_averages_of_groups_that_have_none_any_longer() -> None:
+    params = params_of(shapes=[(3,), (4,)])
+    groups = [{"params": params[:1]}, {"params": params[1:]}]
+    optimizer = fusedopt.SGD(groups, lr=0.1, ema_decay=0.5)
+    train(optimizer, range(3))
+    optimizer.param_groups[1]["ema_decay"] = None
+    old = optimizer.state[params[1]]["ema"].clone()
+    train(optimizer, range(3, 5))
+    assert torch.equal(optimizer.state[params[1]]["ema"], old)
+    assert_same([[*optimizer.ema_params()][1]], [params[1]])
+    before = params[1].detach().clone()
+    with optimizer.swap_ema():
+        assert torch.equal(params[1], before)
+    # And those of one that has them only now.
+    optimizer.param_groups[0]["ema_decay"] = None
+    plain = fusedopt.AdamW(params_of())
+    train(plain, range(1))
+    plain.param_groups[0]["ema_decay"] = 0.5
+    train(plain, range(1, 2))
+    assert_same([*plain.ema_params()], plain.param_groups[0]["params"])
+
+
+def test_a_first_step_that_is_skipped() -> None:
+    params = params_of()
+    optimizer: Any = fusedopt.AdamW(params, lr=0.1, ema_decay=0.9)
+    optimizer.found_inf = torch.ones(1)
+    train(optimizer, range(1))
+    assert not any(optimizer.state.values())
+    optimizer.found_inf = torch.zeros(1)
+    train(optimizer, range(1))
+    assert_same([*optimizer.ema_params()], params)
+
+
+@pytest.mark.parametrize("make", [fusedopt.ScheduleFreeSGD, fusedopt.ScheduleFreeAdamW])
+def test_nothing_else_while_swapped(make: Any) -> None:
+    optimizer = make(params_of(), lr=0.1, ema_decay=0.5)
+    optimizer.train()
+    train(optimizer, range(3))
+    saved_state = optimizer.state_dict()
+    with optimizer.swap_ema():
+        before = copies(everything(optimizer))
+        for wrong in (
+            optimizer.eval,
+            lambda: optimizer.load_state_dict(saved_state),
+            lambda: optimizer.load_master_params([*optimizer.master_params()]),
+            lambda: copy.deepcopy(optimizer),
+        ):
+            with pytest.raises(RuntimeError, match=r"within swap_ema\(\)"):
+                wrong()
+        assert_same(everything(optimizer), before)
+
+
+def test_an_average_of_the_users_is_averaged_into() -> None:
+    """Also where states are made before the first step."""
+    params = params_of(shapes=[(5,)])
+    optimizer = fusedopt.AdamW(params, lr=0.1, flat=True, ema_decay=0.75)
+    mine = torch.full((5,), 7.0)
+    optimizer.state[params[0]]["ema"] = mine
+    train(optimizer, range(1))
+    assert_same([mine], [torch.full((5,), 7.0).lerp(params[0].detach(), 0.25)])
+
+
+def test_a_changed_decay_is_resumed() -> None:
+    optimizer = fusedopt.AdamW(params_of(), ema_decay=0.5)
+    train(optimizer, range(2))
+    optimizer.param_groups[0]["ema_decay"] = 0.99
+    other = fusedopt.AdamW(params_of(), ema_decay=0.5)
+    other.load_state_dict(saved(optimizer))
+    assert other.param_groups[0]["ema_decay"] == 0.99

@@ -726,3 +726,67 @@ def test_memory_report() -> None:
     assert (
         fusedopt.memory_report(optimizer).total.states == 64 * 64 + 64 * 4
     )  # a scale for each row
+
+
+# -- what must not happen ------------------------------------------------------------------------
+
+
+def test_copies_keep_all_options() -> None:
+    groups = [{"params": matrices([(4, 4)])}]
+    optimizer = fusedopt.Muon(groups, adamw={"lr": 0.5}, maximize=True)
+    resumed = copy.deepcopy(optimizer)
+    vector = nn.Parameter(torch.zeros(3))
+    resumed.add_param_group({"params": [vector]})
+    assert resumed.param_groups[1]["maximize"] is True and resumed.param_groups[1]["lr"] == 0.5
+    vector.grad = torch.ones(3)
+    resumed.step()
+    assert (vector > 0).all()
+
+
+def test_a_skipped_step_has_no_norm() -> None:
+    params = matrices()
+    optimizer: Any = fusedopt.Muon(params, max_grad_norm=1.0)
+    train(optimizer, range(1))
+    assert optimizer.grad_norm.isfinite()
+    optimizer.found_inf = torch.ones(1)
+    train(optimizer, range(1))
+    assert optimizer.grad_norm.isnan()
+    optimizer.found_inf = None
+    train(optimizer, range(1))
+    assert optimizer.grad_norm.isfinite()
+
+
+def test_names_in_errors() -> None:
+    """Also where matrices of one group go by different lengths."""
+    names = ["first", "second", "third"]
+    params = [nn.Parameter(p.detach().bfloat16()) for p in matrices([(4, 4), (8, 4), (4, 4)])]
+    optimizer = fusedopt.Muon([*zip(names, params, strict=True)], master_bits=32)
+    train(optimizer, range(1))
+    optimizer.state[params[2]]["master_remainder"] = torch.zeros(3)
+    with pytest.raises(ValueError, match="state 'master_remainder' of parameter 'third'"):
+        optimizer.step()
+    plain = fusedopt.Muon(matrices([(4, 4), (8, 4)]))
+    train(plain, range(1))
+    second = plain.param_groups[0]["params"][1]
+    second.data = torch.ones(2, 4)
+    with pytest.raises(ValueError, match=r"parameter 1 of group 0"):
+        plain.step()
+
+
+def test_a_group_that_turns_to_adamw() -> None:
+    optimizer = fusedopt.Muon(matrices([(4, 4)]))
+    optimizer.param_groups[0]["use_muon"] = False
+    with pytest.raises(ValueError, match=r"group 0 has use_muon=False but no .*betas"):
+        train(optimizer, range(1))
+
+
+def test_random_bits_are_not_those_of_adamw() -> None:
+    """Of a matrix and of a vector with the same number among their kind."""
+    matrix, vector = (nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16)) for _ in range(2))
+    groups = [{"params": [matrix]}, {"params": [vector], "use_muon": False}]
+    optimizer = fusedopt.Muon(groups, adamw={}, rounding="stochastic", seed=7)
+    seeds = [
+        options.get("seed", 0)
+        for _, rule, options in [*optimizer._groups_to_apply(), *optimizer._groups_to_average()]
+    ]
+    assert len({seeds[0], seeds[-1]}) == 2 and 0 <= seeds[0] < 2**64
