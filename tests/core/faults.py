@@ -116,7 +116,7 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "momentum not averaged": (
             MUON,
             "row.one_minus_momentum = 1 - o.momentum;",
-            "row.one_minus_momentum = 1;",
+            "row.one_minus_momentum = o.momentum;",
         ),
         "tail skipped by the loop": (LOOP, "i < end; ++i", "i < end - end % 8; ++i"),
         "tail skipped by the tile": (TILE, "i < s.numel)", "i < s.numel - s.numel % 8)"),

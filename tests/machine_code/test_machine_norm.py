@@ -177,9 +177,11 @@ def test_every_row(machine: Machine, core: Core) -> None:
         check_rows(machine, core, rule, [(100, 3)], scale=None, clips=True, order=0)
         share = machine.executed_share((PREPARE, number))
         (of_powers if rule in OF_POWERS else shares)[rule] = share
-    # What is not executed is the same in each, a tenth of those that are short; and of Adagrad's,
-    # and where there are powers, the slow ways of divisions, which only denormals take. Powers of
-    # NAdam are never above 1, which leaves out half of what a power is made of.
+    # What is not executed is the same in each, a tenth of those that are short, and more of Muon's,
+    # which is the shortest; and of Adagrad's, and where there are powers, the slow ways of
+    # divisions, which only denormals take. Powers of NAdam are never above 1, which leaves out half
+    # of what a power is made of.
+    assert shares.pop("muon") >= LEAST_EXECUTED - 0.05, shares
     found = [*shares.values()]
     assert np.mean(found) >= LEAST_EXECUTED and min(found) >= LEAST_EXECUTED - 0.03, shares
     assert min(of_powers.values()) >= LEAST_EXECUTED - 0.11, of_powers
