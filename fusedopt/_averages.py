@@ -13,13 +13,7 @@ from fusedopt._formats import EMA
 from fusedopt._masters import forget_outdated, note_weights, with_known_weights
 from fusedopt._members import Group, Member, can_have_state, list_members
 from fusedopt._overlap import has_own_elements
-from fusedopt._sharded import (
-    is_sharded,
-    local_of,
-    mesh_of,
-    placements_of,
-    wrap,
-)
+from fusedopt._sharded import is_sharded, local_of, mesh_of, placements_of, wrap
 from fusedopt._states import check_state, is_begun
 from fusedopt._watched_state import OptimizerState, ParameterState, values_of
 
@@ -191,8 +185,7 @@ class Averages:
                 those = [local_of(state[params[place]][EMA]) for place in places]
                 averages += those
                 for average, place in zip(those, places, strict=True):
-                    weights = local_of(params[place])
-                    set_gradient(average, weights)
+                    set_gradient(average, local_of(params[place]))
                 options = {"params": those, "lr": 1 - float(groups[index]["ema_decay"]), **AS_SGD}
                 stepped.append((index, "sgd", options | (OF_ANY_GRADIENT if other else {})))
             self._part.set_groups(stepped)

@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fusedopt._averages import (
-    check_decay,
-    has_average,
-)
+from fusedopt._averages import check_decay, has_average
 from fusedopt._averaging import AveragingOptimizer
 from fusedopt._checkpoint import (
     COPIED,

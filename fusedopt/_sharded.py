@@ -65,8 +65,12 @@ def placements_of(tensor: Tensor) -> tuple[Any, ...]:
 def reshard(model: Any) -> None:
     """Let FSDP2's modules in a model let go of weights that they have gathered; None: there are
     none."""
-    for module in () if model is None else model.modules():
-        if "torch.distributed.fsdp" in sys.modules and hasattr(module, "reshard"):
+    # Nobody has one who has not imported this.
+    module_of_fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if model is None or module_of_fsdp is None:
+        return
+    for module in model.modules():
+        if isinstance(module, module_of_fsdp):
             module.reshard()
 
 

@@ -117,7 +117,7 @@ def test_averages_of_muon() -> None:
 
 
 def test_as_averaged_model() -> None:
-    """A model beside torch's AveragedModel, with a schedule of the decay."""
+    """A model beside torch's AveragedModel."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 30), nn.GELU(), nn.Linear(30, 5))
     optimizer = fusedopt.AdamW(model.parameters(), lr=1e-2, ema_decay=0.99)
