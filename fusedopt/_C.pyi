@@ -1,11 +1,12 @@
 from collections.abc import Callable, Mapping
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 slot: int
 block: int
+sums: int
 has_cuda: bool
 accelerator: str
 version: str
@@ -24,6 +25,7 @@ def set_isa(name: str) -> None: ...
 def state_names(
     optimizer: str, rule: str, group: dict[str, object], index: int
 ) -> tuple[str, ...]: ...
+def measures(rule: str, group: dict[str, Any]) -> bool: ...
 def rules() -> dict[str, RuleInfo]: ...
 def combinations() -> list[list[torch.dtype]]: ...
 def encode(values: Tensor, row: int, never_negative: bool) -> tuple[Tensor, Tensor]: ...
@@ -106,6 +108,7 @@ class Plan:
         positions: list[int] | None = None,
         grads: list[tuple[Tensor, Tensor]] = ...,
         add_up: Callable[[list[float]], float] | None = None,
+        add_up_measured: Callable[[Tensor], None] | None = None,
         check_only: bool = False,
     ) -> Lacks | None: ...
     @property

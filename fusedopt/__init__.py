@@ -18,6 +18,8 @@ from fusedopt.optimizers.adan import Adan
 from fusedopt.optimizers.ademamix import AdEMAMix
 from fusedopt.optimizers.adopt import ADOPT
 from fusedopt.optimizers.asgd import ASGD
+from fusedopt.optimizers.lamb import LAMB
+from fusedopt.optimizers.lars import LARS
 from fusedopt.optimizers.lion import Lion
 from fusedopt.optimizers.muon import Muon
 from fusedopt.optimizers.nadam import NAdam
@@ -26,11 +28,14 @@ from fusedopt.optimizers.rmsprop import RMSprop
 from fusedopt.optimizers.rprop import Rprop
 from fusedopt.optimizers.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 from fusedopt.optimizers.sgd import SGD
+from fusedopt.optimizers.stable_adamw import StableAdamW
 
 __version__ = _C.version
 __all__ = [
     "ADOPT",
     "ASGD",
+    "LAMB",
+    "LARS",
     "SGD",
     "AdEMAMix",
     "Adadelta",
@@ -49,6 +54,7 @@ __all__ = [
     "Rprop",
     "ScheduleFreeAdamW",
     "ScheduleFreeSGD",
+    "StableAdamW",
     "isa",
     "memory_report",
     "nn",

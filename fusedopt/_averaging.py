@@ -29,7 +29,7 @@ class AveragingOptimizer(SteppingOptimizer):
         if self._averages is None:
             self._averages = Averages(type(self).__name__)
         if self._cut_norm is not None:
-            self._cut_norm.gathered = False
+            self._cut_norm.begin()
         averages, groups, fresh = self._averages, self._groups(), set[int]()
         try:
             if self._is_swapped:

@@ -64,6 +64,9 @@ class Part(SteppingOptimizer):
             for index, options, rule in zip(self.indices, those, self.rules, strict=True)
         ]
 
+    def _rules(self) -> list[str]:
+        return self.rules
+
     def _state_keys(self) -> set[str]:
         return state_keys(set(self.rules))
 

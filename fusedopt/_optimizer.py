@@ -123,9 +123,12 @@ class FusedOptimizer(AveragingOptimizer):
         all_options = self.param_groups if param_groups is None else param_groups
         return [self._group(index, options) for index, options in enumerate(all_options)]
 
+    def _rules(self) -> list[str]:
+        return [self._rule_of(group) for group in self.param_groups]
+
     def _state_keys(self) -> set[str]:
         """All keys that a state has by a rule of any group."""
-        return state_keys({self._rule_of(group) for group in self.param_groups})
+        return state_keys(set(self._rules()))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         index = len(self.param_groups)

@@ -15,7 +15,7 @@ from fusedopt._counts import FirstCounts
 from fusedopt._extension import _C
 from fusedopt._flat import FlatGradients, find_buffer
 from fusedopt._members import Group, Member, list_members
-from fusedopt._norms import CutNorm, NormGroup, SkippedElsewhere, check_norm_group
+from fusedopt._norms import CutNorm, NormGroup, SkippedElsewhere, check_measured, check_norm_group
 from fusedopt._plans import make_plan
 from fusedopt._sharded import is_sharded, placed_grad, whole_of
 from fusedopt._states import replace_values
@@ -48,6 +48,10 @@ class SteppingOptimizer(Optimizer):
         return type(self).__name__
 
     def _groups(self, param_groups: Iterable[dict[str, Any]] | None = None) -> list[Group]:
+        raise NotImplementedError
+
+    def _rules(self) -> list[str]:
+        """The rule of each group."""
         raise NotImplementedError
 
     def _params(self) -> Iterator[Tensor]:
@@ -122,7 +126,7 @@ class SteppingOptimizer(Optimizer):
         state = self.state  # which another thread may replace meanwhile
         if self._cut_norm is not None:
             self._check_no_capture()
-            self._cut_norm.gathered = False
+            self._cut_norm.begin()
         grads = [] if grads is None else grads
         try:
             missing = self._take_step(self._plan or self._make_plan(state), state, grads)
@@ -170,13 +174,14 @@ class SteppingOptimizer(Optimizer):
         grad_scale = whole_of(getattr(self, "grad_scale", None))
         found_inf = whole_of(getattr(self, "found_inf", None))
         clip, norm = self._max_grad_norm, self._cut_norm
-        add_up = None if clip is None or norm is None else norm.add_up
+        add_up = (None, None) if norm is None else (norm.add_up, self._add_up_measured)
         while True:
             lacks = plan.step(
-                self.param_groups, state, grad_scale, found_inf, clip, None, grads, add_up
+                self.param_groups, state, grad_scale, found_inf, clip, None, grads, *add_up
             )
             if lacks is None:
-                if add_up is not None and norm is not None and not norm.gathered:
+                found = found_inf is not None and norm is not None and not norm.gathered
+                if found and norm is not None and self._adds_up():
                     norm.skip()  # for an Inf that this process has found
                 return None
             if not lacks.gradients:
@@ -192,20 +197,36 @@ class SteppingOptimizer(Optimizer):
 
     def _tell_others(self, error: Exception) -> None:
         """Let other processes, that wait for this one's gradients, know that it cannot step."""
-        if self._max_grad_norm is None:
-            return
         try:
+            if not self._adds_up():
+                return
             norm = self._cut_norm or self._make_norm()
-            if norm.groups and not norm.gathered:
+            if norm.groups and (not norm.gathered or (norm.waits and self._measures())):
                 norm.fail()
         except Exception as other:
             error.add_note(f"The other processes could not be told: {other}")
 
+    def _add_up_measured(self, sums: Tensor) -> None:
+        assert self._cut_norm is not None
+        self._cut_norm.add_up_measured(self._params(), self._param_name, sums)
+
+    def _param_name(self, position: int) -> str:
+        return list_members(self._groups())[position].name
+
+    def _adds_up(self) -> bool:
+        """Whether a step adds up something over the processes that parameters are cut among."""
+        return self._max_grad_norm is not None or self._measures()
+
+    def _measures(self) -> bool:
+        """Whether parameters are measured before they are stepped."""
+        return any(map(_C.measures, self._rules(), self.param_groups))
+
     def _check_no_capture(self) -> None:
-        if self._max_grad_norm is not None and any(map(_C.is_capturing, self._devices())):
+        if any(map(_C.is_capturing, self._devices())) and self._adds_up():
             raise RuntimeError(
-                f"{self._name}: a step with max_grad_norm whose gradients are cut among "
-                "processes cannot be captured into a CUDA graph, as the host adds up their norm"
+                f"{self._name}: a step whose parameters or gradients are cut among processes, and "
+                "that measures them, as max_grad_norm does, cannot be captured into a CUDA graph, "
+                "as the host adds up what they have measured"
             )
 
     def _devices(self) -> set[torch.device]:
@@ -270,6 +291,7 @@ class SteppingOptimizer(Optimizer):
         """Look up everything that steps walk over; make state for the parameters in new."""
         if self._max_grad_norm is not None:
             self._check_norm_group(self._params())
+        self._check_measured()
         norm = self._make_norm()
         self._plan = make_plan(
             self._name,
@@ -289,6 +311,13 @@ class SteppingOptimizer(Optimizer):
     def _make_norm(self) -> CutNorm:
         group = None if self._norm_group is None else self._norm_group.group
         return CutNorm(self._name, self._params(), group)
+
+    def _check_measured(self) -> None:
+        """Raise ValueError for parameters that are measured, and cannot be."""
+        given = self._norm_group is not None
+        for rule, group in zip(self._rules(), self.param_groups, strict=True):
+            if _C.measures(rule, group):
+                check_measured(self._name, group["params"], given)
 
     def _check_norm_group(self, params: Iterable[Tensor]) -> None:
         check_norm_group(self._name, params, given=self._norm_group is not None)

@@ -72,6 +72,11 @@ SETUPS = {
     "ASGD": Setup((0.1, 0.3, 1.0), decays=False),
     "ScheduleFreeAdamW": Setup((3e-3, 1e-2, 3e-2), {"warmup_steps": 20}, scheduled=False),
     "ScheduleFreeSGD": Setup((0.3, 1.0, 3.0), {"warmup_steps": 20}, False, scheduled=False),
+    "AdamW, cautious": Setup((1e-3, 3e-3, 1e-2), {"cautious": True}),
+    "StableAdamW": Setup((1e-3, 3e-3, 1e-2)),
+    "LAMB": Setup((3e-3, 1e-2, 3e-2)),
+    # Weights without decay, which have no norm to go by, are for SGD with the same rate.
+    "LARS": Setup((0.01, 0.03, 0.1), {"trust_coefficient": 0.1}),
     # Of the matrices in blocks; AdamW steps all else with the rate that is best for it alone.
     "Muon": Setup((1e-2, 3e-2, 1e-1), {"adamw": {"lr": 3e-3}}),
     # For full batches: with small ones, of which gradients change their signs, only short steps do.
@@ -101,7 +106,8 @@ def train(name: str, rate: float, steps: int) -> Json:
         groups = one.model.parameters()
     if name == "Muon":
         groups = muon_groups(one.model, decay)
-    optimizer = getattr(fusedopt, name)(groups, lr=rate, **setup.options)
+    class_name = name.split(",")[0]  # behind it, what is special
+    optimizer = getattr(fusedopt, class_name)(groups, lr=rate, **setup.options)
     scheduler = CosineAnnealingLR(optimizer, T_max=steps) if setup.scheduled else None
     if isinstance(optimizer, ScheduleFree):
         optimizer.train()

@@ -29,7 +29,8 @@ struct Group {
   const RuleInfo* rule;
   int variant;  // among all variants of all rules
   bool capturable;
-  size_t size;  // members
+  size_t size;    // members
+  bool measures;  // them, before they are stepped
   GroupOptions options;
   std::vector<CachedRow> rows;  // of the step at hand
   uint64_t read_in = 0;         // the step in which the options were last read
@@ -42,8 +43,9 @@ class HyperTable {
   explicit HyperTable(std::string optimizer) : optimizer_(std::move(optimizer)) {}
 
   void add_group(const RuleInfo& rule, const py::dict& group, bool capturable) {
-    Group added{&rule, 0, capturable, 0, {}, {}};
+    Group added{&rule, 0, capturable, 0, false, {}, {}};
     OptionReader::of(rule).read(optimizer_, group.ptr(), groups_.size(), added.options);
+    added.measures = rule.measures(added.options.values.data());
     added.variant = rule.first_variant + rule.variant(added.options.values.data());
     groups_.push_back(std::move(added));
   }
@@ -53,12 +55,19 @@ class HyperTable {
   const std::vector<Group>& groups() const { return groups_; }
   const Group& of(const Entry& e) const { return groups_[e.group]; }
 
+  bool measures() const {
+    for (const Group& group : groups_)
+      if (group.measures) return true;
+    return false;
+  }
+
   void begin_step(bool device_counts) {
     ++step_;
     rows_on_device_ = device_counts;
   }
 
-  // Reads a group's options, once in a step; false where they ask for other states.
+  // Reads a group's options, once in a step; false where they ask for other states, or for
+  // parameters to be measured that were not.
   bool read(PyObject* group, size_t g) {
     Group& of = groups_[g];
     if (of.read_in == step_) return true;
@@ -66,6 +75,7 @@ class HyperTable {
     OptionReader::of(*of.rule).read(optimizer_, group, g, of.options);
     rows_on_device_ = rows_on_device_ || of.options.any_on_device;
     of.rows.clear();
+    if (of.rule->measures(of.options.values.data()) != of.measures) return false;
     return of.rule->first_variant + of.rule->variant(of.options.values.data()) == of.variant;
   }
 

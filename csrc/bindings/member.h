@@ -107,6 +107,7 @@ struct Entry {
   uint8_t param_size = 0, grad_size = 0, state_size = 0;  // bytes of a real
   DType grad_dtype = DType::float32;
   int cut = 0;
+  int position = 0;  // in the plan
   bool duplicate = false;
   bool sharded = false;
   bool first = false;  // its state may have been made for a step that is still to come
@@ -338,6 +339,11 @@ void count_step(Entry& e) {
   if (e.count == nullptr || e.device_counts) return;
   *e.count += 1;
   if (e.numbers != nullptr) e.numbers->advance();
+}
+
+void bump_version(PyObject* tensor) {
+  c10::TensorImpl* impl = THPVariable_Unpack(tensor).unsafeGetTensorImpl();
+  if (!impl->is_inference()) impl->bump_version();
 }
 
 // Whether a remainder belongs to other weights than those that there are.

@@ -27,9 +27,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("isa", get_isa);
   m.def("set_isa", set_isa);
   m.def("state_names", state_names);
+  m.def("measures", measures);
   m.def("rules", rules);
   m.def("combinations", combinations);
   m.attr("block") = kBlock;
+  m.attr("sums") = kMaxSums;
   m.def("encode", encode);
   m.def("decode", decode);
   m.def("param_formats", list_param_formats);
@@ -76,6 +78,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("step", &Plan::step, py::arg("groups"), py::arg("state"), py::arg("grad_scale"),
            py::arg("found_inf"), py::arg("max_grad_norm"), py::arg("positions") = py::none(),
            py::arg("grads") = py::list(), py::arg("add_up") = py::none(),
-           py::arg("check_only") = false)
+           py::arg("add_up_measured") = py::none(), py::arg("check_only") = false)
       .def_property_readonly("span_count", &Plan::span_count);
 }

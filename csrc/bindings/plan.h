@@ -77,14 +77,15 @@ class Plan {
 
   // One step over all parameters that have a gradient or, with positions, those of them; null when
   // it is done. Grads: parameters, each with a plain tensor in place of its gradient. Add_up: adds
-  // up the sums of squares of those cut among the same processes, and those of these processes.
-  // Check_only: the step is not taken.
+  // up the sums of squares of those cut among the same processes, and those of these processes, and
+  // add_up_measured what these have measured. Check_only: the step is not taken.
   std::optional<Lacks> step(const py::list& groups, const py::object& state,
                             const py::object& grad_scale, const py::object& found_inf,
                             const std::optional<double>& max_grad_norm,
                             const std::optional<std::vector<int>>& positions,
                             const std::vector<std::pair<py::object, py::object>>& grads,
-                            const py::object& add_up, bool check_only) {
+                            const py::object& add_up, const py::object& add_up_measured,
+                            bool check_only) {
     const Turn turn(workspace_->turn);
     const at::NoGradGuard no_grad;
     runner_.called_with = c10::impl::tls_local_dispatch_key_set();
@@ -93,7 +94,7 @@ class Plan {
     const Forget forget{*this};
     partial_ = positions ? &*positions : nullptr;
     shards_.give(grads);
-    runner_.add_up = add_up.is_none() ? nullptr : add_up.ptr();
+    runner_.join(add_up, add_up_measured, max_grad_norm || table_.measures(), table_.measures());
     if (!set_factor(grad_scale, found_inf, max_grad_norm)) return std::nullopt;
     if (!prepare(groups, state)) return Lacks{missing_, misplaced_};
     if (check_only) return std::nullopt;
@@ -354,6 +355,8 @@ class Plan {
     duration_.measure([&] {
       runner_.norm(spans_.works, on_one_accelerator() ? first_device_ : std::nullopt);
       runner_.factor();
+      runner_.scale(spans_.works);
+      runner_.measure(spans_.works, table_, entries_.size());
       runner_.update(spans_.works, table_);
     });
   }
@@ -393,15 +396,12 @@ class Plan {
       }
     }
   }
-  static void bump_version(PyObject* tensor) {
-    c10::TensorImpl* impl = THPVariable_Unpack(tensor).unsafeGetTensorImpl();
-    if (!impl->is_inference()) impl->bump_version();
-  }
 
   void append(std::pair<Member, Entry> made) {
     auto& [m, e] = made;
     e.group = int(table_.groups().size()) - 1;
     e.in_group = int(table_.groups().back().size++);
+    e.position = int(entries_.size());
     entries_.push_back(e);
     list_.params.push_back(nullptr);
     found_.push_back(nullptr);

@@ -27,6 +27,27 @@ py::tuple state_names(const std::string& optimizer, const std::string& rule_name
   return py::tuple(names);
 }
 
+// Whether parameters of a group are measured before they are stepped. Of options that are wrong
+// others have to hear, with whom these are measured: they count as given.
+bool measures(const std::string& rule_name, const py::dict& group) {
+  const RuleInfo& rule = find_rule(rule_name);
+  if (!rule.can_measure) return false;
+  GroupOptions options;
+  for (size_t i = 0; i < rule.options.size(); ++i) {
+    const OptionInfo& option = rule.options[i];
+    options.values[i] = option.initial;
+    if (option.in_state || option.on_device || option.element >= 0 || !group.contains(option.key))
+      continue;
+    try {
+      const py::object value = group[option.key];
+      options.values[i] = number(value.ptr(), [] { return std::string(); });
+    } catch (const std::exception&) {
+      options.values[i] = 1;
+    }
+  }
+  return rule.measures(options.values.data());
+}
+
 const char* name_of(StateKind kind) {
   return kind == StateKind::average              ? "average"
          : kind == StateKind::average_of_squares ? "average_of_squares"

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "../cpu/floating_point.h"
 #include "hyper_table.h"
 #include "instruction_set.h"
 #include "work.h"
@@ -28,16 +29,25 @@ class Runner {
   // What the gradients of the step at hand are multiplied by, and whether clipping has a say.
   FactorSource source;
   bool clips = false;
-  // Python's, see Plan::step; null: no other process has a part of the gradients.
+  // Python's, see Plan::step; null: no other process has a part of the parameters.
   PyObject* add_up = nullptr;
+  PyObject* add_up_measured = nullptr;
   c10::impl::LocalDispatchKeySet called_with{c10::impl::PODLocalDispatchKeySet{}};
+
+  // Which of Python's functions a step needs, None: none.
+  void join(const py::object& others, const py::object& others_measured, bool clips_or_measures,
+            bool measures) {
+    const bool joins = clips_or_measures && !others.is_none();
+    add_up = joins ? others.ptr() : nullptr;
+    add_up_measured = joins && measures ? others_measured.ptr() : nullptr;
+  }
 
   // The sums of the squares of all gradients. Where all are on one accelerator it works out the
   // factor, too, and nobody waits for it; else the host has the sum of all devices afterwards.
   void norm(Works& works, std::optional<c10::Device> one_accelerator) {
     source.clips = clips && one_accelerator;
     sum_of_squares_ = 0;
-    if (!clips) return;
+    if (!clips && add_up == nullptr) return;
     if (one_accelerator) {
       if (works.empty()) workspace_->note_norm(*one_accelerator, 0);
       for (auto& work : works) {
@@ -73,21 +83,102 @@ class Runner {
     workspace_->note_norm(c10::kCPU, norm);
   }
 
+  void scale(Works& works) {
+    if (source.factor != 1 && !has_control()) scale_rows(works);
+  }
+
+  // What rules have to know of whole parameters, of all processes that have parts of these.
+  // Positions: how many the plan has.
+  void measure(Works& works, const HyperTable& table, size_t positions) {
+    bool cut = false;
+    measured_.resize(works.size());
+    for (size_t i = 0; i < works.size(); ++i) {
+      DeviceWork& work = works[i];
+      measured_[i].resize(work.measured.size());
+      if (work.measured.empty()) continue;
+      const bool on_cpu = work.device.type() != kAccelerator;
+      if (on_cpu && add_up_measured == nullptr) continue;  // see update()
+      for (const MeasuredNote& note : work.measured_notes) cut = cut || note.cut;
+      if (!on_cpu) {
+        launch(cuda::measure, work, step_on(work, needs_control(work, table), {}));
+      } else {
+        chunk_sums_.resize(size_t(work.measured_chunks) * kMaxSums);
+        cpu::measure(work.spans.data(), work.spans.size(), work.rows.data(), work.measured.data(),
+                     work.measured.size(), chunk_sums_.data(), measured_[i].data(), active_isa,
+                     run_in_parallel);
+      }
+    }
+    if (add_up_measured != nullptr) gather_measured(works, positions, cut);
+  }
+
   void update(Works& works, const HyperTable& table) {
-    const bool control = source.clips || source.grad_scale || source.found_inf;
-    const bool scales = source.factor != 1;
-    if (scales && !control) scale_rows(works);
-    for (auto& work : works) {
+    for (size_t i = 0; i < works.size(); ++i) {
+      DeviceWork& work = works[i];
       if (work.device.type() == kAccelerator) {
-        update_on_accelerator(work, control || (scales && table.makes_rows(work.device)));
+        update_on_accelerator(work, needs_control(work, table));
+      } else if (!work.measured.empty() && add_up_measured == nullptr) {
+        cpu::measure_and_step(work.spans.data(), work.spans.size(), work.rows.data(), active_isa,
+                              run_in_parallel);
       } else if (!work.spans.empty()) {
-        cpu::step(work.spans.data(), work.spans.size(), work.rows.data(), active_isa,
-                  run_in_parallel);
+        cpu::step(work.spans.data(), work.spans.size(), work.rows.data(), measured_[i].data(),
+                  active_isa, run_in_parallel);
       }
     }
   }
 
  private:
+  bool has_control() const { return source.clips || source.grad_scale || source.found_inf; }
+  bool needs_control(const DeviceWork& work, const HyperTable& table) const {
+    return has_control() || (source.factor != 1 && table.makes_rows(work.device));
+  }
+
+  // Adds up, over all processes, what each of them has measured of the parameters that are cut: a
+  // row for each position of the plan, of sums, the elements that they are of, and 1 where it has
+  // been measured.
+  void gather_measured(Works& works, size_t positions, bool cut) {
+    constexpr size_t sums = offsetof(Measured, wide) / sizeof(double), columns = sums + 1;
+    at::Tensor all = at::zeros({int64_t(positions), int64_t(columns)}, at::kDouble);
+    auto* const rows = static_cast<double*>(all.mutable_data_ptr());
+    const auto row_of = [&](const DeviceWork& work, size_t k) {
+      return rows + columns * size_t(work.measured_notes[k].position);
+    };
+    for (size_t i = 0; cut && i < works.size(); ++i) {
+      const DeviceWork& work = works[i];
+      if (work.device.type() == kAccelerator && !work.measured.empty())
+        on_accelerator(work, measured_[i], /*to_host=*/true);
+      for (size_t k = 0; k < work.measured.size(); ++k) {
+        if (!work.measured_notes[k].cut) continue;
+        memcpy(row_of(work, k), &measured_[i][k], sums * sizeof(double));
+        row_of(work, k)[sums] = 1;
+      }
+    }
+    {
+      const py::gil_scoped_acquire acquire;
+      const c10::impl::ForceDispatchKeyGuard as_called(called_with);
+      const py::handle call(add_up_measured);
+      call(all);
+    }
+    const cpu::DefaultFloatingPoint guard;
+    for (size_t i = 0; cut && i < works.size(); ++i) {
+      const DeviceWork& work = works[i];
+      for (size_t k = 0; k < work.measured.size(); ++k) {
+        if (!work.measured_notes[k].cut) continue;
+        memcpy(&measured_[i][k], row_of(work, k), sums * sizeof(double));
+        finish(measured_[i][k]);
+      }
+      if (work.device.type() == kAccelerator && !work.measured.empty())
+        on_accelerator(work, measured_[i], /*to_host=*/false);
+    }
+  }
+
+  // Copies what was measured on a device to the host, or back.
+  void on_accelerator(const DeviceWork& work, std::vector<Measured>& measured, bool to_host) {
+    at::Tensor there = workspace_->doubles(work.device, step_on(work, false, {}).measured,
+                                           measured.size() * sizeof(Measured) / sizeof(double));
+    const at::Tensor here = at::from_blob(measured.data(), there.sizes(), at::kDouble);
+    to_host ? here.copy_(there) : there.copy_(here);
+  }
+
   void scale_rows(Works& works) {
     // rounded() in cpu/update.h wants to see no NaN but those of arithmetic.
     if (std::isnan(source.factor)) source.factor = std::numeric_limits<double>::quiet_NaN();
@@ -121,12 +212,19 @@ class Runner {
     step.gradients = gradients.data();
     step.gradient_count = gradients.size();
     step.factor = source;
-    if (control || !work.sources.empty()) {
+    if (control || !work.sources.empty() || !work.measured.empty()) {
       const c10::DeviceGuard guard(work.device);
-      const auto memory = workspace_->get(work.device, work.sources.size(), work.chunks(gradients));
+      // When parameters are measured, the norm is known.
+      const int64_t of_chunks = work.measured_chunks * kMaxSums;
+      const int64_t of_all = int64_t(work.measured.size() * sizeof(Measured) / sizeof(double));
+      const auto memory = workspace_->get(work.device, work.sources.size(),
+                                          std::max(work.chunks(gradients), of_chunks + of_all));
       if (control) step.control = memory.control;
       step.device_rows = memory.rows;
-      step.sums = memory.sums;
+      step.sums = step.chunk_sums = memory.sums;
+      step.measured = reinterpret_cast<Measured*>(memory.sums + of_chunks);
+      step.measured_chunks = work.measured.data();
+      step.measured_count = work.measured.size();
     }
     return step;
   }
@@ -146,9 +244,11 @@ class Runner {
 
   std::string optimizer_;
   std::shared_ptr<Workspace> workspace_;
-  double sum_of_squares_ = 0;    // of the step at hand
-  std::vector<double> sums_;     // of chunks
-  std::vector<double> of_cuts_;  // of all gradients cut among the same processes
+  double sum_of_squares_ = 0;  // of the step at hand
+  std::vector<double> sums_;   // of chunks
+  std::vector<double> chunk_sums_;
+  std::vector<std::vector<Measured>> measured_;  // by device
+  std::vector<double> of_cuts_;                  // of all gradients cut among the same processes
 };
 
 }  // namespace

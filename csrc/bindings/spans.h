@@ -35,6 +35,7 @@ class Spans {
   void add_none(Entry& e) {
     if (e.device_counts) e.work->advance(e.count);
     if (e.numbers != nullptr) take_row(e);
+    if (table_.of(e).measures) e.work->add_measured(e.position, e.cut > 0);
   }
 
   // Likewise, of one whose gradient lies in another order.
@@ -79,10 +80,14 @@ class Spans {
       span.coding = &coding;
     }
     if (clips) work.add_gradient(e.cut, grad, span.numel, e.grad_dtype);
+    const bool measured = table_.of(e).measures;
+    if (measured) work.add_measured(e.position, e.cut > 0);
     if (e.coded && !m.pieces.empty()) {
-      add_pieces(span, e, m, work);
+      add_pieces(span, e, m, work, measured);
       return;
     }
+    span.first_chunk = uint32_t(work.measured_chunks);
+    if (measured) work.measure(span);
     if (work.spans.empty() || !extend(work.spans.back(), work.open_padding, span, e)) {
       span.offset = work.spans.empty() ? 0 : work.spans.back().offset + work.spans.back().numel;
       work.spans.push_back(span);
@@ -93,7 +98,8 @@ class Spans {
   }
 
   // The pieces of a span in codes that lies in several places of the whole parameter.
-  static void add_pieces(const Span& whole, const Entry& e, Member& m, DeviceWork& work) {
+  static void add_pieces(const Span& whole, const Entry& e, Member& m, DeviceWork& work,
+                         bool measured) {
     const StreamBytes bytes(e.coding);
     int64_t begin = 0;
     for (size_t i = 0; i < m.pieces.size(); ++i) {
@@ -107,6 +113,8 @@ class Spans {
       m.pieces[i].grad = whole.coding->grad;
       span.coding = &m.pieces[i];
       span.offset = work.spans.empty() ? 0 : work.spans.back().offset + work.spans.back().numel;
+      span.first_chunk = uint32_t(work.measured_chunks);
+      if (measured) work.measure(span);
       work.spans.push_back(span);
       begin = m.ends[i];
     }
@@ -116,6 +124,7 @@ class Spans {
   // Lengthens the last span by one that adjoins it in every stream.
   static bool extend(Span& last, int64_t open_padding, const Span& span, const Entry& e) {
     if (last.kernel != span.kernel || last.row != span.row || e.coded) return false;
+    if (last.measured >= 0 || span.measured >= 0) return false;
     const int64_t length = last.numel + open_padding;
     const auto adjoins = [&](const void* a, const void* b, int64_t size) {
       return static_cast<const char*>(a) + length * size == static_cast<const char*>(b);

@@ -22,6 +22,12 @@ struct RowNote {
   std::array<float, kMaxNumbers> next_numbers{};  // what those with the host become
 };
 
+// Of a parameter that is measured: where the plan has it, and whether other processes have parts.
+struct MeasuredNote {
+  int position;
+  bool cut;
+};
+
 struct DeviceWork {
   explicit DeviceWork(c10::Device device) : device(device) { last_ranges_.fill(-1); }
 
@@ -35,6 +41,10 @@ struct DeviceWork {
   // For the norm, by the processes that parameters are cut among.
   std::vector<std::vector<GradSpan>> gradients;
   int64_t open_padding = 0;  // reals behind the last span that may be walked along
+  // Parameters that are measured, by the numbers that their spans have.
+  std::vector<MeasuredChunks> measured;
+  std::vector<MeasuredNote> measured_notes;
+  int64_t measured_chunks = 0;
 
   void clear() {
     spans.clear();
@@ -45,6 +55,9 @@ struct DeviceWork {
     counts.clear();
     for (auto& of_cut : gradients) of_cut.clear();
     open_padding = 0;
+    measured.clear();
+    measured_notes.clear();
+    measured_chunks = 0;
     last_ranges_.fill(-1);
   }
 
@@ -56,6 +69,20 @@ struct DeviceWork {
     if (size_t(cut) >= gradients.size()) gradients.resize(cut + 1);
     auto& of_cut = gradients[cut];
     of_cut.push_back({grad, numel, chunks(of_cut), dtype});
+  }
+
+  void add_measured(int position, bool cut) {
+    measured.push_back({measured_chunks, 0, 0});
+    measured_notes.push_back({position, cut});
+  }
+  // Adds a span of the parameter that was added last to what is measured.
+  void measure(Span& span) {
+    const int64_t chunks = norm_chunks(span.numel);
+    span.measured = int32_t(measured.size()) - 1;
+    span.first_chunk = uint32_t(measured_chunks);
+    measured.back().count += chunks;
+    measured.back().numel += span.numel;
+    measured_chunks += chunks;
   }
 
   void advance(float* count) { change(count, 0, 0); }

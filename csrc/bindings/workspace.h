@@ -99,6 +99,13 @@ class Workspace {
   // Held while a step is on its way: one at a time, should several threads want one.
   std::mutex turn;
 
+  // Numbers in the memory of a device, from an address on.
+  at::Tensor doubles(c10::Device device, void* address, size_t count) {
+    const at::Tensor& memory = room(device)->memory;
+    const auto before = static_cast<char*>(address) - static_cast<char*>(memory.mutable_data_ptr());
+    return memory.narrow(0, before, int64_t(count * sizeof(double))).view(at::kDouble);
+  }
+
   // The sum of squares that the last norm on the device has left; waits for it.
   double sum_of_squares(c10::Device device) {
     return room(device)

@@ -123,6 +123,20 @@ FUSEDOPT_HD void narrow(float value, float16& out) {
 #endif
 }
 
+// Adds the square of a number, in float64.
+template <class Element>
+FUSEDOPT_HD void add_square(double& sum, Element element) {
+  const double value = double(widen(element));
+#if defined(__CUDA_ARCH__)
+  // The square of a float is exact: rounded once or twice, the sum is the same.
+  if (sizeof(Element) < sizeof(double)) {
+    sum = fma(value, value, sum);
+    return;
+  }
+#endif
+  sum += value * value;
+}
+
 // The dtype of spans whose Coding says how elements are stored, see codes.h.
 struct coded {};
 template <>

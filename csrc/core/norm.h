@@ -27,7 +27,7 @@ struct GradSpan {
   DType dtype;
 };
 
-inline int64_t norm_chunks(int64_t numel) { return (numel + kNormChunk - 1) / kNormChunk; }
+FUSEDOPT_HD int64_t norm_chunks(int64_t numel) { return (numel + kNormChunk - 1) / kNormChunk; }
 
 // Lanes of a chunk: those of a warp, with as many elements each as a 16-byte access has.
 constexpr int kWarp = 32;
@@ -46,25 +46,14 @@ FUSEDOPT_HD void tree_sum(T* values, int stride = 1) {
   }
 }
 
-template <class Grad>
-FUSEDOPT_HD void add_square(double& sum, Grad grad) {
-  const double value = double(widen(grad));
-#if defined(__CUDA_ARCH__)
-  // The square of a float is exact: rounded once or twice, the sum is the same.
-  if (sizeof(Grad) < sizeof(double)) {
-    sum = fma(value, value, sum);
-    return;
-  }
-#endif
-  sum += value * value;
-}
-
 // The lanes of the total.
 constexpr int kTotalLanes = 256;
 
-FUSEDOPT_HD double total_of(const double* sums, int64_t count) {
+// Of every stride-th number.
+FUSEDOPT_HD double total_of(const double* sums, int64_t count, int stride = 1) {
+  if (count == 1) return sums[0];  // as the other lanes are zero
   double lanes[kTotalLanes] = {};
-  for (int64_t i = 0; i < count; ++i) lanes[i % kTotalLanes] += sums[i];
+  for (int64_t i = 0; i < count; ++i) lanes[i % kTotalLanes] += sums[i * stride];
   tree_sum<kTotalLanes>(lanes);
   return lanes[0];
 }

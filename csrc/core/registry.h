@@ -25,6 +25,7 @@ struct OptionInfo {
 };
 
 struct VariantInfo {
+  int rule;
   std::vector<State> states;
   // Whether a parameter stays zero, as padding has to, whose gradient and states are zero at first.
   bool (*zero_stays_zero)(const HyperRow& row, bool float64);
@@ -39,6 +40,10 @@ struct RuleInfo {
   std::vector<int> numbers;  // those of the options that stand in the parameter's state
   int row_values;            // how many a row has
   void (*row)(const double* options, double step, bool first, bool float64, HyperRow& out);
+  bool can_measure;
+  // Whether parameters are measured with these options, and what completes a row by their sums.
+  bool (*measures)(const double* options);
+  void (*use_measured)(const Measured& measured, bool float64, HyperRow& row);
   // Multiplies what the row multiplies gradients by.
   void (*scale_gradient)(double factor, bool float64, HyperRow& row);
 
@@ -70,6 +75,14 @@ struct Registry {
     return variant * (int(combinations.size()) + 1) + combination;
   }
   int coded_kernel(int variant) const { return kernel(variant, int(combinations.size())); }
+
+  const RuleInfo& rule_of(int kernel) const {
+    return rules[variants[kernel / (int(combinations.size()) + 1)].rule];
+  }
+  bool is_float64(int kernel) const {
+    const size_t combination = size_t(kernel) % (combinations.size() + 1);
+    return combination < combinations.size() && combinations[combination].param == DType::float64;
+  }
 };
 
 namespace detail {
@@ -133,6 +146,35 @@ void scale_gradient(double factor, bool float64, HyperRow& row) {
   }
 }
 
+template <class Rule>
+bool measures(const double* values) {
+  if constexpr (sums_of<Rule> > 0) {
+    return Rule::measures(options_from<Rule>(values));
+  } else {
+    return false;
+  }
+}
+
+template <class Rule, class T>
+void use_measured_in(const Measured& measured, HyperRow& packed_row) {
+  typename Rule::template Row<T> row;
+  memcpy(&row, packed_row.bytes, sizeof row);
+  const MeasuredAs<T>& as = measured_as(measured, T());
+  Rule::use(as.means, as.norms, row);
+  memcpy(packed_row.bytes, &row, sizeof row);
+}
+
+template <class Rule>
+void use_measured(const Measured& measured, bool float64, HyperRow& row) {
+  if constexpr (sums_of<Rule> > 0) {
+    if (float64) {
+      use_measured_in<Rule, double>(measured, row);
+    } else {
+      use_measured_in<Rule, float>(measured, row);
+    }
+  }
+}
+
 template <class Variant, class T>
 bool zero_stays_zero_in(const HyperRow& packed_row) {
   typename Variant::Rule::template Row<T> row;
@@ -183,13 +225,17 @@ inline const Registry& registry() {
       info.variant_count = Rule::Variants::size;
       info.variant = [](const double* o) { return Rule::variant(detail::options_from<Rule>(o)); };
       info.row = detail::make_row<Rule>;
+      info.can_measure = sums_of<Rule> > 0;
+      info.measures = detail::measures<Rule>;
+      info.use_measured = detail::use_measured<Rule>;
       info.scale_gradient = detail::scale_gradient<Rule>;
       r.rules.push_back(info);
       for_each_type(typename Rule::Variants{}, [&](auto variant) {
         using Variant = decltype(variant);
         const State* const states = Variant::states;
-        r.variants.push_back(
-            {{states, states + Variant::state_count}, detail::zero_stays_zero<Variant>});
+        r.variants.push_back({int(r.rules.size()) - 1,
+                              {states, states + Variant::state_count},
+                              detail::zero_stays_zero<Variant>});
       });
     });
     return r;

@@ -44,6 +44,13 @@ constexpr int most_numbers(TypeList<Members...>) {
 }
 
 template <class... Members>
+constexpr int most_sums(TypeList<Members...>) {
+  int most = 1;
+  ((most = larger(most, sums_of<Members>)), ...);
+  return most;
+}
+
+template <class... Members>
 constexpr int most_row_bytes(TypeList<Members...>) {
   int most = 0;
   ((most = larger(most, int(sizeof(typename Members::template Row<double>)))), ...);
@@ -55,11 +62,32 @@ constexpr int most_row_bytes(TypeList<Members...>) {
 constexpr int kMaxStates = detail::most_states_of_rules(Rules{});
 constexpr int kMaxOptions = detail::most_options(Rules{});
 constexpr int kMaxNumbers = detail::most_numbers(Rules{});
+constexpr int kMaxSums = detail::most_sums(Rules{});
 constexpr int kRowAlignment = 16;
 constexpr int kRowBytes =
     (detail::most_row_bytes(Rules{}) + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
 
 struct Coding;
+
+// What rules make rows of: each sum by the number of elements, and the root of each sum.
+template <class T>
+struct MeasuredAs {
+  T means[kMaxSums], norms[kMaxSums];
+};
+
+// The sums of a parameter that is measured, the elements that they are of, and what follows.
+struct Measured {
+  double sums[kMaxSums];
+  double numel;
+  MeasuredAs<double> wide;
+  MeasuredAs<float> narrow;
+};
+FUSEDOPT_HD const MeasuredAs<double>& measured_as(const Measured& measured, double) {
+  return measured.wide;
+}
+FUSEDOPT_HD const MeasuredAs<float>& measured_as(const Measured& measured, float) {
+  return measured.narrow;
+}
 
 // A run of consecutive elements with the same dtypes and the same row of hyper-parameters.
 struct Span {
@@ -67,10 +95,12 @@ struct Span {
   const void* grad;
   void* states[kMaxStates];
   int64_t numel;
-  int64_t offset;        // elements in the spans before this one
-  int32_t kernel;        // see registry.h
-  int32_t row;           // index into the hyper table
-  const Coding* coding;  // see codes.h; null: stored in the kernel's dtypes
+  int64_t offset;            // elements in the spans before this one
+  int32_t kernel;            // see registry.h
+  int32_t row;               // index into the hyper table
+  const Coding* coding;      // see codes.h; null: stored in the kernel's dtypes
+  int32_t measured = -1;     // which parameter's sums complete the row, see measure.h; -1: none
+  uint32_t first_chunk = 0;  // of those that are measured, in the spans before this one
 };
 
 // One row of the hyper table, as bytes: a Rule::Row<float> or, for float64 parameters, <double>.

@@ -26,7 +26,7 @@
 namespace fusedopt {
 namespace cpu {
 
-const Loops* avx2_loops() { return make_loops<avx2::Loop, avx2::Sum>(); }
+const Loops* avx2_loops() { return make_loops<avx2::Loop, avx2::Measure, avx2::Sum>(); }
 
 }  // namespace cpu
 }  // namespace fusedopt

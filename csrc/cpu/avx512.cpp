@@ -27,7 +27,7 @@
 namespace fusedopt {
 namespace cpu {
 
-const Loops* avx512_loops() { return make_loops<avx512::Loop, avx512::Sum>(); }
+const Loops* avx512_loops() { return make_loops<avx512::Loop, avx512::Measure, avx512::Sum>(); }
 
 }  // namespace cpu
 }  // namespace fusedopt

@@ -14,7 +14,9 @@
 namespace fusedopt {
 namespace cpu {
 
-const Loops* baseline_loops() { return make_loops<baseline::Loop, baseline::Sum>(); }
+const Loops* baseline_loops() {
+  return make_loops<baseline::Loop, baseline::Measure, baseline::Sum>();
+}
 
 }  // namespace cpu
 }  // namespace fusedopt

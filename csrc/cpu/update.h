@@ -120,38 +120,66 @@ inline __attribute__((always_inline)) void run(std::index_sequence<k...> states,
 // float16 is converted a piece at a time, beside the streams, in the L1 cache: one loop over
 // float32 does for all combinations of dtypes, and the processor's own instructions can convert,
 // which no compiler takes in a loop over scalars. They give the bits of widen() and narrow().
+// Without wider registers that goes for bfloat16 as well, whose loops would be long there.
 constexpr int kPiece = 256;
+#if defined(FUSEDOPT_F16C)
+constexpr bool kBfloat16InPieces = false;
+#else
+constexpr bool kBfloat16InPieces = true;
+#endif
+template <class Element>
+constexpr bool kInPieces = std::is_same<Element, float16>::value ||
+                           (kBfloat16InPieces && std::is_same<Element, bfloat16>::value);
 
 template <class Element>
-inline __attribute__((always_inline)) Element* fetch(Element* from, Element*, int64_t) {
-  return from;
-}
-inline __attribute__((always_inline)) float* fetch(const float16* from, float* piece, int count) {
+__attribute__((noinline, noclone)) void widen_piece(const Element* FUSEDOPT_RESTRICT from,
+                                                    float* FUSEDOPT_RESTRICT piece, int64_t count) {
+  int64_t i = 0;
 #if defined(FUSEDOPT_F16C)
-  int i = 0;
-  for (; i + 8 <= count; i += 8)
-    _mm256_store_ps(piece + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
-  for (; i < count; ++i) piece[i] = widen(from[i]);
-#else
-  for (int64_t i = 0; i < count; ++i) piece[i] = widen(from[i]);
+  if constexpr (std::is_same<Element, float16>::value)
+    for (; i + 8 <= count; i += 8)
+      _mm256_storeu_ps(piece + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
 #endif
-  return piece;
+  for (; i < count; ++i) piece[i] = widen(from[i]);
 }
-
-inline __attribute__((always_inline)) void put_back(const float*, float*, int64_t) {}
-inline __attribute__((always_inline)) void put_back(const float* piece, float16* to, int count) {
+template <class Element>
+__attribute__((noinline, noclone)) void narrow_piece(const float* FUSEDOPT_RESTRICT piece,
+                                                     Element* FUSEDOPT_RESTRICT to, int64_t count) {
+  int64_t i = 0;
 #if defined(FUSEDOPT_F16C)
-  int i = 0;
-  for (; i + 8 <= count; i += 8) {
+  for (; std::is_same<Element, float16>::value && i + 8 <= count; i += 8) {
     const __m256 values = _mm256_loadu_ps(piece + i);
     const __m256 is_nan = _mm256_cmp_ps(values, values, _CMP_UNORD_Q);
     const __m256 canonical = _mm256_blendv_ps(values, _mm256_set1_ps(__builtin_nanf("")), is_nan);
     _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(canonical, _MM_FROUND_TO_NEAREST_INT));
   }
-  for (; i < count; ++i) narrow(piece[i], to[i]);
-#else
-  for (int64_t i = 0; i < count; ++i) narrow(piece[i], to[i]);
 #endif
+  for (; i < count; ++i) narrow(piece[i], to[i]);
+}
+
+// Where the elements of a piece are in float32: in place if they are stored so.
+template <class Element>
+inline __attribute__((always_inline)) float* fetch(Element* from, float* piece, int64_t count) {
+  if constexpr (std::is_same<Element, float>::value) {
+    return from;
+  } else {
+    widen_piece(from, piece, count);
+    return piece;
+  }
+}
+template <class Element>
+inline __attribute__((always_inline)) void put_back(const float* piece, Element* to,
+                                                    int64_t count) {
+  if constexpr (!std::is_same<Element, float>::value) narrow_piece(piece, to, count);
+}
+
+template <class Variant, class Row>
+bool is_usual_but_cautious(const Row& row) {
+  if constexpr (has_cautious<Variant>) {
+    return row.against != 1 && Variant::Rule::usual_but_cautious(row);
+  } else {
+    return false;
+  }
 }
 
 template <bool usual, class Variant, class Row>
@@ -161,19 +189,24 @@ __attribute__((noinline)) void update_piece(const Span& piece, const Row& row) {
                                                             piece.numel);
 }
 
-template <bool usual, class Variant, class Types, class Row>
+template <class Variant, class Types, class Row>
 inline __attribute__((always_inline)) void run_pieces(const Span& span, const Row& row,
                                                       int64_t begin, int64_t end) {
   using State = typename Types::State;
+  auto update = Variant::Rule::usual(row) ? update_piece<true, Variant, Row>
+                                          : update_piece<false, Variant, Row>;
+  if constexpr (has_cautious<Variant>)
+    if (is_usual_but_cautious<Variant>(row))
+      update = update_piece<true, typename Variant::Cautious, Row>;
   alignas(64) float params[kPiece], grads[kPiece], states[kMaxStates][kPiece];
   for (int64_t i = begin; i < end; i += kPiece) {
-    const int count = end - i < kPiece ? int(end - i) : kPiece;
+    const int64_t count = end - i < kPiece ? end - i : kPiece;
     auto* param = static_cast<typename Types::Param*>(span.param) + i;
     auto* grad = static_cast<typename Types::Grad*>(const_cast<void*>(span.grad)) + i;
     Span piece{fetch(param, params, count), fetch(grad, grads, count), {}, count, 0, 0, 0, nullptr};
     for (int k = 0; k < Variant::state_count; ++k)
       piece.states[k] = fetch(static_cast<State*>(span.states[k]) + i, states[k], count);
-    update_piece<usual, Variant>(piece, row);
+    update(piece, row);
     put_back(params, param, count);
     for (int k = 0; k < Variant::state_count; ++k)
       put_back(states[k], static_cast<State*>(span.states[k]) + i, count);
@@ -192,8 +225,6 @@ inline __attribute__((always_inline)) void run_best(const Span& span, const Row&
                                 std::is_same<typename Types::State, bfloat16>::value;
   if constexpr (std::is_same<Types, Coded>::value) {
     run_blocks<usual, Variant>(span, row, begin, end);
-  } else if constexpr (std::is_same<Param, float16>::value) {
-    run_pieces<usual, Variant, Types>(span, row, begin, end);
   } else {
     constexpr States<Variant> states;
     if constexpr (all_bfloat16) begin = run_pairs<usual, Variant>(states, span, row, begin, end);
@@ -210,9 +241,16 @@ __attribute__((noinline)) void span_loop(const Span& span, const HyperRow& packe
   memcpy(&packed, packed_row.bytes, sizeof packed);
   // A copy of its own for each loop, which g++ takes apart into registers: not what memcpy has
   // written as a whole.
-  if (Rule::usual(packed)) {
+  if constexpr (kInPieces<typename Types::Param>) {
+    run_pieces<Variant, Types>(span, packed, begin, end);
+  } else if (Rule::usual(packed)) {
     const Row row = packed;
     run_best<true, Variant, Types>(span, row, begin, end);
+  } else if (is_usual_but_cautious<Variant>(packed)) {
+    if constexpr (has_cautious<Variant>) {
+      const Row row = packed;
+      run_best<true, typename Variant::Cautious, Types>(span, row, begin, end);
+    }
   } else {
     const Row row = packed;
     run_best<false, Variant, Types>(span, row, begin, end);
@@ -223,6 +261,8 @@ template <class Variant, class Types>
 struct Loop {
   static constexpr SpanLoop value = span_loop<Variant, Types>;
 };
+
+#include "measure.h"
 
 }  // namespace
 }  // namespace FUSEDOPT_ISA

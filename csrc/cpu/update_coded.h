@@ -29,25 +29,13 @@ FUSEDOPT_INLINE void with_format_here(TypeList<Formats...>, int place, Visit vis
 
 // -- bfloat16 and float16 ------------------------------------------------------------------------
 
-FUSEDOPT_SHARED void decode(const bfloat16* FUSEDOPT_RESTRICT from, float* FUSEDOPT_RESTRICT to) {
-  for (int i = 0; i < kBlock; ++i) to[i] = widen(from[i]);
+template <class Element>
+FUSEDOPT_INLINE void decode(const Element* from, float* to) {
+  widen_piece(from, to, kBlock);
 }
-FUSEDOPT_SHARED void encode(const float* FUSEDOPT_RESTRICT from, bfloat16* FUSEDOPT_RESTRICT to) {
-  for (int i = 0; i < kBlock; ++i) narrow(from[i], to[i]);
-}
-FUSEDOPT_SHARED void decode(const float16* FUSEDOPT_RESTRICT from, float* FUSEDOPT_RESTRICT to) {
-#if defined(FUSEDOPT_F16C)
-  fetch(from, to, kBlock);
-#else
-  for (int i = 0; i < kBlock; ++i) to[i] = widen(from[i]);
-#endif
-}
-FUSEDOPT_SHARED void encode(const float* FUSEDOPT_RESTRICT from, float16* FUSEDOPT_RESTRICT to) {
-#if defined(FUSEDOPT_F16C)
-  put_back(from, to, kBlock);
-#else
-  for (int i = 0; i < kBlock; ++i) narrow(from[i], to[i]);
-#endif
+template <class Element>
+FUSEDOPT_INLINE void encode(const float* from, Element* to) {
+  narrow_piece(from, to, kBlock);
 }
 
 // -- parameters ----------------------------------------------------------------------------------
@@ -356,27 +344,45 @@ struct WholeBlock {
   alignas(64) unsigned char states[kMaxStates][4 * kBlock];
 };
 
+// The block that begins with an element of a span.
+template <class Variant>
+FUSEDOPT_INLINE Block block_at(const Span& span, const StreamBytes& bytes, int64_t begin,
+                               int64_t number) {
+  const Coding& coding = *span.coding;
+  Block block{static_cast<char*>(span.param) + begin * bytes.param,
+              static_cast<char*>(coding.master) + begin * bytes.master,
+              static_cast<const char*>(span.grad) + begin * bytes.grad,
+              {},
+              {},
+              number};
+  for (int k = 0; k < Variant::state_count; ++k) {
+    block.states[k] = static_cast<char*>(span.states[k]) + begin * bytes.state;
+    if (coding.state == state_format<CodedState>) block.scales[k] = coding.scales[k] + number;
+  }
+  return block;
+}
+
+// A block of count elements, copied to where there is room for a whole one.
+template <class Variant>
+FUSEDOPT_INLINE Block as_whole(const Block& block, const StreamBytes& bytes, int count,
+                               WholeBlock& room) {
+  Block whole = block;
+  whole.param = memcpy(room.param, block.param, size_t(count * bytes.param));
+  whole.master = room.master;
+  if (bytes.master > 0) memcpy(room.master, block.master, size_t(count * bytes.master));
+  whole.grad = memcpy(room.grad, block.grad, size_t(count * bytes.grad));
+  for (int k = 0; k < Variant::state_count; ++k)
+    whole.states[k] = memcpy(room.states[k], block.states[k], size_t(count * bytes.state));
+  return whole;
+}
+
 // Updates the elements [begin, end), from the beginning of a block to one.
 template <bool usual, class Variant, class Row>
 FUSEDOPT_INLINE void run_blocks(const Span& span, const Row& row, int64_t begin, int64_t end) {
   const Coding& coding = *span.coding;
   const StreamBytes bytes(coding);
-  const bool in_codes = coding.state == state_format<CodedState>;
   const Blocks blocks = Blocks{span.numel, coding.row}.joined();
   int64_t number = blocks.number_of(begin);
-  const auto block_at = [&](int64_t i) FUSEDOPT_INLINED {
-    Block block{static_cast<char*>(span.param) + i * bytes.param,
-                static_cast<char*>(coding.master) + i * bytes.master,
-                static_cast<const char*>(span.grad) + i * bytes.grad,
-                {},
-                {},
-                number++};
-    for (int k = 0; k < Variant::state_count; ++k) {
-      block.states[k] = static_cast<char*>(span.states[k]) + i * bytes.state;
-      if (in_codes) block.scales[k] = coding.scales[k] + block.number;
-    }
-    return block;
-  };
   // A block is encoded after the next one was updated: nothing waits for the last of its roots and
   // quotients, then.
   Updated updated[2];
@@ -387,7 +393,7 @@ FUSEDOPT_INLINE void run_blocks(const Span& span, const Row& row, int64_t begin,
     const int64_t stop = row_end < end ? row_end : end, first = i;
     int now = 0;
     for (; stop - i >= kBlock; i += kBlock, now = 1 - now) {
-      const Block block = block_at(i);
+      const Block block = block_at<Variant>(span, bytes, i, number++);
       update_block<usual, Variant>(block, coding, bytes, row, kBlock, updated[now]);
       prefetch_quarter<Variant::state_count>(block, bytes, 3);
       if (i > first) encode_block<Variant>(updated[1 - now], coding, kBlock);
@@ -397,14 +403,8 @@ FUSEDOPT_INLINE void run_blocks(const Span& span, const Row& row, int64_t begin,
     if (count == 0) continue;
     if (!cleared) memset(&room, 0, sizeof room);
     cleared = true;
-    const Block block = block_at(i);
-    Block whole = block;
-    whole.param = memcpy(room.param, block.param, size_t(count * bytes.param));
-    whole.master = room.master;
-    if (bytes.master > 0) memcpy(room.master, block.master, size_t(count * bytes.master));
-    whole.grad = memcpy(room.grad, block.grad, size_t(count * bytes.grad));
-    for (int k = 0; k < Variant::state_count; ++k)
-      whole.states[k] = memcpy(room.states[k], block.states[k], size_t(count * bytes.state));
+    const Block block = block_at<Variant>(span, bytes, i, number++);
+    const Block whole = as_whole<Variant>(block, bytes, count, room);
     update_block<usual, Variant>(whole, coding, bytes, row, count, updated[now]);
     encode_block<Variant>(updated[now], coding, count);
     memcpy(block.param, room.param, size_t(count * bytes.param));
@@ -414,7 +414,3 @@ FUSEDOPT_INLINE void run_blocks(const Span& span, const Row& row, int64_t begin,
     i = stop;
   }
 }
-
-#undef FUSEDOPT_SHARED
-#undef FUSEDOPT_INLINE
-#undef FUSEDOPT_INLINED

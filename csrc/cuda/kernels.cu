@@ -55,6 +55,47 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
   if (thread == 0) set_control(args.factor, lanes[0], *args.control);
 }
 
+// A warp measures a chunk.
+template <class Variant, class Types>
+__global__ void __launch_bounds__(kThreads)
+    measure_kernel(const __grid_constant__ LaunchArgs args) {
+  if (args.control != nullptr && args.control->skip != 0) return;
+  using Body = MeasureTile<Variant, Types>;
+  const uint32_t lane = threadIdx.x % kWarp, stride = gridDim.x * kWarps;
+  for (uint32_t chunk = blockIdx.x * kWarps + threadIdx.x / kWarp; chunk < args.chunks;
+       chunk += stride) {
+    uint32_t of_all;
+    const auto sums = Body::share(args, chunk, lane, of_all);
+    double* const place = lane == 0 ? Body::place_of(args.sums, of_all) : nullptr;
+    for (int k = 0; k < Body::kSums; ++k) {
+      double sum = sums.of_lane[0][k] + sums.of_lane[1][k];
+      for (int distance = kWarp / 2; distance > 0; distance /= 2)
+        sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+      if (lane == 0) place[k] = sum;
+    }
+  }
+}
+
+// A block adds up the chunks of a parameter.
+__global__ void __launch_bounds__(kThreads) total_kernel(const __grid_constant__ TotalArgs args) {
+  __shared__ double lanes[kTotalLanes];
+  const uint32_t thread = threadIdx.x;
+  for (uint32_t i = blockIdx.x; i < args.count; i += gridDim.x) {
+    for (int k = 0; k < kMaxSums; ++k) {
+      lanes[thread] = measured_lane(args, i, k, thread);
+      for (uint32_t half = kTotalLanes / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (thread < half) lanes[thread] += lanes[thread + half];
+      }
+      if (thread == 0) args.measured[i].sums[k] = lanes[0];
+      __syncthreads();
+    }
+    if (thread != 0) continue;
+    args.measured[i].numel = double(args.chunks[i].numel);
+    finish(args.measured[i]);
+  }
+}
+
 template <class Rule>
 __global__ void __launch_bounds__(kThreads)
     prepare_kernel(const __grid_constant__ PrepareArgs args) {
@@ -113,6 +154,30 @@ struct MakeStepKernel<Variant, Coded> {
   static constexpr StepKernel value = value_of(StateFormats{});
 };
 
+// Those of rules that measure; null for others.
+struct MeasureKernel {
+  PackSpans pack = nullptr;
+  const char* (*find_unready)() = nullptr;
+  const char* (*launch)(const LaunchArgs& args, cudaStream_t stream) = nullptr;
+};
+
+template <class Variant, class Types>
+struct MakeMeasureKernel {
+  static const char* launch(const LaunchArgs& args, cudaStream_t stream) {
+    const int64_t blocks = (int64_t(args.chunks) + kWarps - 1) / kWarps;
+    return CudaLaunches::launch<measure_kernel<Variant, Types>>(args, blocks, stream);
+  }
+  static constexpr MeasureKernel make() {
+    if constexpr (sums_of<typename Variant::Rule> > 0) {
+      return {MeasureTile<Variant, Types>::pack,
+              find_unready<measure_kernel<Variant, Types>, total_kernel>, launch};
+    } else {
+      return {};
+    }
+  }
+  static constexpr MeasureKernel value = make();
+};
+
 struct PrepareKernel {
   const char* (*find_unready)();
   const char* (*launch)(const PrepareArgs& args, cudaStream_t stream);
@@ -144,8 +209,20 @@ class Launcher {
   const char* step(int kernel, const LaunchArgs& args) {
     return kernels()[kernel].launch(args, stream_);
   }
+  const char* find_unready_measure(int kernel) { return measures()[kernel].find_unready(); }
+  PackSpans pack_chunks(int kernel) { return measures()[kernel].pack; }
+  const char* measure(int kernel, const LaunchArgs& args) {
+    return measures()[kernel].launch(args, stream_);
+  }
+  const char* total(const TotalArgs& args) {
+    return CudaLaunches::launch<total_kernel>(args, args.count, stream_);
+  }
 
  private:
+  static const std::vector<MeasureKernel>& measures() {
+    static const auto table = kernel_table<MakeMeasureKernel, MeasureKernel>();
+    return table;
+  }
   static const std::vector<PrepareKernel>& prepares() {
     static const auto table = prepare_kernels(Rules{});
     return table;
@@ -171,6 +248,11 @@ bool is_capturing(void* stream) {
 const char* norm(const DeviceStep& step, void* stream) {
   Launcher launcher(static_cast<cudaStream_t>(stream));
   return launch_norm<const char*>(step, launcher);
+}
+
+const char* measure(const DeviceStep& step, void* stream) {
+  Launcher launcher(static_cast<cudaStream_t>(stream));
+  return launch_measure<const char*>(step, launcher);
 }
 
 const char* update(const DeviceStep& step, void* stream) {

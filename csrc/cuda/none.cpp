@@ -11,6 +11,7 @@ namespace cuda {
 bool is_capturing(void*) { return false; }
 
 const char* norm(const DeviceStep&, void*) { return "fusedopt was built without CUDA"; }
+const char* measure(const DeviceStep&, void*) { return "fusedopt was built without CUDA"; }
 const char* update(const DeviceStep&, void*) { return "fusedopt was built without CUDA"; }
 
 const char* check_targets(const TargetArgs&, void*) { return "fusedopt was built without CUDA"; }

@@ -6,9 +6,8 @@
 
 #include <algorithm>
 
-#include "norm.h"
+#include "measure.h"
 #include "prepare.h"
-#include "update_coded.h"
 
 namespace fusedopt {
 
@@ -29,15 +28,21 @@ struct DeviceStep {
   Control* control = nullptr;
   HyperRow* device_rows = nullptr;
   double* sums = nullptr;
+  // Parameters that are measured, the sums of their chunks, and their own.
+  const MeasuredChunks* measured_chunks = nullptr;
+  size_t measured_count = 0;
+  double* chunk_sums = nullptr;
+  Measured* measured = nullptr;
 };
 
 // A kernel that updates spans: packs its argument, as Tile::pack does.
 using PackSpans = size_t (*)(const Span* spans, size_t count, size_t next, int kernel,
                              const HyperRow* rows, LaunchArgs& args);
 
-// Launcher has norm(args), prepare(rule, args), pack(kernel) and step(kernel, args), and tells by
-// find_unready_prepare(rule) and find_unready(kernel) whether it can launch these; all but pack
-// return an Error, which converts to false when there is none.
+// Launcher has norm(args), prepare(rule, args), pack(kernel) and step(kernel, args), pack_chunks
+// and measure likewise, and total(args). It tells by find_unready_prepare(rule),
+// find_unready(kernel) and find_unready_measure(kernel) whether it can launch these. All but the
+// packs return an Error, which converts to false when there is none.
 template <class Error, class Launcher>
 Error launch_norm(const DeviceStep& step, Launcher& launcher) {
   NormArgs args;
@@ -94,22 +99,66 @@ Error launch_prepare(const DeviceStep& step, Launcher& launcher) {
   return Error{};
 }
 
-// One launch for each kernel that occurs, more only where the argument of a launch is full.
-template <class Error, class Launcher>
-Error launch_spans(const DeviceStep& step, Launcher& launcher) {
+inline LaunchArgs args_of(const DeviceStep& step) {
   LaunchArgs args;
   args.control = step.control;
   args.rows = step.rows == nullptr ? step.device_rows : nullptr;
+  return args;
+}
+
+// Calls visit(kernel, first) with each kernel once, and its first span, of those that are wanted.
+template <class Error, class Wants, class Visit>
+Error for_each_kernel(const DeviceStep& step, Wants wants, Visit visit) {
   for (size_t i = 0; i < step.span_count; ++i) {
-    // Each kernel once, when its first span is met.
     const int kernel = step.spans[i].kernel;
-    const auto same = [kernel](const Span& span) { return span.kernel == kernel; };
-    if (std::any_of(step.spans, step.spans + i, same)) continue;
-    for (size_t next = i; next < step.span_count;) {
-      next = launcher.pack(kernel)(step.spans, step.span_count, next, kernel, step.rows, args);
-      if (args.spans == 0) break;
-      if (Error error = launcher.step(kernel, args)) return error;
-    }
+    const auto same = [&](const Span& span) { return span.kernel == kernel && wants(span); };
+    if (!wants(step.spans[i]) || std::any_of(step.spans, step.spans + i, same)) continue;
+    if (Error error = visit(kernel, i)) return error;
+  }
+  return Error{};
+}
+
+// One launch for each kernel that occurs, more only where the argument of a launch is full.
+template <class Error, class Launcher>
+Error launch_spans(const DeviceStep& step, Launcher& launcher) {
+  LaunchArgs args = args_of(step);
+  args.measured = step.measured;
+  return for_each_kernel<Error>(
+      step, [](const Span&) { return true; },
+      [&](int kernel, size_t first) {
+        for (size_t next = first; next < step.span_count;) {
+          next = launcher.pack(kernel)(step.spans, step.span_count, next, kernel, step.rows, args);
+          if (args.spans == 0) break;
+          if (Error error = launcher.step(kernel, args)) return error;
+        }
+        return Error{};
+      });
+}
+
+// Likewise for the spans of parameters that are measured; and their totals.
+template <class Error, class Launcher>
+Error launch_chunks(const DeviceStep& step, Launcher& launcher) {
+  LaunchArgs args = args_of(step);
+  args.sums = step.chunk_sums;
+  const Error failed = for_each_kernel<Error>(
+      step, [](const Span& span) { return span.measured >= 0; },
+      [&](int kernel, size_t first) {
+        for (size_t next = first; next < step.span_count;) {
+          next = launcher.pack_chunks(kernel)(step.spans, step.span_count, next, kernel, step.rows,
+                                              args);
+          if (args.spans == 0) break;
+          if (Error error = launcher.measure(kernel, args)) return error;
+        }
+        return Error{};
+      });
+  if (failed) return failed;
+  TotalArgs totals;
+  totals.sums = step.chunk_sums;
+  for (size_t first = 0; first < step.measured_count; first += totals.count) {
+    totals.measured = step.measured + first;
+    totals.count = uint32_t(std::min<size_t>(TotalArgs::kCapacity, step.measured_count - first));
+    std::copy_n(step.measured_chunks + first, totals.count, totals.chunks);
+    if (Error error = launcher.total(totals)) return error;
   }
   return Error{};
 }
@@ -124,17 +173,39 @@ Error find_unready(const DeviceStep& step, Launcher& launcher) {
   }
   for (size_t i = 0; i < step.span_count; ++i) {
     const int kernel = step.spans[i].kernel;
-    if (i > 0 && kernel == step.spans[i - 1].kernel) continue;
+    const bool measures = step.spans[i].measured >= 0;
+    if (i > 0 && kernel == step.spans[i - 1].kernel &&
+        measures == (step.spans[i - 1].measured >= 0))
+      continue;
     if (Error error = launcher.find_unready(kernel)) return error;
+    if (!measures) continue;
+    if (Error error = launcher.find_unready_measure(kernel)) return error;
   }
   return Error{};
 }
 
-// The step after the norm, whose factor it takes from control where it clips.
+// What comes between the norm, whose factor is taken from control where it clips, and the update,
+// if parameters are measured. Nothing is changed yet: counts are advanced by the update.
+template <class Error, class Launcher>
+Error launch_measure(const DeviceStep& step, Launcher& launcher) {
+  if (Error error = find_unready<Error>(step, launcher)) return error;
+  DeviceStep rows = step;
+  rows.count_ranges = 0;
+  if (Error error = launch_prepare<Error>(rows, launcher)) return error;
+  return launch_chunks<Error>(step, launcher);
+}
+
+// The step after the norm and, where parameters are measured, after that.
 template <class Error, class Launcher>
 Error launch_update(const DeviceStep& step, Launcher& launcher) {
-  if (Error error = find_unready<Error>(step, launcher)) return error;
-  if (Error error = launch_prepare<Error>(step, launcher)) return error;
+  DeviceStep counts = step;
+  if (step.measured_count > 0) {
+    counts.source_count = 0;  // their rows have been made, and control is set
+    counts.control = nullptr;
+  } else if (Error error = find_unready<Error>(step, launcher)) {
+    return error;
+  }
+  if (Error error = launch_prepare<Error>(counts, launcher)) return error;
   return launch_spans<Error>(step, launcher);
 }
 

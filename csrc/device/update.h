@@ -87,9 +87,11 @@ static_assert(0x1a90 + kMaxArgumentBytes < 0x8000, "an address that has two form
 // The kernel's whole argument: spans from the front of data, rows of hyper-parameters from its
 // back.
 struct LaunchArgs {
-  static constexpr int kBytes = 25824;
-  const Control* control = nullptr;  // null: gradients are taken as the rows say
-  const HyperRow* rows = nullptr;    // on the device; null: the rows are in data
+  static constexpr int kBytes = 25808;
+  const Control* control = nullptr;    // null: gradients are taken as the rows say
+  const HyperRow* rows = nullptr;      // on the device; null: the rows are in data
+  const Measured* measured = nullptr;  // of all parameters that are measured
+  double* sums = nullptr;              // of their chunks, where it is these that are wanted
   uint32_t spans;
   uint32_t chunks;
   uint32_t formats;  // of the spans' states: a bit for each of StateFormats; see update_coded.h
@@ -113,6 +115,28 @@ FUSEDOPT_HD uint32_t span_of_chunk(const ChunkSpan* spans, uint32_t known, uint3
   return low;
 }
 
+// What a span has besides if its rule measures parameters.
+template <class Rule, bool measures = (sums_of<Rule> > 0)>
+struct MeasuredSpan {
+  explicit MeasuredSpan(const Span&) {}
+  template <class Row>
+  FUSEDOPT_HD void complete(const LaunchArgs&, Row&) const {}
+};
+template <class Rule>
+struct MeasuredSpan<Rule, true> {
+  int32_t parameter;            // -1: this one is not measured
+  uint32_t first_chunk_of_all;  // that are measured
+
+  explicit MeasuredSpan(const Span& span)
+      : parameter(span.measured), first_chunk_of_all(span.first_chunk) {}
+  template <class Row>
+  FUSEDOPT_HD void complete(const LaunchArgs& args, Row& row) const {
+    if (parameter < 0) return;
+    const auto& as = measured_as(args.measured[parameter], row.grad_factor);
+    Rule::use(as.means, as.norms, row);
+  }
+};
+
 template <class Row>
 FUSEDOPT_HD Row row_of(const LaunchArgs& args, uint32_t i) {
   Row row = args.rows == nullptr
@@ -127,8 +151,8 @@ FUSEDOPT_HD Row row_of(const LaunchArgs& args, uint32_t i) {
 }
 
 // Packs spans into the argument of one launch, from spans[next] on; returns the next one that did
-// not fit. Spans of other kernels are passed over. Rows are shared by the spans that name them,
-// and left out where they are on the device, as args.rows says.
+// not fit. Spans of other kernels, and those that are not wanted, are passed over. Rows are shared
+// by the spans that name them, and left out where they are on the device, as args.rows says.
 template <class TileSpan, class Row>
 size_t pack_spans(const Span* spans, size_t count, size_t next, int kernel, const HyperRow* rows,
                   LaunchArgs& args) {
@@ -140,7 +164,7 @@ size_t pack_spans(const Span* spans, size_t count, size_t next, int kernel, cons
   int32_t last_row = -1;
   for (; next < count; ++next) {
     const Span& from = spans[next];
-    if (from.kernel != kernel || from.numel == 0) continue;
+    if (from.kernel != kernel || from.numel == 0 || !TileSpan::wants(from)) continue;
     const bool new_row = args.rows == nullptr && from.row != last_row;
     if ((args.spans + 1) * sizeof(TileSpan) + (packed_rows + new_row) * sizeof(Row) > capacity)
       break;
@@ -186,7 +210,7 @@ struct Tile {
   // Blocks that a multiprocessor must hold at least. Without it, ptxas aims at four and spills.
   static constexpr int kMinBlocks = 2;
 
-  struct TileSpan {
+  struct TileSpan : MeasuredSpan<typename Variant::Rule> {
     Param* param;
     const Grad* grad;
     State* state[states > 0 ? states : 1];
@@ -194,8 +218,10 @@ struct Tile {
     uint32_t first_chunk;
     uint32_t row;
 
+    static bool wants(const Span&) { return true; }
     static TileSpan from(const Span& span) {
-      TileSpan to{static_cast<Param*>(span.param),
+      TileSpan to{MeasuredSpan<typename Variant::Rule>(span),
+                  static_cast<Param*>(span.param),
                   static_cast<const Grad*>(span.grad),
                   {},
                   span.numel,
@@ -329,7 +355,9 @@ struct Tile {
     for (uint32_t chunk = block; chunk < args.chunks; chunk += blocks) {
       known = span_of_chunk(spans, known, args.spans, chunk);
       const TileSpan& s = spans[known];
-      run_chunk(s, row_of<Row>(args, s.row), chunk - s.first_chunk, thread);
+      Row row = row_of<Row>(args, s.row);
+      s.complete(args, row);
+      run_chunk(s, row, chunk - s.first_chunk, thread);
     }
   }
 

@@ -28,7 +28,7 @@ struct Tile<Variant, Coded> {
   // With three states, half a multiprocessor has too few registers for a block.
   static constexpr int kMinBlocks = states < 3 ? 2 : 1;
 
-  struct TileSpan {
+  struct TileSpan : MeasuredSpan<typename Variant::Rule> {
     void* param;
     void* grad;
     void* state[states > 0 ? states : 1];
@@ -38,8 +38,17 @@ struct Tile<Variant, Coded> {
     uint32_t is_aligned : 1;  // all streams can be moved in wide accesses from their beginnings on
     Coding coding;
 
+    static bool wants(const Span&) { return true; }
     static TileSpan from(const Span& span) {
-      TileSpan to{span.param, const_cast<void*>(span.grad), {}, span.numel, 0, 0, 1, *span.coding};
+      TileSpan to{MeasuredSpan<typename Variant::Rule>(span),
+                  span.param,
+                  const_cast<void*>(span.grad),
+                  {},
+                  span.numel,
+                  0,
+                  0,
+                  1,
+                  *span.coding};
       const StreamBytes bytes(to.coding);
       const auto look_at = [&](const void* stream, int64_t size) {
         if (!are_aligned(stream, size)) to.is_aligned = 0;
@@ -368,7 +377,10 @@ struct Tile<Variant, Coded> {
       const uint32_t number = (chunk - s.first_chunk) * kChunkBlocks + thread / kLanes;
       BlockPlace place = s.blocks().at(number);
       if (place.begin >= s.numel) place = {0, 0, 0};  // none
-      if (span_of_row != known) row = row_of<Row>(args, s.row);
+      if (span_of_row != known) {
+        row = row_of<Row>(args, s.row);
+        s.complete(args, row);
+      }
       span_of_row = known;
       run_block<StateFormat>(s, row, place, thread);
     }

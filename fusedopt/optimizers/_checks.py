@@ -32,13 +32,20 @@ def check_betas(optimizer: str, betas: Any, count: int) -> None:
             )
 
 
-def decay_options(cautious: bool) -> dict[str, Any]:
+def cautious_options(cautious: bool, cautious_weight_decay: bool) -> dict[str, Any]:
     """Options of a group that torch's classes do not have, where they are asked for."""
-    return {"cautious_weight_decay": True} if cautious else {}
+    options = {"cautious": cautious, "cautious_weight_decay": cautious_weight_decay}
+    return {key: True for key, value in options.items() if value}
 
 
-def check_cautious_decay(optimizer: str, index: int, group: Mapping[str, Any]) -> None:
-    """Raise ValueError where decay that is part of the gradient is to be cautious."""
+def check_cautious(optimizer: str, index: int, group: Mapping[str, Any]) -> None:
+    """Raise ValueError where decay that is part of the gradient is to be cautious, or changes that
+    never go against it."""
+    if group.get("cautious") and not group.get("first_moment", True):
+        raise ValueError(
+            f"{optimizer}: group {index}: cautious=True leaves out where an average of gradients "
+            "goes against the gradient, but first_moment=False keeps no such average; leave out one"
+        )
     if group.get("cautious_weight_decay") and not group.get("decoupled_weight_decay", True):
         raise ValueError(
             f"{optimizer}: group {index}: cautious_weight_decay=True is for decoupled decay only; "

@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from fusedopt._formats import storage_options
 from fusedopt._optimizer import FusedOptimizer
-from fusedopt.optimizers._checks import check_cautious_decay, decay_options
+from fusedopt.optimizers._checks import cautious_options, check_cautious
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -41,6 +41,10 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             captured into a CUDA graph. A replay follows lr, betas and weight_decay where
             these are tensors on that device; any other option stays as it was.
         differentiable: must be False.
+        cautious: leave out the change of each element that the step would move against its
+            gradient :math:`g`, and make the others longer, by the share of the parameter's elements
+            that they are (at least 0.001), as in Liang et al., Cautious Optimizers
+            (arXiv:2411.16085). It takes another pass over :math:`g` and :math:`m`.
         cautious_weight_decay: decoupled decay only of elements that the step does not move away
             from zero, as in Chen et al., Cautious Weight Decay (arXiv:2510.12402).
         first_moment: False keeps no exp_avg: :math:`g` stands for :math:`m / (1 - \beta_1^t)`, as
@@ -74,7 +78,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
 
     Raises:
         ValueError: as torch.optim.Adam; for cautious_weight_decay of decay that is not decoupled,
-            differentiable=True, NaN options, a negative
+            cautious without a first moment, differentiable=True, NaN options, a negative
             max_grad_norm, parameters that overlap in memory, and choices of storage that make no
             sense together.
         TypeError: for a state_dtype that is not supported.
@@ -102,6 +106,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        cautious: bool = False,
         cautious_weight_decay: bool = False,
         first_moment: bool = True,
         state_dtype: torch.dtype | str | None = None,
@@ -130,13 +135,13 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         options = storage_options(
             state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay
         )
-        options |= decay_options(cautious_weight_decay)
+        options |= cautious_options(cautious, cautious_weight_decay)
         if not first_moment:
             options["first_moment"] = False
         self._init(options, flat, max_grad_norm, args, differentiable, norm_group)
 
     def _check_group(self, index: int, group: Mapping[str, Any]) -> None:
-        check_cautious_decay(type(self).__name__, index, group)
+        check_cautious(type(self).__name__, index, group)
 
 
 class AdamW(FusedOptimizer, torch.optim.AdamW):
@@ -156,6 +161,8 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
     __module__ = "fusedopt"
     _rule = "adam"
 
+    _check_group = Adam._check_group
+
     def __init__(
         self,
         params: ParamsT,
@@ -170,6 +177,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        cautious: bool = False,
         cautious_weight_decay: bool = False,
         first_moment: bool = True,
         state_dtype: torch.dtype | str | None = None,
@@ -197,7 +205,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         options = storage_options(
             state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay
         )
-        options |= decay_options(cautious_weight_decay)
+        options |= cautious_options(cautious, cautious_weight_decay)
         if not first_moment:
             options["first_moment"] = False
         self._init(options, flat, max_grad_norm, args, differentiable, norm_group)

@@ -8,7 +8,7 @@ from torch.optim.optimizer import ParamsT
 
 from fusedopt._formats import storage_options
 from fusedopt._optimizer import FusedOptimizer
-from fusedopt.optimizers._checks import check_options, decay_options
+from fusedopt.optimizers._checks import cautious_options, check_options
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,7 +37,7 @@ class Lion(FusedOptimizer):
             and weight_decay.
         betas: the weights of the average in the direction of a step, and in the next average.
         weight_decay: :math:`\lambda`, decoupled from the gradient.
-        cautious_weight_decay: as in :class:`fusedopt.Adam`.
+        cautious, cautious_weight_decay: as in :class:`fusedopt.Adam`.
         capturable: a step can be captured into a CUDA graph. A replay follows lr, betas and
             weight_decay where these are tensors on that device; any other option stays as it was.
         state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay, max_grad_norm,
@@ -66,6 +66,7 @@ class Lion(FusedOptimizer):
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.99),
         weight_decay: float | Tensor = 0.0,
         *,
+        cautious: bool = False,
         cautious_weight_decay: bool = False,
         maximize: bool = False,
         capturable: bool = False,
@@ -85,6 +86,6 @@ class Lion(FusedOptimizer):
         options = storage_options(
             state_dtype, min_8bit_size, master_bits, rounding, seed, ema_decay
         )
-        options |= decay_options(cautious_weight_decay)
+        options |= cautious_options(cautious, cautious_weight_decay)
         args = {"params": params, "defaults": defaults}
         self._init(options, flat, max_grad_norm, args, norm_group=norm_group)

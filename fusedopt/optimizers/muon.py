@@ -91,8 +91,7 @@ class Muon(FusedOptimizer):
             norm_group, flat: as in :class:`fusedopt.Adam`. Gradients are clipped before they are
             averaged.
 
-    The state of a matrix is momentum_buffer, in the parameter's shape; that of another parameter is
-    AdamW's.
+    The state of a matrix is momentum_buffer, in the parameter's shape, others have that of AdamW.
 
     Raises:
         ValueError: for a parameter without two dimensions in a group of Muon's, options that are
@@ -192,6 +191,8 @@ class Muon(FusedOptimizer):
 
     def _check_options(self, index: int, group: Mapping[str, Any]) -> None:
         what = f"Muon: group {index}"
+        if group.get("cautious"):
+            raise ValueError(f"{what} has cautious=True; give its parameters AdamW by itself")
         if not self._is_of_matrices(group):
             if missing := ADAMW.keys() - group.keys():
                 raise ValueError(

@@ -60,7 +60,7 @@ struct Memory {
   uint64_t step(const HyperRow& row, cpu::Isa isa) {
     uint64_t sum = kNoDigest;
     for (int i = 0; i < kSteps; ++i) {
-      cpu::step(spans.data(), spans.size(), &row, isa, all_at_once);
+      cpu::step(spans.data(), spans.size(), &row, nullptr, isa, all_at_once);
       for (auto& coding : codings) ++coding->step;
     }
     for (auto& stream : streams) sum = stream->digest(sum);

@@ -31,22 +31,25 @@ CODED_TYPES = (
 )
 STATE_FORMATS = 3  # each has a kernel of its own for spans with a Coding
 LOOP = re.compile(r"fusedopt::cpu::(?P<isa>\w+)::.*span_loop" + TYPES)
-# What the loops over float16 call, once converted: one for all dtypes of gradients and states.
+# What the loops call that convert pieces: one for all dtypes of gradients and states.
 CONVERTED = re.compile(
     r"fusedopt::cpu::(?P<isa>\w+)::.*update_piece<\w+, "
     r"(?:fusedopt::)?(?P<rule>\w+::Variant(?:<[^>]*>)?), "
 )
-CALL_TO_CONVERTED = re.compile(r"call\s.*::update_piece<")
-# What the loops over spans with a Coding call: the same for all rules.
+CALL_TO_CONVERTED = re.compile(r"call\s.*(\*|::update_piece<)")
+# What the loops over pieces, and over spans with a Coding, call: the same for all rules.
 PIECE = re.compile(
-    r"fusedopt::cpu::(?P<isa>\w+)::\(anonymous namespace\)::(?P<piece>(en|de)code.*)"
+    r"fusedopt::cpu::(?P<isa>\w+)::\(anonymous namespace\)::"
+    r"(?P<piece>(en|de)code.*|(widen|narrow)_piece<.*)"
 )
 # The loops of losses, by their dtype, and what each is made of besides products.
 LOSS_LOOP = re.compile(
     r"fusedopt::cpu::(?P<isa>\w+)::\(anonymous namespace\)::(?P<loss>(?P<name>begin_chunk<\w+, |"
     r"CrossEntropyRows<|mse_loop<)(?P<types>[\w:]+)>(?:::(?P<part>end_chunks|short_rows))?)\("
 )
-CALL_TO_PIECE = re.compile(r"call\s.*(::(en|de)code\w*[<(]|<mem(cpy|set)@plt>)")
+CALL_TO_PIECE = re.compile(
+    r"call\s.*(::(en|de)code\w*[<(]|::(widen|narrow)_piece<|<mem(cpy|set)@plt>)"
+)
 SCALAR = re.compile(r"v?((?:sqrt|div|mul|add|sub|cvt\w+)(?:ss|sd)|cvtt?ss2\w+|cvtsi2s\w+)\b")
 ARITHMETIC = re.compile(r"v?(sqrt|div|mul|add|sub)([ps])([sd])\b.*")
 WITHOUT_MULTIPLY_ADD = ("Rprop::",)  # rules whose formula has none
@@ -70,7 +73,8 @@ MOST_IN_STEP = {**MOST, "SHARED": 0, "REG": 128}
 # With 128 registers these kernels, of three or four states with a Coding, spill, so that they ask
 # for one block only (Tile::kMinBlocks); with any number from 129 to 255 it is one.
 THREE_CODED = re.compile(
-    r"coded_step_kernel<.*((Adam|RmsProp)::Variant<true, true>|AdEMAMix::Variant), "
+    r"coded_step_kernel<.*"
+    r"(Adam::Variant<true, true, false>|RmsProp::Variant<true, true>|AdEMAMix::Variant), "
 )
 FOUR_CODED = re.compile(r"coded_step_kernel<.*Adan::Variant, ")
 MOST_OF_THREE = {**MOST_IN_STEP, "REG": 192}
@@ -137,10 +141,12 @@ def check_loops() -> tuple[list[str], Counter[str]]:
         count[match["isa"]] += 1
         kinds["coded" if "coded" in match["types"] else "plain"] += match["isa"] == "baseline"
         register, rule = REGISTERS[match["isa"]], match["rule"]
-        if match["types"].replace("fusedopt::", "").startswith("float16"):
-            called = [text for text in instructions if CALL_TO_CONVERTED.match(text)]
+        param = match["types"].replace("fusedopt::", "").split(",")[0]
+        if param in ("float16", *(["bfloat16"] if match["isa"] == "baseline" else [])):
+            ours = (CALL_TO_CONVERTED, CALL_TO_PIECE)
+            called = [text for text in instructions if any(call.match(text) for call in ours)]
             instructions = [text for text in instructions if text not in called]
-            instructions += converted[match["isa"], rule] if called else []
+            instructions += converted[match["isa"], rule]
         for problem in loop_problems(instructions, register, match["types"], rule):
             wrong.append(f"{match['isa']} loop {rule} ({match['types']}): {problem}")
     if len({count[isa] for isa in REGISTERS}) != 1 or not loops:
@@ -234,6 +240,8 @@ def piece_problems(piece: str, instructions: list[str], register: str) -> Iterat
     if piece.startswith("encode_codes"):
         scalar -= {"divss", "mulss"}  # the scale of the block
         converted = "cvttps2dq"
+    elif piece.startswith(("widen_piece", "narrow_piece")):
+        scalar, converted = set(), ""  # of any number of elements: the last few are no register
     else:
         converted = "cvtdq2ps" if piece.startswith("decode_codes") else ""
     if scalar:

@@ -164,7 +164,12 @@ def build(
         for path in (ROOT / "csrc" / part).rglob("*.*")
         if path.parent.name != "losses"
     ]
-    others = [HERE / "host_launcher.h", Path(__file__), *sorted(csrc_files)]
+    others = [
+        HERE / "host_launcher.h",
+        HERE / "measured_spans.h",
+        Path(__file__),
+        *sorted(csrc_files),
+    ]
     key = checksum([*sources, *others], target, flags, faults, small)
     folder = CACHE / f"{name}-{key}"
     if folder.exists():

@@ -108,6 +108,7 @@ class CodedStreams:
         self.spans["offset"] = np.cumsum(numel) - numel
         self.spans["kernel"] = kernel.index
         self.spans["row"] = np.arange(len(spans)) * 5 % len(rows)
+        self.spans["measured"] = -1
         self.spans["coding"] = self.codings.ctypes.data + self.codings.itemsize * np.arange(
             len(spans)
         )
@@ -202,6 +203,11 @@ class CodedStreams:
 
     # -- what a step has to do -------------------------------------------------------------------
 
+    def present(self, span: int) -> np.ndarray:
+        """Which elements of a span's blocks there are, as decoded() has them."""
+        mask: np.ndarray = coding.present(self._sizes[span])
+        return mask
+
     def decoded(self, memory: np.ndarray, span: int) -> list[np.ndarray]:
         """The parameter, the gradient and the states as blocks of float32."""
         code, get = self.codes[span], partial(self._get, memory, span)
@@ -236,6 +242,7 @@ class CodedStreams:
         spans = np.zeros(count, plain.layout.span)
         spans["numel"], spans["offset"] = self._blocks * BLOCK, starts[:-1]
         spans["kernel"], spans["row"] = plain.index, self.spans["row"]
+        spans["measured"] = self.spans["measured"]
         for i, array in enumerate(streams):
             address = array.ctypes.data + 4 * starts[:-1].astype(np.uint64)
             if i < 2:

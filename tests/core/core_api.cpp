@@ -11,6 +11,7 @@
 
 #include "cpu/cpu.h"
 #include "host_launcher.h"
+#include "measured_spans.h"
 
 #define API extern "C" __attribute__((visibility("default")))
 
@@ -76,7 +77,7 @@ std::string describe_core() {
   const auto chunk = [](const HostKernel& kernel) { return to_string(kernel.chunk); };
   return "{\"rules\": " + rules + ", \"variants\": " + variants +
          ", \"combinations\": " + combinations + ", \"chunks\": " + list(host_kernels(), chunk) +
-         ", \"norm_chunk\": " + to_string(kNormChunk) +
+         ", \"norm_chunk\": " + to_string(kNormChunk) + ", \"sums\": " + to_string(kMaxSums) +
          ", \"prepare_bytes\": " + to_string(PrepareArgs::kBytes) + ", \"isas\": " + list(isas) +
          ", \"layout\": " + layout + "}";
 }
@@ -85,9 +86,14 @@ std::string describe_core() {
 struct {
   std::vector<int64_t> cuts;
   int order;
+  int pieces = 0;  // not 0: so many of the same size, whatever is cut
 } division;
 
 void divided_for(int64_t size, int64_t, void* context, void (*body)(void*, int64_t, int64_t)) {
+  if (division.pieces > 0) {
+    division.cuts.clear();
+    for (int i = 0; i <= division.pieces; ++i) division.cuts.push_back(size * i / division.pieces);
+  }
   if (division.cuts.empty()) division.cuts = {0, size};
   const auto run = [=](size_t i) { body(context, division.cuts[i], division.cuts[i + 1]); };
   std::vector<size_t> pieces;
@@ -109,6 +115,10 @@ API const char* describe() {
   return text.c_str();
 }
 
+API int measures(int rule, const double* options) {
+  return registry().rules[rule].measures(options);
+}
+
 API int choose_variant(int rule, const double* options) {
   return registry().rules[rule].variant(options);
 }
@@ -123,7 +133,40 @@ API void cpu_step(const Span* spans, size_t count, const HyperRow* rows, int isa
                   const int64_t* cuts, size_t cut_count, int order) {
   division.cuts.assign(cuts, cuts + cut_count);
   division.order = order;
-  cpu::step(spans, count, rows, cpu::Isa(isa), divided_for);
+  cpu::step(spans, count, rows, nullptr, cpu::Isa(isa), divided_for);
+}
+
+// A step whose parameters are measured first, which are the spans that name one: by an instruction
+// set in so many pieces, measured and updated one after the other or together, or by the tile.
+API void measured_step(const Span* spans, size_t count, const HyperRow* rows, int isa, int together,
+                       int pieces, int order, Measured* measured) {
+  std::vector<Span> numbered(spans, spans + count);
+  const std::vector<MeasuredChunks> chunks = number_chunks(numbered);
+  std::vector<double> sums(size_t(count_of(chunks)) * kMaxSums, std::nan(""));
+  if (isa < 0) {
+    DeviceStep step;
+    step.spans = numbered.data();
+    step.span_count = count;
+    step.rows = rows;
+    step.measured_chunks = chunks.data();
+    step.measured_count = chunks.size();
+    step.chunk_sums = sums.data();
+    step.measured = measured;
+    HostLauncher launcher(0, order);
+    launch_measure<int>(step, launcher);
+    launch_update<int>(step, launcher);
+    return;
+  }
+  division.pieces = pieces;
+  division.order = order;
+  if (together) {
+    cpu::measure_and_step(numbered.data(), count, rows, cpu::Isa(isa), divided_for);
+  } else {
+    cpu::measure(numbered.data(), count, rows, chunks.data(), chunks.size(), sums.data(), measured,
+                 cpu::Isa(isa), divided_for);
+    cpu::step(numbered.data(), count, rows, measured, cpu::Isa(isa), divided_for);
+  }
+  division.pieces = 0;
 }
 
 // What cuda::step does, on the host; returns the number of launches. With no number of blocks

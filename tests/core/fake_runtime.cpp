@@ -68,6 +68,10 @@ struct FakeLauncher {
   const char* prepare(int, const fusedopt::PrepareArgs&) { return count(); }
   const char* step(int, const fusedopt::LaunchArgs&) { return count(); }
   const char* find_unready_prepare(int rule) { return rule == lacking_rule ? "lacking" : nullptr; }
+  const char* measure(int, const fusedopt::LaunchArgs&) { return count(); }
+  const char* total(const fusedopt::TotalArgs&) { return count(); }
+  const char* find_unready_measure(int kernel) { return find_unready(kernel); }
+  static fusedopt::PackSpans pack_chunks(int kernel) { return pack(kernel); }
   const char* find_unready(int kernel) { return kernel == lacking_kernel ? "lacking" : nullptr; }
   static fusedopt::PackSpans pack(int) {
     return [](const fusedopt::Span*, size_t count, size_t, int, const fusedopt::HyperRow*,

@@ -16,23 +16,29 @@ RULES = {
     for name in (
         *("Adam", "Sgd", "RmsProp", "Lion", "AdEMAMix", "Adopt", "Adan"),
         *("Adamax", "Adadelta", "RAdam", "Adagrad", "Rprop", "NAdam", "Asgd", "Muon"),
+        *("Lamb", "Lars"),
     )
-} | {"core/rules/schedule_free.h": "ScheduleFreeAdamW"}
+} | {
+    "core/rules/schedule_free.h": "ScheduleFreeAdamW",
+    "core/rules/stable_adamw.h": "StableAdamW",
+}
 ADAM, SGD, RMSPROP, LION, ADEMAMIX, ADOPT, ADAN, ADAMAX, ADADELTA, RADAM, ADAGRAD, RPROP, *REST = (
     RULES
 )
-NADAM, ASGD, MUON, SCHEDULE_FREE = REST
+NADAM, ASGD, MUON, LAMB, LARS, SCHEDULE_FREE, STABLE_ADAMW = REST
 AVERAGE = "core/rules/average.h"
-ARITHMETIC, BLOCKS, CODES, CONTROL, DTYPE, NORM, RANDOM = (
+ARITHMETIC, BLOCKS, CODES, CONTROL, DTYPE, MEASURE, NORM, RANDOM = (
     f"core/{name}.h"
-    for name in ("arithmetic", "blocks", "codes", "control", "dtype", "norm", "random")
+    for name in ("arithmetic", "blocks", "codes", "control", "dtype", "measure", "norm", "random")
 )
-LOOP, CODED_LOOP, NORM_LOOP, DISPATCH = (
-    f"cpu/{name}" for name in ("update.h", "update_coded.h", "norm.h", "dispatch.cpp")
+LOOP, CODED_LOOP, MEASURE_LOOP, NORM_LOOP, DISPATCH = (
+    f"cpu/{name}" for name in ("update.h", "update_coded.h", "measure.h", "norm.h", "dispatch.cpp")
 )
-TILE, CODED_TILE, LANES, QUICK, NORM_TILE, PREPARE, DEVICE_STEP = (
+TILE, CODED_TILE, LANES, QUICK, MEASURE_TILE, NORM_TILE, PREPARE, DEVICE_STEP = (
     f"device/{name}.h"
-    for name in ("update", "update_coded", "lanes", "quick_math", "norm", "prepare", "step")
+    for name in (
+        *("update", "update_coded", "lanes", "quick_math", "measure", "norm", "prepare", "step"),
+    )
 )
 
 BIAS = "? one_minus_power(o.beta1, (long long)(step"
@@ -56,6 +62,7 @@ RULES_OF_FAULTS = {
     "same bits: sign of a zero lost": "RmsProp",
     "prepare: first at any count": "Sgd",
     "reference: decay where it goes against": "Lion",
+    "measured: rare operands": "Lamb",
 }
 
 # What is planted in which file, under the check that has to catch it.
@@ -75,8 +82,8 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "no maximum in amsgrad": (ADAM, "second_moment = max_exp_avg_sq;", ""),
         "direction by the other beta": (
             LION,
-            "direction = moving_average<usual>(exp_avg, g, row.one_minus_beta1, row.beta1);",
-            "direction = moving_average<usual>(exp_avg, g, row.one_minus_beta2, row.beta2);",
+            "moving_average<usual>(state[0], g, row.one_minus_beta1, row.beta1);",
+            "moving_average<usual>(state[0], g, row.one_minus_beta2, row.beta2);",
         ),
         "decay not times lr": (LION, "o.lr * o.weight_decay", "o.weight_decay"),
         "alpha not warmed up": (ADEMAMIX, "row.slow_size *= step / o.alpha_warmup;", ";"),
@@ -104,7 +111,7 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "step back": (RPROP, "g = agreement < 0 ? T(0) : g;", ""),
         "steps of any length": (RPROP, "length > row.longest ? row.longest : length", "length"),
         "decay where it goes against": (AVERAGE, "against ? decay_against : decay", "decay"),
-        "a moment of nothing": (ADAM, "T moment = g;", "T moment = 0;"),
+        "a moment of nothing": (ADAM, "row.beta1) : g;", "row.beta1) : T(0);"),
         "product of one mu": (NADAM, "o.mu_product * mu;", "mu;"),
         "mu of the next step": (NADAM, "mu = momentum(o, step),", "mu = momentum(o, step + 1),"),
         "eta of this step": (ASGD, "row.lr = o.eta;", "row.lr = o.lr;"),
@@ -165,8 +172,8 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "end of a chunk": (DISPATCH, "min(kNormChunk,", "min(kNormChunk - 1,"),
         "chunk of a piece": (
             DISPATCH,
-            "chunk = begin; chunk",
-            "chunk = begin + (begin > 0); chunk",
+            "chunk = begin; chunk < end; ++chunk) {\n    while (gradient",
+            "chunk = begin + (begin > 0); chunk < end; ++chunk) {\n    while (gradient",
         ),
         "chunk of a launch": (DEVICE_STEP, NEXT, NEXT.replace("next]", "next - 1]")),
         "empty gradient of the loop": (DISPATCH, "while (gradient + 1", "if (gradient + 1"),
@@ -183,7 +190,7 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "lanes added otherwise": (NORM, "(i + half) * stride", "(2 * half - 1 - i) * stride"),
         "total in another order": (NORM, "[i % kTotalLanes]", "[i * kTotalLanes / count]"),
         "total of the tile": (NORM_TILE, "i = thread; i", "i = thread / 2 + thread % 2 * 128; i"),
-        "squares in float": (NORM, "value * value", "double(float(value) * float(value))"),
+        "squares in float": (DTYPE, "value * value;", "double(float(value) * float(value));"),
         "sums flush denormals": (DISPATCH, NORM_GUARD + GUARDED, NORM_GUARD),
         "total flushes denormals": (DISPATCH, f"{GUARDED}\n  return total_of", "return total_of"),
     },
@@ -275,7 +282,7 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         ),
         "scale of one block for all": (
             CODED_LOOP,
-            "coding.scales[k] + block.number",
+            "coding.scales[k] + number",
             "coding.scales[k]",
         ),
         "careless blocks": (CODED_LOOP, "if (is_careful(scale)) {", "if (false) {"),
@@ -444,6 +451,41 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "sign lost": (CODES, "| (codes << (24 - 8 * byte) & 0x80000000u);", ";"),
         "bytes in order": (BLOCKS, "place % kWords * 4 + place / kWords : place", "place : place"),
         "overflowing scale": (CODES, "magnitude < 0x7f770000u", "magnitude < 0x7f7f0000u"),
+    },
+    "measured": {
+        "norm of p alone": (LAMB, "norms[0] / norms[1];", "norms[0];"),
+        "length without decay": (LARS, "norms[1] + row.weight_decay * norms[0]", "norms[1]"),
+        "a mean, no root": (STABLE_ADAMW, "square_root(means[0])", "means[0]"),
+        "longer steps as well": (STABLE_ADAMW, "if (!(rms > 1)) return;", ""),
+        "no mean of the mask": (ADAM, "row.with = cautious_scale(means[0]);", ""),
+        "changes against g": (ADAM, "row.against = o.cautious != 0 ? 0 : 1;", "row.against = 1;"),
+        "the average before": (LION, "agree(direction_of<false>(row, g, state), g)", "true"),
+        "chunks in place of elements": (MEASURE, "double(chunks.numel)", "double(chunks.count)"),
+        "last lanes left out": (
+            MEASURE_LOOP,
+            "left < kMeasureLanes - lane ? left : kMeasureLanes - lane);",
+            "left < kMeasureLanes - lane ? left : kMeasureLanes - lane);\n      break;",
+        ),
+        "chunk of the span before": (DISPATCH, "span->first_chunk + norm_chunks(span->numel)", "1"),
+        "parameter in two pieces": (
+            DISPATCH,
+            "span->measured == span[-1].measured) ++",
+            "false) ++",
+        ),
+        "end of the chunk": (MEASURE_TILE, "begin + kNormChunk : s.numel;", "begin + 64 : 64;"),
+        "rare operands": (MEASURE_TILE, "if (!quick.is_rare()) return;", "return;"),
+        "row not completed": (TILE, "s.complete(args, row);", ""),
+        "all are measured": (MEASURE_TILE, "return span.measured >= 0;", "return true;"),
+    },
+    "measured coded": {
+        "lane of each block": (MEASURE_LOOP, "(i - begin) % kMeasureLanes", "0"),
+        "code of a whole block": (
+            MEASURE_TILE,
+            "byte_of(int(i - place.begin), place.count)",
+            "int(i - place.begin)",
+        ),
+        "scale of the first": (MEASURE_TILE, "coding.scales[k][number]", "coding.scales[k][0]"),
+        "row of the last span": (CODED_TILE, "s.complete(args, row);", ""),
     },
     "multiply-add": {
         "rounded twice": (ARITHMETIC, "halfway & to_other ? other : nearest", "nearest"),

@@ -42,9 +42,17 @@ struct Recorder {
   }
   int find_unready_prepare(int) { return 0; }
   int find_unready(int) { return 0; }
+  int find_unready_measure(int) { return 0; }
   PackSpans pack(int kernel) { return host.pack(kernel); }
   int step(int kernel, const LaunchArgs& args) {
     return run([kernel, args] { HostLauncher().step(kernel, args); });
+  }
+  PackSpans pack_chunks(int kernel) { return host.pack_chunks(kernel); }
+  int measure(int kernel, const LaunchArgs& args) {
+    return run([kernel, args] { HostLauncher().measure(kernel, args); });
+  }
+  int total(const TotalArgs& args) {
+    return run([args] { HostLauncher().total(args); });
   }
 };
 
@@ -76,6 +84,10 @@ bool is_capturing(void*) { return capturing; }
 const char* norm(const DeviceStep& step, void*) {
   Recorder recorder;
   return launch_norm<int>(step, recorder) == 0 ? nullptr : "the host cannot fail";
+}
+const char* measure(const DeviceStep& step, void*) {
+  Recorder recorder;
+  return launch_measure<int>(step, recorder) == 0 ? nullptr : "the host cannot fail";
 }
 const char* update(const DeviceStep& step, void*) {
   Recorder recorder;

@@ -49,6 +49,46 @@ inline const std::vector<HostKernel>& host_kernels() {
   return table;
 }
 
+// Those of rules that measure; null for others.
+struct HostMeasure {
+  PackSpans pack = nullptr;
+  // Sums of a chunk of a launch.
+  void (*run)(const LaunchArgs& args, uint32_t chunk) = nullptr;
+};
+
+template <class Variant, class Types>
+struct MakeHostMeasure {
+  static void run(const LaunchArgs& args, uint32_t chunk) {
+    using Body = MeasureTile<Variant, Types>;
+    double lanes[Body::kSums][kMeasureLanes];
+    uint32_t of_all = 0;
+    for (uint32_t thread = 0; thread < kWarp; ++thread) {
+      const auto sums = Body::share(args, chunk, thread, of_all);
+      for (int k = 0; k < Body::kSums; ++k)
+        for (int lane = 0; lane < Body::Sums::kLanes; ++lane)
+          lanes[k][lane * kWarp + thread] = sums.of_lane[lane][k];
+    }
+    double* const place = Body::place_of(args.sums, of_all);
+    for (int k = 0; k < Body::kSums; ++k) {
+      tree_sum<kMeasureLanes>(lanes[k]);
+      place[k] = lanes[k][0];
+    }
+  }
+  static constexpr HostMeasure make() {
+    if constexpr (sums_of<typename Variant::Rule> > 0) {
+      return {MeasureTile<Variant, Types>::pack, run};
+    } else {
+      return {};
+    }
+  }
+  static constexpr HostMeasure value = make();
+};
+
+inline const std::vector<HostMeasure>& host_measures() {
+  static const auto table = kernel_table<MakeHostMeasure, HostMeasure>();
+  return table;
+}
+
 template <class Rule>
 void host_prepare(const PrepareArgs& args) {
   constexpr uint32_t threads = kWarp;  // which is less than a launch has sources
@@ -94,6 +134,7 @@ class HostLauncher {
 
   int find_unready_prepare(int) { return 0; }
   int find_unready(int) { return 0; }
+  int find_unready_measure(int) { return 0; }
   PackSpans pack(int kernel) { return host_kernels()[kernel].pack; }
 
   int step(int kernel, const LaunchArgs& args) {
@@ -107,6 +148,32 @@ class HostLauncher {
     arrange(places, order_);
     for (const auto& place : places)
       host_kernels()[kernel].run(args, place.first, blocks, place.second);
+    return 0;
+  }
+
+  PackSpans pack_chunks(int kernel) { return host_measures()[kernel].pack; }
+  int measure(int kernel, const LaunchArgs& args) {
+    ++launches_;
+    if (args.control != nullptr && args.control->skip != 0) return 0;
+    std::vector<uint32_t> chunks(args.chunks);
+    for (uint32_t chunk = 0; chunk < args.chunks; ++chunk) chunks[chunk] = chunk;
+    arrange(chunks, order_);
+    for (const uint32_t chunk : chunks) host_measures()[kernel].run(args, chunk);
+    return 0;
+  }
+  int total(const TotalArgs& args) {
+    ++launches_;
+    for (uint32_t i = 0; i < args.count; ++i) {
+      for (int k = 0; k < kMaxSums; ++k) {
+        double lanes[kTotalLanes];
+        for (uint32_t thread = 0; thread < uint32_t(kTotalLanes); ++thread)
+          lanes[thread] = measured_lane(args, i, k, thread);
+        tree_sum<kTotalLanes>(lanes);
+        args.measured[i].sums[k] = lanes[0];
+      }
+      args.measured[i].numel = double(args.chunks[i].numel);
+      finish(args.measured[i]);
+    }
     return 0;
   }
 

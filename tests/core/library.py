@@ -31,6 +31,7 @@ class Layout:
     def __init__(self, states: int, options: int, row: int, *sizes: int) -> None:
         span = [("param", "u8"), ("grad", "u8"), ("states", "u8", states), ("numel", "i8")]
         span += [("offset", "i8"), ("kernel", "i4"), ("row", "i4"), ("coding", "u8")]
+        span += [("measured", "i4"), ("first_chunk", "u4")]
         coding = [("scales", "u8", states), ("master", "u8"), ("count", "u8")]
         coding += [("row", "i8"), ("first_block", "i8"), ("first_place", "i4"), ("key", "u8")]
         coding += [("step", "u4"), ("param", "u1"), ("grad", "u1"), ("state", "u1")]
@@ -83,6 +84,10 @@ class Core:
         self._library.cpu_step.argtypes = [
             *(c_void_p, c_size_t, c_void_p, c_int, c_void_p, c_size_t, c_int)
         ]
+        self._library.measured_step.argtypes = [
+            *(c_void_p, c_size_t, c_void_p, c_int, c_int, c_int, c_int, c_void_p)
+        ]
+        self._library.measures.argtypes = [c_int, c_void_p]
         self._library.tile_step.argtypes = [c_void_p, c_size_t, c_void_p, c_uint32, c_int]
         self._library.tile_step_from_memory.argtypes = [
             *(c_void_p, c_size_t, c_void_p, c_int, c_void_p, c_int, c_uint32, c_int)
@@ -110,6 +115,7 @@ class Core:
         self._library.encode_squares.argtypes = [*[c_void_p] * 3, c_int64, c_void_p]
         self._description = json.loads(self._library.describe())
         self.layout = Layout(*self._description["layout"])
+        self.sums: int = self._description["sums"]
         self.norm_chunk: int = self._description["norm_chunk"]
         self.full_launch = self.layout.full_launch(self._description["prepare_bytes"])
         self.isas: dict[str, int] = dict(self._description["isas"])
@@ -157,6 +163,11 @@ class Core:
         return int(self._rules[index][1]) + int(
             self._library.choose_variant(index, values.ctypes.data)
         )
+
+    def measures(self, rule: str, options: Options) -> bool:
+        """Whether parameters are measured with these options."""
+        index, values = self.rules.index(rule), self.values(rule, options)
+        return bool(self._library.measures(index, values.ctypes.data))
 
     def make_row(
         self,
@@ -210,6 +221,28 @@ class Core:
             *(spans.ctypes.data, len(spans), rows.ctypes.data, self.isas[isa]),
             *(places.ctypes.data, len(places), order),
         )
+
+    def measured_step(
+        self,
+        spans: np.ndarray,
+        rows: np.ndarray,
+        isa: str | None,
+        together: bool = False,
+        pieces: int = 1,
+        order: int = FORWARD,
+    ) -> np.ndarray:
+        """One step whose spans' parameters are measured first: by the loops of an instruction set,
+        in so many pieces, measured and updated one after the other or together, or by the body of
+        the CUDA kernels. Returns what was measured, if it is known."""
+        count = int(spans["measured"].max()) + 1
+        # Of each sum its mean and its root, too, as float64 and as float32.
+        measured = np.full((count, self.sums + 1 + 2 * self.sums + self.sums), np.nan)
+        self._library.measured_step(
+            *(spans.ctypes.data, len(spans), rows.ctypes.data),
+            *(-1 if isa is None else self.isas[isa], together, pieces, order),
+            measured.ctypes.data,
+        )
+        return measured
 
     def tile_step(
         self, spans: np.ndarray, rows: np.ndarray, blocks: int = 0, order: int = FORWARD

@@ -123,6 +123,7 @@ class Streams:
         self.spans["offset"] = np.cumsum(numel) - numel
         self.spans["kernel"] = kernel.index
         self.spans["row"] = rows
+        self.spans["measured"] = -1
         self.before = [array.copy() for array in self.arrays]
 
     def set_zero(self, streams: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from support.reference import Array, Options, State, Step
 @dataclass
 class Rule:
     update: Step
+    whole: Step  # the formula for a parameter that is measured as a whole
     defaults: Options
     all_options: list[Options] = field(default_factory=list)
 
@@ -28,7 +29,8 @@ def update_of(row: Row) -> Step:
         o: Options, step: int, first: bool, p: Array, g: Array, s: State
     ) -> tuple[Array, State]:
         numbers = {key: np.asarray(o[key], p.dtype) for key in row.numbers}
-        p, after = row.step(o, step, first, p, g, {**s, **numbers})
+        unmeasured = {**o, "unmeasured": True}  # as spans are that name no parameter
+        p, after = row.step(unmeasured, step, first, p, g, {**s, **numbers})
         return p, {key: value for key, value in after.items() if key not in numbers}
 
     return update
@@ -47,7 +49,7 @@ RULES: dict[str, Rule] = {}
 for row in [*ROWS, MUON]:
     large = {key: value for key, value in LARGE.items() if key in row.defaults}
     first = (row.defaults | large, *numbers_of(row, row.defaults | large))
-    rule = RULES.setdefault(row.ours._rule, Rule(update_of(row), first[0] | first[1]))
+    rule = RULES.setdefault(row.ours._rule, Rule(update_of(row), row.step, first[0] | first[1]))
     for options in row.option_sets.values():
         together = row.defaults | options | large
         rule.all_options += [together | numbers for numbers in numbers_of(row, together)]

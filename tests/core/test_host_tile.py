@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from . import checks, coded, codes, coding, core_checks
+from . import checks, coded, codes, coding, core_checks, measured
 from .coded_streams import CodedStreams
 from .library import DTYPES, THREADED, Core, Kernel
 from .memory import Streams, extreme
@@ -47,6 +47,16 @@ def test_every_coded_kernel(core: Core, check: Callable[[Core, Kernel], None], r
     for kernel in core.coded_kernels:
         if kernel.rule == rule:
             check(core, kernel)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_measured_parameters(core: Core, rule: str) -> None:
+    for kernel in core.kernels:
+        if kernel.rule == rule:
+            measured.check_measured(core, kernel)
+    for kernel in core.coded_kernels:
+        if kernel.rule == rule:
+            measured.check_measured_coded(core, kernel)
 
 
 @pytest.mark.parametrize("check", core_checks.CORE_CHECKS.values(), ids=core_checks.CORE_CHECKS)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from . import checks, coded, codes, core_checks
+from . import checks, coded, codes, core_checks, measured
 from .faults import FAULTS, make, make_faultless, rule_of
 from .library import Core
 
@@ -21,6 +21,12 @@ def run(check: str, core: Core) -> None:
     elif check in coded.CODED_CHECKS:
         for kernel in core.coded_kernels:
             coded.CODED_CHECKS[check](core, kernel)
+    elif check == "measured coded":
+        for kernel in core.coded_kernels:
+            measured.check_measured_coded(core, kernel)
+    elif check == "measured":
+        for kernel in core.kernels:
+            measured.check_measured(core, kernel)
     else:
         for kernel in core.kernels:
             checks.CHECKS[check](core, kernel)

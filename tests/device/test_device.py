@@ -28,6 +28,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import fusedopt
+from fusedopt._extension import _C
 
 pytestmark = pytest.mark.cuda
 every_case = pytest.mark.parametrize("case", EVERY_CASE, ids=str)
@@ -201,7 +202,8 @@ def many(optimizer: Callable[..., Optimizer], device: str, groups: int, **option
 @pytest.mark.parametrize("groups", [1, 100])
 def test_launches(row: Any, groups: int, cuda: str) -> None:
     """One for all tensors and groups; one before it for a norm, one for counts on the device, which
-    has whether a step is the first one where steps are not counted."""
+    has whether a step is the first one where steps are not counted. Two where parameters are
+    measured, and with counts a third, as these are advanced after rows are made."""
     counts = row.counts_steps or bool(row.keys(row.defaults))
     for options, expected in (
         ({}, 1),
@@ -211,7 +213,9 @@ def test_launches(row: Any, groups: int, cuda: str) -> None:
     ):
         optimizer = many(row.ours, cuda, groups, **options)
         train(optimizer, range(2))
-        assert launches(optimizer.step) == expected, options
+        measures = _C.measures(row.ours._rule, optimizer.param_groups[0])
+        more = 2 + ("capturable" in options) if measures else 0
+        assert launches(optimizer.step) == expected + more, options
 
 
 @real_gpu

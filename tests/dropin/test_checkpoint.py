@@ -148,7 +148,7 @@ def test_missing_group_keys(case: Case) -> None:
     state_dict["param_groups"] = [{k: v for k, v in group.items() if k in old}]
     optimizer = case.ours(clone_params(params_of(start)), **options)
     optimizer.load_state_dict(state_dict)
-    assert set(group) - {"cautious_weight_decay"} <= set(optimizer.param_groups[0])
+    assert set(group) - {"cautious", "cautious_weight_decay"} <= set(optimizer.param_groups[0])
     for each in (optimizer, start):
         train(each, range(3, 6))
     assert_close(optimizer, start)
@@ -306,7 +306,7 @@ def test_loaded_states_are_in_flat_buffers(case: Case) -> None:
     other = case.ours(clone_params(params_of(optimizer)), **case.options, flat=True)
     other.load_state_dict(saved(optimizer))
     other.step()
-    assert other._plan.span_count == 1
+    assert other._plan.span_count == (len(params_of(other)) if case.measures else 1)
     for key in states_of(other)[0]:
         addresses = [values[key].data_ptr() for values in states_of(other)]
         if key in NUMBERS:

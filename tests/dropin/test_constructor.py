@@ -15,6 +15,8 @@ from support.training import (
     train,
 )
 
+import fusedopt
+
 every_class = pytest.mark.parametrize("case", RICHEST, ids=str)
 every_class_in_torch = pytest.mark.parametrize("case", RICHEST_IN_TORCH, ids=str)
 of_ours = [case for case in RICHEST if case.row.theirs is None]
@@ -104,6 +106,24 @@ def test_betas(case: Case) -> None:
         at = len(betas) - 1 if isinstance(wrong, tuple) else 0
         with pytest.raises(ValueError, match=rf"{name}: group 0: betas\[{at}\] is missing in"):
             case.ours([{"params": make_params(), "betas": wrong}])
+
+
+@pytest.mark.parametrize("adam", [fusedopt.Adam, fusedopt.AdamW])
+def test_cautious_needs_a_first_moment(adam: Any) -> None:
+    name = adam.__name__
+    with pytest.raises(ValueError, match=f"{name}: group 0: cautious=True .* first_moment=False"):
+        adam(make_params(), cautious=True, first_moment=False)
+    optimizer = adam(make_params(), first_moment=False)
+    with pytest.raises(ValueError, match=f"{name}: group 1: cautious=True"):
+        optimizer.add_param_group({"params": make_params(), "cautious": True})
+
+
+def test_muon_is_not_cautious() -> None:
+    for group in ({"use_muon": False}, {}):
+        with pytest.raises(ValueError, match="Muon: group 0 has cautious=True"):
+            fusedopt.Muon(
+                [{"params": [torch.ones(3, 3)], "cautious": True, **group}], lr=0.1, adamw={}
+            )
 
 
 @every_class_in_torch

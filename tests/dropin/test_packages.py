@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,9 +24,10 @@ REQUIREMENTS = (
     "lion-pytorch==0.2.5",
     "pytorch-optimizer==4.1.0",
     "schedulefree==1.4.1",
+    "timm==1.0.31",
     "torch-optimi==0.3.3",
 )
-MODULES = ("adan_pytorch", "lion_pytorch", "optimi", "pytorch_optimizer", "schedulefree")
+MODULES = ("adan_pytorch", "lion_pytorch", "optimi", "pytorch_optimizer", "schedulefree", "timm")
 FOLDER = Path(__file__).parents[2] / "build" / "packages" / "_".join(REQUIREMENTS)
 
 # No scalars: pytorch-optimizer cannot clip their gradients.
@@ -66,6 +68,10 @@ def packages() -> Iterator[None]:
         for name in imported():  # maybe of another version
             patch.delitem(sys.modules, name)
         patch.syspath_prepend(FOLDER)
+        # All of timm needs torchvision, its optimizers do not.
+        for name in ("timm", "timm.optim"):
+            sys.modules[name] = ModuleType(name)
+            sys.modules[name].__path__ = [str(FOLDER.joinpath(*name.split(".")))]
         yield
         for name in imported():
             del sys.modules[name]
@@ -163,6 +169,43 @@ def adan_of_adan_pytorch(options: Options) -> Options:
     return options | {"betas": tuple(1 - beta for beta in betas)}
 
 
+LAMB_SETTINGS: dict[str, Options] = {
+    "default": {},
+    "no-decay": {"weight_decay": 0.0},
+    "always-adapt": {"weight_decay": 0.0, "always_adapt": True},
+    "short-memory-decay": {"betas": (0.4, 0.3), "eps": 1e-3, "weight_decay": 0.5},
+}
+
+LARS_SETTINGS: dict[str, Options] = {
+    "no-decay": {},
+    "decay": {"weight_decay": 0.1, "trust_coefficient": 0.01},
+    "always-adapt-nesterov": {"always_adapt": True, "momentum": 0.5, "nesterov": True},
+}
+
+STABLE_ADAMW_SETTINGS: dict[str, Options] = {
+    "default": {},
+    "long-memory": {"betas": (0.9, 0.999), "weight_decay": 0.1},
+    "short-memory": {"betas": (0.4, 0.3), "eps": 1e-3, "weight_decay": 0.0},
+}
+
+CAUTIOUS: dict[str, Options] = {
+    "cautious": {"weight_decay": 0.1, "cautious": True},
+    "cautious-short-memory": {"betas": (0.6, 0.9), "weight_decay": 0.0, "cautious": True},
+}
+
+
+def lars_of_timm(options: Options) -> Options:
+    theirs = {"momentum": 0.9} | options
+    if "trust_coefficient" in theirs:
+        theirs["trust_coeff"] = theirs.pop("trust_coefficient")
+    return theirs
+
+
+def cautious_of_timm(options: Options) -> Options:
+    theirs = {key: value for key, value in options.items() if key != "cautious"}
+    return theirs | {"caution": options["cautious"]}
+
+
 SCHEDULE_FREE: dict[str, Options] = {
     "default": {},
     "warmup": {"warmup_steps": 7, "weight_decay": 0.1},
@@ -215,6 +258,23 @@ PAIRS = [
         their_name="SGDScheduleFree",
         averages=True,
     ),
+    Pair(
+        fusedopt.LAMB,
+        "timm.optim.lamb",
+        LAMB_SETTINGS,
+        lambda o: o | {"max_grad_norm": None},
+        their_name="Lamb",
+    ),
+    Pair(fusedopt.LARS, "timm.optim.lars", LARS_SETTINGS, lars_of_timm, their_name="Lars"),
+    Pair(fusedopt.StableAdamW, "optimi", STABLE_ADAMW_SETTINGS),
+    Pair(
+        fusedopt.AdamW,
+        "timm.optim.adamw",
+        CAUTIOUS,
+        cautious_of_timm,
+        their_name="AdamWLegacy",
+    ),
+    Pair(fusedopt.Lion, "timm.optim.lion", CAUTIOUS, cautious_of_timm),
     # Not with no_prox: adam_wd should be the same, but their step does not hand it on.
     Pair(fusedopt.Adan, "optimi", ADAN_SETTINGS, adan_of_optimi),
 ]

@@ -16,12 +16,14 @@ from .machine_api import (
     CROSS_ENTROPIES,
     CROSS_ENTROPY,
     LOSS,
+    MEASURE,
     MSE,
     NORM,
     PREPARE,
     ROWS,
     SCALE,
     TARGETS,
+    TOTAL,
     MachineApi,
     build_machine_api,
 )
@@ -61,7 +63,8 @@ def machine_of(api: MachineApi) -> Callable[[str], Machine]:
         elements = range(len(ELEMENTS))
         of_losses = {(k, e) for k in (*CROSS_ENTROPIES, MSE, SCALE) for e in elements}
         of_losses |= {(k, len(elements) + e) for k in (ROWS, CROSS_ENTROPY) for e in elements}
-        others = {(NORM, 0), (TARGETS, 0), (LOSS, 0)}
+        others = {(NORM, 0), (TOTAL, 0), (TARGETS, 0), (LOSS, 0)}
+        others |= {(MEASURE + kernel, 0) for kernel in api.kernels_that_measure()}
         assert set(machine.code) == of_steps | of_rules | of_losses | others, "a kernel is missing"
         return machine
 

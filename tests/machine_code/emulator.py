@@ -20,6 +20,7 @@ from core.quick import HARDEST_DIVISORS, HARDEST_ROOTS
 from .machine_api import (
     CROSS_ENTROPY,
     LOSS,
+    MEASURE,
     MSE,
     NORM,
     PREPARE,
@@ -27,6 +28,7 @@ from .machine_api import (
     SCALE,
     SHORT_ROWS,
     TARGETS,
+    TOTAL,
     Launch,
     MachineApi,
     Placed,
@@ -47,7 +49,7 @@ GRID_SIZE = {"sm_90": 0xC, "sm_100": 0x370}
 MOST_INSTRUCTIONS = 4_000_000
 WHOLE_WARP, WHOLE_BLOCK = 16, 17  # after the numbers of barriers
 RESERVED = 0x400  # bytes of shared memory
-SHARED_BYTES = {NORM: 2048 + 16, TARGETS: 4096, LOSS: 2048}  # behind them
+SHARED_BYTES = {NORM: 2048 + 16, TOTAL: 2048, TARGETS: 4096, LOSS: 2048}  # behind them
 Key = tuple[int, int]
 """Of a kernel: its number, and of one of codings that of the format of states, of a loss's that of
 its dtype (and four more, where there is another one with accesses of 16 bytes)."""
@@ -66,6 +68,8 @@ LOSS_KERNELS = {
 }
 ELEMENTS = ("float", "double", "fusedopt::bfloat16", "fusedopt::float16")  # in DType's order
 NORM_KERNEL = re.compile(r"norm_kernel\(fusedopt::NormArgs\)")
+TOTAL_KERNEL = re.compile(r"total_kernel\(fusedopt::TotalArgs\)")
+MEASURE_KERNEL = re.compile(r"measure_kernel<(?P<types>.*?>) *>\(fusedopt::LaunchArgs\)")
 CODED = "fusedopt::Types<fusedopt::coded, fusedopt::coded, fusedopt::coded>"
 
 Lanes = np.ndarray  # a value, or whether, for each lane
@@ -1262,6 +1266,10 @@ class Machine:
             match = KERNEL.search(name)
             if NORM_KERNEL.search(name):
                 key = NORM, 0
+            elif TOTAL_KERNEL.search(name):
+                key = TOTAL, 0
+            elif measures := MEASURE_KERNEL.search(name):
+                key = MEASURE + numbers[measures["types"]], 0
             elif prepares := PREPARE_KERNEL.search(name):
                 key = PREPARE, rules[prepares["rule"]]
             elif of_loss := LOSS_KERNEL.search(name):
@@ -1299,6 +1307,19 @@ class Machine:
         """
         for launch in self.api.launches(spans, rows, rows_in_memory, control):
             self.run(launch, memory, blocks, watch)
+
+    def measured_step(
+        self,
+        spans: np.ndarray,
+        rows: np.ndarray,
+        memory: Memory,
+        sums: np.ndarray,
+        measured: np.ndarray,
+        blocks: int | None = None,
+    ) -> None:
+        """A step that measures the parameters which spans name. Memory: with sums and measured."""
+        for launch in self.api.measured(spans, rows, sums, measured):
+            self.run(launch, memory, blocks)
 
     def run(
         self,

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../core/loss_call.h"
+#include "../core/measured_spans.h"
 #include "device/losses/launches.h"
 #include "device/step.h"
 
@@ -51,8 +52,21 @@ const std::vector<Packed>& kernels() {
   return table;
 }
 
-// The numbers of kernels that are not a step's.
-constexpr int kNorm = -1, kPrepare = -2;
+// Those that measure; null for rules that do not.
+template <class Variant, class Types>
+struct MakePackedChunks {
+  static constexpr PackSpans make() {
+    if constexpr (sums_of<typename Variant::Rule> > 0) {
+      return MeasureTile<Variant, Types>::pack;
+    } else {
+      return nullptr;
+    }
+  }
+  static constexpr PackSpans value = make();
+};
+
+// The numbers of kernels that are not a step's. What measures is behind all steps.
+constexpr int kNorm = -1, kPrepare = -2, kTotal = -10, kMeasure = 1 << 20;
 constexpr int kCrossEntropy = -3, kMse = -4, kScale = -5, kTargets = -6, kLoss = -7;
 constexpr int kShortRows = -8, kRows = -9;
 constexpr int kDTypes = 4;
@@ -73,10 +87,19 @@ struct Recorder {
   int prepare(int rule, const PrepareArgs& args) { return keep(kPrepare, 1, 1u << rule, args); }
   int find_unready_prepare(int) { return 0; }
   int find_unready(int) { return 0; }
+  int find_unready_measure(int) { return 0; }
   PackSpans pack(int kernel) { return kernels()[kernel].pack; }
   int step(int kernel, const LaunchArgs& args) {
     return keep(kernel, args.chunks, args.formats, args);
   }
+  PackSpans pack_chunks(int kernel) {
+    static const auto table = kernel_table<MakePackedChunks, PackSpans>();
+    return table[kernel];
+  }
+  int measure(int kernel, const LaunchArgs& args) {
+    return keep(kMeasure + kernel, (args.chunks + kWarps - 1) / kWarps, 1, args);
+  }
+  int total(const TotalArgs& args) { return keep(kTotal, args.count, 1, args); }
   // A kernel for each dtype.
   template <class Args>
   void loss(int kernel, int64_t blocks, DType dtype, const Args& args, int64_t first = 0) {
@@ -145,6 +168,7 @@ void multiply_add(const Real* a, const Real* b, const Real* c, size_t count, int
 }  // namespace
 
 API size_t kernel_count() { return kernels().size(); }
+API int measures(int kernel) { return Recorder().pack_chunks(kernel) != nullptr; }
 // Its types, as the name of its symbol has them.
 API const char* kernel_name(int kernel) { return kernels()[kernel].name(); }
 // The formats that states of spans with a Coding may be in, likewise, one to a line.
@@ -201,6 +225,24 @@ API size_t record(const Span* spans, size_t count, HyperRow* rows, int rows_in_m
     step.rows = rows;
   }
   recorder.launches.clear();
+  launch_spans<int>(step, recorder);
+  return recorder.launches.size();
+}
+// Likewise of a step that measures the parameters which spans name, one for each that does.
+API size_t record_measured(const Span* spans, size_t count, HyperRow* rows, double* sums,
+                           Measured* measured) {
+  std::vector<Span> numbered(spans, spans + count);
+  const std::vector<MeasuredChunks> chunks = number_chunks(numbered);
+  DeviceStep step;
+  step.spans = numbered.data();
+  step.span_count = count;
+  step.rows = rows;
+  step.measured_chunks = chunks.data();
+  step.measured_count = chunks.size();
+  step.chunk_sums = sums;
+  step.measured = measured;
+  recorder.launches.clear();
+  launch_chunks<int>(step, recorder);
   launch_spans<int>(step, recorder);
   return recorder.launches.size();
 }

@@ -19,7 +19,7 @@ def build_machine_api() -> Path:
     return build_alone("machine-api", SOURCE, FLAGS)
 
 
-NORM, PREPARE = -1, -2
+NORM, PREPARE, TOTAL, MEASURE = -1, -2, -10, 1 << 20
 CROSS_ENTROPY, MSE, SCALE, TARGETS, LOSS = -3, -4, -5, -6, -7
 SHORT_ROWS, ROWS = -8, -9  # of cross-entropies, too
 CROSS_ENTROPIES = (SHORT_ROWS, ROWS, CROSS_ENTROPY)
@@ -30,7 +30,7 @@ Placed = np.ndarray | tuple[int, np.ndarray]
 
 
 class Launch(NamedTuple):
-    kernel: int  # or NORM, PREPARE, or one of losses
+    kernel: int  # or NORM, PREPARE, TOTAL, one of losses, or MEASURE more than that of a step
     # A bit for each: formats of states, the rule that PREPARE is for, a loss's dtype (and, where
     # ROWS and CROSS_ENTROPY have accesses of 16 bytes, four bits further on).
     members: int
@@ -48,6 +48,8 @@ class MachineApi:
         self._library.kernel_count.restype = c_size_t
         self._library.record.restype = c_size_t
         self._library.record.argtypes = [c_void_p, c_size_t, c_void_p, c_int, c_void_p]
+        self._library.record_measured.restype = c_size_t
+        self._library.record_measured.argtypes = [c_void_p, c_size_t, *[c_void_p] * 3]
         self._library.control_bytes.restype = c_size_t
         self._library.make_control.argtypes = [c_void_p, c_double, c_void_p]
         self._library.launched_kernel.argtypes = [c_size_t]
@@ -82,6 +84,11 @@ class MachineApi:
         """The types of each kernel, as the names of symbols have them."""
         count = int(self._library.kernel_count())
         return [self._library.kernel_name(kernel).decode() for kernel in range(count)]
+
+    def kernels_that_measure(self) -> list[int]:
+        """The numbers of those that have one beside them that measures."""
+        count = int(self._library.kernel_count())
+        return [kernel for kernel in range(count) if self._library.measures(kernel)]
 
     def state_formats(self) -> list[str]:
         """Each of which a kernel of codings has a kernel of its own for."""
@@ -124,6 +131,16 @@ class MachineApi:
         count = self._library.record(
             *(spans.ctypes.data, len(spans), rows.ctypes.data, rows_in_memory),
             None if control is None else control.ctypes.data,
+        )
+        return self._recorded(count)
+
+    def measured(
+        self, spans: np.ndarray, rows: np.ndarray, sums: np.ndarray, measured: np.ndarray
+    ) -> list[Launch]:
+        """What a step launches that measures the parameters which spans name."""
+        count = self._library.record_measured(
+            *(spans.ctypes.data, len(spans), rows.ctypes.data, sums.ctypes.data),
+            measured.ctypes.data,
         )
         return self._recorded(count)
 

@@ -77,9 +77,11 @@ def trials(world: int) -> dict[str, Trial]:
     each = {
         f"{layout}-{choice}": functools.partial(same_bits, LAYOUTS[world][layout], choice)
         for layout in LAYOUTS[world]
-        for choice, (case, *_) in choices().items()
+        for choice, (case, dtype, *_) in choices().items()
         # Of the many layouts of a larger world all but one are for one class.
         if layout == "shards" or case.row.name == "adamw"
+        # Sums of whole parameters, added in another order, may differ in float64's last bit.
+        if dtype != torch.float64 or case.row.name not in ("lamb", "lars", "stable_adamw")
     }
     if world == 4:
         for choice, (case, *_) in choices().items():

@@ -78,6 +78,36 @@ def clipped_as_a_whole() -> None:
         pickle.dumps(ours)
 
 
+def measured_as_a_whole(cls: Any, options: dict[str, Any]) -> None:
+    """By the norms of whole parameters, of which a rank may have none."""
+    model, plain = fsdp1(True), model_of()
+    ours = cls(model.parameters(), lr=0.01, norm_group=dist.group.WORLD, **options)
+    theirs = cls(plain.parameters(), lr=0.01, **options)
+    for step in range(3):
+        for each, optimizer in ((model, ours), (plain, theirs)):
+            optimizer.zero_grad()
+            backward(each, step)
+            optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT):
+            whole = model.state_dict()
+    for name, q in plain.state_dict().items():
+        torch.testing.assert_close(whole[name], q, rtol=1e-5, atol=1e-6)
+
+
+def not_measured_in_part() -> None:
+    joined, views = fsdp1(False), fsdp1(True)
+    for model, group, match in (
+        (joined, dist.group.WORLD, "use_orig_params=True"),
+        (views, None, "norm_group="),
+    ):
+        optimizer = fusedopt.LAMB(model.parameters(), norm_group=group)
+        backward(model, 0)
+        with pytest.raises(ValueError, match=rf"LAMB measures each parameter .*{match}"):
+            optimizer.step()
+
+
 def trained(cls: Any, orig: bool, **options: Any) -> tuple[nn.Module, Any]:
     dtype = torch.bfloat16 if "master_bits" in options else torch.float32
     model = fsdp1(orig, dtype)
@@ -168,14 +198,12 @@ def refused_where_only_one_rank_has_codes() -> None:
     assert_refused(model, optimizer, 'state_dtype="int8"')
 
 
-def zero_redundancy(options: dict[str, Any]) -> None:
+def zero_redundancy(options: dict[str, Any], cls: Any = fusedopt.AdamW) -> None:
     """Each rank steps a part of the parameters and sends them to the others."""
     dtype = torch.bfloat16 if "master_bits" in options else torch.float32
     model, plain = model_of().to(dtype), model_of().to(dtype)
-    ours = ZeroRedundancyOptimizer(
-        model.parameters(), optimizer_class=fusedopt.AdamW, lr=0.01, **options
-    )
-    alone = fusedopt.AdamW(plain.parameters(), lr=0.01, **options)
+    ours = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=cls, lr=0.01, **options)
+    alone = cls(plain.parameters(), lr=0.01, **options)
     for step in range(3):
         for each, optimizer in ((model, ours), (plain, alone)):
             optimizer.zero_grad()
@@ -190,6 +218,11 @@ def zero_redundancy(options: dict[str, Any]) -> None:
             assert_same_bits(dict(states[number]), dict(alone.state[q]))
 
 
+MEASURED: list[tuple[Any, dict[str, Any]]] = [
+    (fusedopt.LAMB, {"weight_decay": 0.1}),
+    (fusedopt.StableAdamW, {}),
+    (fusedopt.AdamW, {"cautious": True}),
+]
 STORED: dict[str, dict[str, Any]] = {
     "default": {},
     "bfloat16": {"state_dtype": torch.bfloat16},
@@ -211,8 +244,12 @@ def trials(world: int) -> dict[str, Trial]:
     each: dict[str, Trial] = {
         "refused": refused_without_a_group,
         "clipped": clipped_as_a_whole,
+        "not-measured-in-part": not_measured_in_part,
         "codes-on-one-rank": refused_where_only_one_rank_has_codes,
     }
+    for cls, options in MEASURED:
+        each[f"measured-{cls.__name__}"] = functools.partial(measured_as_a_whole, cls, options)
+        each[f"zero-{cls.__name__}"] = functools.partial(zero_redundancy, options, cls)
     for orig in (False, True):
         each[f"fsdp1-orig={orig}"] = functools.partial(fsdp1_state, orig)
         for name, options in STORED.items():

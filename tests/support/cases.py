@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -297,7 +298,8 @@ def gaps_are_untouched(layout: Layout, tensor: Tensor) -> bool:
 def expected(
     row: Row, groups: Groups, data: Data, store: Store = unrounded, piece: int = 8192
 ) -> dict[str, Array]:
-    """The reference's results; worked out piece by piece, so that a piece stays in cache."""
+    """The reference's results; worked out piece by piece, so that a piece stays in cache. A piece
+    is a parameter where these are measured as a whole."""
     start = widened(reals([data.params]))
     grads = real_view(data.grads)
     per_element = start.size // max(data.params.numel(), 1)
@@ -309,11 +311,19 @@ def expected(
         return row.reference(start[part], g, store, **options)
 
     begins = [0, *ends[:-1]]
+
+    def bounds(place: int) -> list[int]:
+        begin, end = int(begins[place]), int(ends[place])
+        if not row.measures(groups.options[place]):
+            return [*range(begin, end, piece), end]
+        sizes = [layout.numel * per_element for layout in groups.layouts[place]]
+        return [begin, *(begin + np.cumsum(sizes)).tolist()]
+
     with ThreadPoolExecutor() as pool:  # numpy works without the interpreter's lock
         tasks = [
-            pool.submit(work, slice(low, min(low + piece, end)), options)
-            for begin, end, options in zip(begins, ends, groups.options, strict=True)
-            for low in range(begin, end, piece)
+            pool.submit(work, slice(low, high), options)
+            for place, options in enumerate(groups.options)
+            for low, high in pairwise(bounds(place))
         ]
         results = [task.result() for task in tasks]
     return {

@@ -7,6 +7,7 @@ and its row. All optimizers have the options lr and maximize, and all but one we
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ class Row:
     never_negative: frozenset[str] = frozenset()  # states that are no less than zero
     takes_codes: Callable[[Options], bool] = lambda options: True  # whether states may be int8
     made_anew: frozenset[str] = frozenset()  # states that do not depend on what they have been
+    measures: Callable[[Options], Any] = lambda options: False  # parameters as a whole
     turns: bool = False  # whether a step may turn round where an average is rounded
 
     @property
@@ -73,6 +75,20 @@ def with_decay(o: Options, p: Array, change: Array) -> Array:
     return np.where(change * p < 0, p, decayed) if o["cautious_weight_decay"] else decayed
 
 
+def cautious(o: Options, direction: Array, g: Array) -> Array:
+    """By what the elements of a change are multiplied."""
+    if not o["cautious"]:
+        return np.ones_like(g)
+    mask = (direction * g > 0).astype(g.dtype)
+    if o.get("unmeasured") or mask.size == 0:
+        return mask
+    return mask / max(mask.mean(), type(o["lr"])(1e-3))
+
+
+def norm_of(values: Array) -> Array:
+    return np.sqrt(np.sum(values**2))
+
+
 def adam_step(
     o: Options, step: int, first: bool, p: Array, g: Array, s: State
 ) -> tuple[Array, State]:
@@ -88,9 +104,10 @@ def adam_step(
     if o["amsgrad"]:
         second = new["max_exp_avg_sq"] = np.maximum(s["max_exp_avg_sq"], second)
     v_hat = second / (1 - beta2**step)
+    change = cautious(o, m_hat, g) * m_hat
     if o["decoupled_weight_decay"]:
-        p = with_decay(o, p, m_hat)
-    return p - o["lr"] * m_hat / (np.sqrt(v_hat) + o["eps"]), new
+        p = with_decay(o, p, change)
+    return p - o["lr"] * change / (np.sqrt(v_hat) + o["eps"]), new
 
 
 def sgd_step(
@@ -205,8 +222,8 @@ def _rmsprop_keys(options: Options) -> tuple[str, ...]:
 
 ADAM_DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 ADAM_DEFAULTS |= {"decoupled_weight_decay": False, "amsgrad": False, "maximize": False}
-ADAM_DEFAULTS |= {"cautious_weight_decay": False, "first_moment": True}
-ADAM_OWN = frozenset({"cautious_weight_decay", "first_moment"})
+ADAM_DEFAULTS |= {"cautious": False, "cautious_weight_decay": False, "first_moment": True}
+ADAM_OWN = frozenset({"cautious", "cautious_weight_decay", "first_moment"})
 ADAM_SQUARES = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
 
 ADAMW = Row(
@@ -225,10 +242,16 @@ ADAMW = Row(
         "no-memory": {"lr": 1e-2, "betas": (0.0, 0.0), "eps": 1.0},
         "beta1-below-half": {"lr": 1e-2, "betas": (0.3, 0.95), "eps": 1e-15, "weight_decay": 0.1},
         "cautious-decay": {"lr": 1e-2, "weight_decay": 0.5, "cautious_weight_decay": True},
+        "cautious": {"lr": 1e-2, "weight_decay": 0.1, "cautious": True},
+        "cautious-all": {
+            **{"lr": 1e-2, "betas": (0.3, 0.95), "eps": 1e-3, "weight_decay": 0.1, "amsgrad": True},
+            **{"maximize": True, "cautious": True, "cautious_weight_decay": True},
+        },
         "no-first-moment": {"lr": 1e-2, "first_moment": False, "eps": 1e-3},
         "no-first-moment-amsgrad": {"lr": 1e-2, "first_moment": False, "amsgrad": True, "eps": 0.1},
     },
     state_keys=_adam_keys,
+    measures=lambda options: options.get("cautious"),
     ours_only=ADAM_OWN,
     never_negative=ADAM_SQUARES,
 )
@@ -253,6 +276,7 @@ ADAM = Row(
         },
     },
     state_keys=_adam_keys,
+    measures=lambda options: options.get("cautious"),
     ours_only=ADAM_OWN,
     never_negative=ADAM_SQUARES,
 )
@@ -324,7 +348,8 @@ def lion_step(
     o: Options, step: int, first: bool, p: Array, g: Array, s: State
 ) -> tuple[Array, State]:
     beta1, beta2 = o["betas"]
-    change = np.sign(beta1 * s["exp_avg"] + (1 - beta1) * g)
+    direction = beta1 * s["exp_avg"] + (1 - beta1) * g
+    change = cautious(o, direction, g) * np.sign(direction)
     p = with_decay(o, p, change) - o["lr"] * change
     return p, {"exp_avg": beta2 * s["exp_avg"] + (1 - beta2) * g}
 
@@ -335,17 +360,142 @@ LION = Row(
     step=lion_step,
     defaults={
         **{"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0, "maximize": False},
-        "cautious_weight_decay": False,
+        **{"cautious": False, "cautious_weight_decay": False},
     },
     option_sets={
         "default": {},
         "decay-maximize": {"lr": 1e-3, "weight_decay": 0.1, "maximize": True},
         "short-memory": {"betas": (0.4, 0.3), "weight_decay": 0.5},
         "cautious-decay": {"lr": 1e-3, "weight_decay": 0.5, "cautious_weight_decay": True},
+        "cautious": {"lr": 1e-3, "weight_decay": 0.1, "cautious": True},
+        "cautious-all": {
+            **{"lr": 1e-3, "betas": (0.4, 0.3), "weight_decay": 0.5, "maximize": True},
+            **{"cautious": True, "cautious_weight_decay": True},
+        },
     },
     state_keys=lambda options: ("exp_avg",),
     counts_steps=False,
+    measures=lambda options: options.get("cautious"),
     turns=True,
+)
+
+
+def lamb_step(
+    o: Options, step: int, first: bool, p: Array, g: Array, s: State
+) -> tuple[Array, State]:
+    beta1, beta2 = o["betas"]
+    new = {
+        "exp_avg": beta1 * s["exp_avg"] + (1 - beta1) * g,
+        "exp_avg_sq": beta2 * s["exp_avg_sq"] + (1 - beta2) * g**2,
+    }
+    m_hat = new["exp_avg"] / (1 - beta1**step)
+    v_hat = new["exp_avg_sq"] / (1 - beta2**step)
+    r = m_hat / (np.sqrt(v_hat) + o["eps"]) + o["weight_decay"] * p
+    trust = type(o["lr"])(1)
+    adapts = o["weight_decay"] or o["always_adapt"]
+    if adapts and not o.get("unmeasured") and norm_of(p) > 0 and norm_of(r) > 0:
+        trust = norm_of(p) / norm_of(r)
+    return p - o["lr"] * trust * r, new
+
+
+LAMB = Row(
+    name="lamb",
+    ours=fusedopt.LAMB,
+    step=lamb_step,
+    defaults={
+        **{"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01},
+        **{"always_adapt": False, "maximize": False},
+    },
+    option_sets={
+        "default": {},
+        "no-decay": {"lr": 1e-2, "weight_decay": 0.0, "eps": 1e-3},
+        "always-adapt": {"lr": 1e-2, "weight_decay": 0.0, "always_adapt": True, "eps": 1e-3},
+        "short-memory-maximize": {
+            **{"lr": 1e-2, "betas": (0.4, 0.3), "eps": 1e-2, "weight_decay": 0.1},
+            **{"maximize": True},
+        },
+    },
+    state_keys=_adam_keys,
+    measures=lambda options: options.get("weight_decay", 0.01) or options.get("always_adapt"),
+    never_negative=ADAM_SQUARES,
+)
+
+
+def lars_step(
+    o: Options, step: int, first: bool, p: Array, g: Array, s: State
+) -> tuple[Array, State]:
+    trust = type(o["lr"])(1)
+    adapts = o["weight_decay"] or o["always_adapt"]
+    if adapts and not o.get("unmeasured") and norm_of(p) > 0 and norm_of(g) > 0:
+        length = norm_of(g) + o["weight_decay"] * norm_of(p) + o["eps"]
+        trust = o["trust_coefficient"] * norm_of(p) / length
+    g = trust * (g + o["weight_decay"] * p)
+    buffer = o["momentum"] * s["momentum_buffer"] + g
+    change = g + o["momentum"] * buffer if o["nesterov"] else buffer
+    return p - o["lr"] * change, {"momentum_buffer": buffer}
+
+
+LARS = Row(
+    name="lars",
+    ours=fusedopt.LARS,
+    step=lars_step,
+    defaults={
+        **{"lr": 1.0, "momentum": 0.9, "weight_decay": 0.0, "trust_coefficient": 1e-3},
+        **{"eps": 1e-8, "nesterov": False, "always_adapt": False, "maximize": False},
+    },
+    option_sets={
+        "no-decay": {"lr": 1e-3},
+        "decay": {"weight_decay": 0.1, "trust_coefficient": 1e-2},
+        "always-adapt": {"always_adapt": True, "momentum": 0.0, "eps": 1e-3},
+        "all": {
+            **{"lr": 0.5, "momentum": 0.5, "weight_decay": 0.05, "trust_coefficient": 1e-2},
+            **{"nesterov": True, "maximize": True},
+        },
+    },
+    state_keys=lambda options: ("momentum_buffer",),
+    counts_steps=False,
+    measures=lambda options: options.get("weight_decay") or options.get("always_adapt"),
+)
+
+
+def stable_adamw_step(
+    o: Options, step: int, first: bool, p: Array, g: Array, s: State
+) -> tuple[Array, State]:
+    # 1 - beta * (1 - beta^(step - 1)) / (1 - beta^step), without a difference that loses digits.
+    own1, own2 = (
+        type(beta)((beta - 1) / np.expm1(step * np.log1p(beta - 1))) for beta in o["betas"]
+    )
+    new = {
+        "exp_avg": (1 - own1) * s["exp_avg"] + own1 * g,
+        "exp_avg_sq": (1 - own2) * s["exp_avg_sq"] + own2 * g**2,
+    }
+    lr = o["lr"]
+    if g.size and not o.get("unmeasured"):
+        rms = np.sqrt(np.mean(g**2 / np.maximum(new["exp_avg_sq"], o["eps"] ** 2)))
+        lr = lr / max(1, rms)
+    change = new["exp_avg"] / (np.sqrt(new["exp_avg_sq"]) + o["eps"])
+    return p - lr * (change + o["weight_decay"] * p), new
+
+
+STABLE_ADAMW = Row(
+    name="stable_adamw",
+    ours=fusedopt.StableAdamW,
+    step=stable_adamw_step,
+    defaults={
+        **{"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 1e-2},
+        "maximize": False,
+    },
+    option_sets={
+        "default": {},
+        "long-memory": {"lr": 1e-2, "betas": (0.9, 0.999), "weight_decay": 0.1, "eps": 1e-3},
+        "short-memory-maximize": {
+            **{"lr": 1e-2, "betas": (0.4, 0.3), "eps": 1e-2, "weight_decay": 0.0},
+            **{"maximize": True},
+        },
+    },
+    state_keys=_adam_keys,
+    measures=lambda options: True,
+    never_negative=ADAM_SQUARES,
 )
 
 
@@ -788,4 +938,7 @@ ROWS = [
     ASGD,
     SCHEDULE_FREE_ADAMW,
     SCHEDULE_FREE_SGD,
+    LAMB,
+    LARS,
+    STABLE_ADAMW,
 ]

@@ -40,6 +40,11 @@ class Case:
         return self.ours, self.counterpart
 
     @property
+    def measures(self) -> bool:
+        """Parameters as a whole, each of which is a span of its own then, also in a buffer."""
+        return bool(self.row.measures(self.options))
+
+    @property
     def state_keys(self) -> tuple[str, ...]:
         return tuple(self.row.keys(self.options))
 

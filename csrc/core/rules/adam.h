@@ -18,7 +18,7 @@ namespace fusedopt {
 //   v_hat      = exp_avg_sq / (1 - beta2^step)
 //   p          = p - lr * m_hat / (sqrt(v_hat) + eps)
 //
-// Without a first moment, m_hat is g.
+// Without a first moment, m_hat is g. If it is cautious, changes against g are left out.
 // Both corrections are folded into step_size and eps, which are the same for all elements:
 //   lr * m_hat / (sqrt(v_hat) + eps) = step_size * exp_avg / (sqrt(exp_avg_sq) + corrected_eps)
 struct Adam {
@@ -27,7 +27,7 @@ struct Adam {
 
   struct Options {
     double lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, amsgrad, maximize;
-    double cautious_weight_decay, first_moment;
+    double cautious_weight_decay, first_moment, cautious;
   };
   static constexpr Option<Options> options[] = {
       {&Options::lr, "lr", -1, true},
@@ -40,6 +40,7 @@ struct Adam {
       {&Options::maximize, "maximize"},
       optional(&Options::cautious_weight_decay, "cautious_weight_decay"),
       optional(&Options::first_moment, "first_moment", 1),
+      optional(&Options::cautious, "cautious"),
   };
 
   template <class T>
@@ -47,11 +48,23 @@ struct Adam {
     T grad_factor, coupled_decay, decoupled_decay, decay_against;
     T beta1, one_minus_beta1, beta2, one_minus_beta2;
     T step_size, eps;
+    T with, against;  // what changes with the gradient, and against it, are multiplied by
   };
+
+  static constexpr int sum_count = 1;
+  static bool measures(const Options& o) { return o.cautious != 0; }
+  template <class T>
+  FUSEDOPT_HD static void use(const T* means, const T*, Row<T>& row) {
+    row.with = cautious_scale(means[0]);
+  }
 
   // What nearly all rows have in common; with it known, update() takes fewer instructions.
   template <class T>
   FUSEDOPT_HD static bool usual(const Row<T>& row) {
+    return usual_but_cautious(row) && row.against == 1;
+  }
+  template <class T>
+  FUSEDOPT_HD static bool usual_but_cautious(const Row<T>& row) {
     return row.coupled_decay == 0 && row.decay_against == row.decoupled_decay &&
            row.one_minus_beta1 < T(0.5) && row.one_minus_beta2 < T(0.5);
   }
@@ -71,6 +84,8 @@ struct Adam {
     row.one_minus_beta2 = 1 - o.beta2;
     row.step_size = o.lr * correction2 / correction1;
     row.eps = corrected_eps(o.eps, correction2);
+    row.with = 1;
+    row.against = o.cautious != 0 ? 0 : 1;
     return row;
   }
 
@@ -80,22 +95,38 @@ struct Adam {
       {"max_exp_avg_sq", StateKind::average_of_squares},
   };
 
-  template <bool first_moment, bool amsgrad>
+  template <bool first_moment, bool amsgrad, bool is_cautious = false>
   struct Variant {
     using Rule = Adam;
+    using Cautious = Variant<first_moment, amsgrad, true>;
     static constexpr int state_count = (first_moment ? 2 : 1) + (amsgrad ? 1 : 0);
     static constexpr const State* states = all_states + (first_moment ? 0 : 1);
+
+    template <bool usual, class T>
+    FUSEDOPT_HD static T gradient(const Row<T>& row, T p, T g) {
+      g = row.grad_factor * g;
+      return !usual && row.coupled_decay != 0 ? multiply_add(row.coupled_decay, p, g) : g;
+    }
+    template <bool usual, class T>
+    FUSEDOPT_HD static T moment_of(const Row<T>& row, T g, const T* state) {
+      return first_moment ? moving_average<usual>(state[0], g, row.one_minus_beta1, row.beta1) : g;
+    }
+
+    // How many elements are changed, if it is cautious.
+    template <class T, class Math>
+    FUSEDOPT_HD static void measure(const Row<T>& row, T p, T g, const T* state, Math&,
+                                    double* sums) {
+      g = gradient<false>(row, p, g);
+      sums[0] += agree(moment_of<false>(row, g, state), g) ? 1 : 0;
+    }
 
     template <bool usual, class T, class Math>
     FUSEDOPT_HD static void update(const Row<T>& row, T& p, T g, T* state, Math& math) {
       T& exp_avg_sq = state[first_moment ? 1 : 0];
 
-      g = row.grad_factor * g;
-      if (!usual && row.coupled_decay != 0) g = multiply_add(row.coupled_decay, p, g);
-
-      T moment = g;
-      if (first_moment)
-        moment = state[0] = moving_average<usual>(state[0], g, row.one_minus_beta1, row.beta1);
+      g = gradient<usual>(row, p, g);
+      const T moment = moment_of<usual>(row, g, state);
+      if (first_moment) state[0] = moment;
       exp_avg_sq =
           moving_average_of_square<usual, Math>(exp_avg_sq, g, row.one_minus_beta2, row.beta2);
 
@@ -109,6 +140,7 @@ struct Adam {
       }
 
       T change = math.divide_by_root(row.step_size * moment, second_moment, row.eps);
+      if (is_cautious || !usual) change = cautious(change, agree(moment, g), row.with, row.against);
       if (row.decoupled_decay != 0)
         change = with_decay<usual>(row.decoupled_decay, row.decay_against, p, change);
       p -= change;

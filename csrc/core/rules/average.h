@@ -41,6 +41,24 @@ FUSEDOPT_HD T with_decay(T decay, T decay_against, T p, T change) {
   return multiply_add(against ? decay_against : decay, p, change);
 }
 
+// Cautious changes (Liang et al., 2024, arXiv:2411.16085): none where they go against the gradient,
+// and longer elsewhere, by how few they are. Zero agrees with nothing.
+template <class T>
+FUSEDOPT_HD bool agree(T direction, T g) {
+  return ((direction > 0) & (g > 0)) | ((direction < 0) & (g < 0));
+}
+// The change, by what those with the gradient are multiplied by, or those against it. A product, so
+// that no NaN is lost.
+template <class T>
+FUSEDOPT_HD T cautious(T change, bool agrees, T with, T against) {
+  return (agrees ? with : against) * change;
+}
+// From the mean of those that agree.
+template <class T>
+FUSEDOPT_HD T cautious_scale(T mean) {
+  return 1 / (mean > T(1e-3) ? mean : T(1e-3));
+}
+
 // eps beside a root of which the factor that corrects its average stands elsewhere. Where beta is
 // nearly 1 it would be zero in float32, and zero by zero is no number.
 FUSEDOPT_HD double corrected_eps(double eps, double factor) {

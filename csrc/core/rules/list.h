@@ -12,6 +12,8 @@
 #include "ademamix.h"
 #include "adopt.h"
 #include "asgd.h"
+#include "lamb.h"
+#include "lars.h"
 #include "lion.h"
 #include "muon.h"
 #include "nadam.h"
@@ -20,10 +22,12 @@
 #include "rprop.h"
 #include "schedule_free.h"
 #include "sgd.h"
+#include "stable_adamw.h"
 
 namespace fusedopt {
 
-using Rules = TypeList<Adam, Sgd, RmsProp, Lion, AdEMAMix, Adopt, Adan, Adamax, Adadelta, RAdam,
-                       Adagrad, Rprop, NAdam, Asgd, ScheduleFreeAdamW, ScheduleFreeSgd, Muon>;
+using Rules =
+    TypeList<Adam, Sgd, RmsProp, Lion, AdEMAMix, Adopt, Adan, Adamax, Adadelta, RAdam, Adagrad,
+             Rprop, NAdam, Asgd, ScheduleFreeAdamW, ScheduleFreeSgd, Muon, Lamb, Lars, StableAdamW>;
 
 }  // namespace fusedopt

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../dtype.h"
 #include "../macros.h"
@@ -21,7 +22,7 @@ struct Option {
   const char* key;
   int element = -1;
   // May be a tensor on the device that its parameters are on, so that a captured graph follows it.
-  // Never an option that variant() looks at.
+  // Never an option that variant() or measures() looks at.
   bool on_device = false;
   // May be missing in a group, as torch.optim does not have it, and is `initial` then.
   bool may_be_missing = false;
@@ -42,6 +43,26 @@ constexpr Option<Options> in_state(double Options::* value, const char* key, dou
                                    const char* begins_as = nullptr) {
   return {value, key, -1, false, false, true, initial, begins_as};
 }
+
+// What a rule needs to know of a whole parameter before any of its elements is updated: so many
+// sums over these. Such a rule has
+//   sum_count
+//   measures(options)           whether it needs them with these options
+//   use(means, norms, row)      completes a row by them: by their means over all elements, and
+//   roots
+// and its variants have
+//   measure(row, p, g, state, math, sums)   which adds an element's share to them
+template <class Rule, class = void>
+constexpr int sums_of = 0;
+template <class Rule>
+constexpr int sums_of<Rule, std::void_t<decltype(Rule::sum_count)>> = Rule::sum_count;
+
+// A variant may name another one, Cautious, for rows that Rule::usual_but_cautious() tells: the CPU
+// has loops for it, as update<true>() of that one takes fewer instructions than update<false>().
+template <class Variant, class = void>
+constexpr bool has_cautious = false;
+template <class Variant>
+constexpr bool has_cautious<Variant, std::void_t<typename Variant::Cautious>> = true;
 
 // What a state is, which decides how it may be stored.
 enum class StateKind : uint8_t {
