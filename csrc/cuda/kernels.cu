@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
 
 // A warp measures a chunk.
 template <class Variant, class Types>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, MeasureTile<Variant, Types>::kMinBlocks)
     measure_kernel(const __grid_constant__ LaunchArgs args) {
   if (args.control != nullptr && args.control->skip != 0) return;
   using Body = MeasureTile<Variant, Types>;

@@ -70,6 +70,8 @@ struct MeasureTile {
   using Row = typename Body::Row;
   using Sums = ThreadSums<Rule>;
   static constexpr int kSums = sums_of<Rule>;
+  // See Tile.
+  static constexpr int kMinBlocks = 2;
   // Elements in flight.
   static constexpr int kUnroll = sizeof(typename Types::Compute) == 8 ? 2 : 4;
 
@@ -82,6 +84,11 @@ struct MeasureTile {
   // The quick way, or where an operand was rare the other one.
   FUSEDOPT_HD static void add(const Row& row, const MeasuredElement<Variant, Types>& e,
                               double* sums) {
+    PlainMath plain;
+    if constexpr (std::is_same<typename Types::Compute, double>::value) {
+      Variant::measure(row, e.param, e.grad, e.state, plain, sums);
+      return;
+    }
     double before[kSums];
     FUSEDOPT_UNROLL
     for (int k = 0; k < kSums; ++k) before[k] = sums[k];
@@ -90,7 +97,6 @@ struct MeasureTile {
     if (!quick.is_rare()) return;
     FUSEDOPT_UNROLL
     for (int k = 0; k < kSums; ++k) sums[k] = before[k];
-    PlainMath plain;
     Variant::measure(row, e.param, e.grad, e.state, plain, sums);
   }
 
