@@ -81,7 +81,7 @@ def make_small(csrc: Path, rule: str, faults: Sequence[Fault]) -> None:
     lists = {"core/dtype.h": ("Combinations", SMALL), "core/rules/list.h": ("Rules", rule)}
     for name, (types, members) in lists.items():
         path = csrc / name
-        pattern = rf"using {types} = TypeList<.*?>;\n"
+        pattern = rf"using {types} =\s+TypeList<.*?>;\n"
         new = f"using {types} = TypeList<{members}>;\n"
         text, count = re.subn(pattern, new, path.read_text(), flags=re.DOTALL)
         assert count == 1, f"csrc/{name} has {count} times, not once: {pattern}"

@@ -37,7 +37,7 @@ PLACES: dict[str, list[Callable[[str], str]] | Path] = {
     "csrc/core/rules/quartet.h": TEXTS / "quartet.h",
     "csrc/core/rules/list.h": [
         replace('(#include "adam.h"\n)', r'\1#include "quartet.h"\n'),
-        replace(r"(using Rules = TypeList<[^>]*)>", r"\1, Quartet>"),
+        replace(r"(using Rules =\s+TypeList<[^>]*)>", r"\1, Quartet>"),
     ],
     "fusedopt/optimizers/quartet.py": TEXTS / "quartet.py",
     "fusedopt/__init__.py": [
