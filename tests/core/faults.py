@@ -466,7 +466,11 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
             "left < kMeasureLanes - lane ? left : kMeasureLanes - lane);",
             "left < kMeasureLanes - lane ? left : kMeasureLanes - lane);\n      break;",
         ),
-        "chunk of the span before": (DISPATCH, "span->first_chunk + norm_chunks(span->numel)", "1"),
+        "chunks that overlap": (
+            DISPATCH,
+            "from = (chunk - span->first_chunk) * kNormChunk;",
+            "from = (chunk - span->first_chunk) * (kNormChunk / 2);",
+        ),
         "parameter in two pieces": (
             DISPATCH,
             "span->measured == span[-1].measured) ++",
