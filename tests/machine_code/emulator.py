@@ -1159,12 +1159,13 @@ class Blocks:
 
     def _i2f(self, i: Instruction) -> Run:
         if i.opcode[1] == "F64":
-            wide = i.opcode[2:] == ("S64",)
-            assert wide or i.opcode[2:] == (), str(i)
+            wide, unsigned = i.opcode[2:] == ("S64",), i.opcode[2:] == ("U32",)
+            assert wide or unsigned or i.opcode[2:] == (), str(i)
             raw = self._pair(i.operands[1]) if wide else self._integer(i.operands[1])
 
             def run_double(active: Lanes) -> None:
-                found = raw().view(np.int64) if wide else raw().astype(U32).view(I32)
+                found = raw().view(np.int64) if wide else raw().astype(U32)
+                found = found if wide or unsigned else found.view(I32)
                 self._write_double(i.operands[0], found.astype(F64), active)
 
             return run_double
