@@ -63,6 +63,7 @@ RULES_OF_FAULTS = {
     "prepare: first at any count": "Sgd",
     "reference: decay where it goes against": "Lion",
     "measured: rare operands": "Lamb",
+    "measured coded: lane of each block": "Lamb",
 }
 
 # What is planted in which file, under the check that has to catch it.
@@ -463,8 +464,8 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "chunks in place of elements": (MEASURE, "double(chunks.numel)", "double(chunks.count)"),
         "last lanes left out": (
             MEASURE_LOOP,
-            "left < kMeasureLanes - lane ? left : kMeasureLanes - lane);",
-            "left < kMeasureLanes - lane ? left : kMeasureLanes - lane);\n      break;",
+            "lane < count; ++lane",
+            "lane < count - count % 8; ++lane",
         ),
         "chunks that overlap": (
             DISPATCH,

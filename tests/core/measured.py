@@ -82,19 +82,22 @@ def check_measured(core: Core, kernel: Kernel) -> None:
     count = len(SIZES)
     owners = np.arange(count)
     owners[5] = owners[4]
+    owners[7] = owners[6]
     owners[9] = owners[8]
     numbers = np.unique(np.where(owners % 5 == 3, -1, owners))
     measured = np.array([-1 if o % 5 == 3 else np.searchsorted(numbers[1:], o) for o in owners])
     shifts = np.random.default_rng(0).integers(0, 16, (count, len(kernel.streams)))
-    for options in measured_options(core, kernel):
+    for number, options in enumerate(measured_options(core, kernel)):
         streams = Streams(kernel, SIZES, shifts, seed=1)
         streams.spans["measured"] = measured
-        rows = core.row(kernel, options, 7, False, grad_factor=0.5).reshape(1, -1)
+        # Gradients that are smaller than their averages say, and larger.
+        factor = (0.5, 4.0)[number % 2]
+        rows = core.row(kernel, options, 7, False, grad_factor=factor).reshape(1, -1)
         old = [
             to_values(dtype, array[live])
             for dtype, array, live in zip(kernel.dtypes, streams.before, streams.live, strict=True)
         ]
-        factor = -0.5 if options["maximize"] else 0.5
+        factor = -factor if options["maximize"] else factor
         want = [array.copy() for array in old]
         ends = np.cumsum(SIZES)
         for owner in range(count):
