@@ -51,7 +51,7 @@ def test_every_coded_kernel(core: Core, check: Callable[[Core, Kernel], None], r
 
 @pytest.mark.parametrize("rule", RULES)
 def test_measured_parameters(core: Core, rule: str) -> None:
-    for kernel in core.kernels:
+    for kernel in core.kernels[::3]:  # with all variants and dtypes, see above
         if kernel.rule == rule:
             measured.check_measured(core, kernel)
     for kernel in core.coded_kernels:

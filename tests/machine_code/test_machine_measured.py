@@ -63,5 +63,6 @@ def test_a_measured_step(machine: Machine, core: Core) -> None:
 @slow
 @pytest.mark.parametrize("rule", RULES)
 def test_every_measured_step(machine: Machine, core: Core, rule: str) -> None:
-    for kernel in of_rule(core, rule):
+    """Half of the kernels for each architecture."""
+    for kernel in of_rule(core, rule)[machine.arch == "sm_100" :: 2]:
         check(machine, core, kernel, large=kernel.dtypes[0] == "float32")
