@@ -70,6 +70,12 @@ int64_t cut(const Span& span, int64_t index) {
   return local - Blocks{span.numel, span.coding->row}.place_of(local);
 }
 
+// The row of a span, with what was measured of its parameter.
+HyperRow completed(HyperRow row, const Measured& measured, const Span& span) {
+  registry().rule_of(span.kernel).use_measured(measured, registry().is_float64(span.kernel), row);
+  return row;
+}
+
 void run_piece(void* context, int64_t begin, int64_t end) {
   const Work& work = *static_cast<const Work*>(context);
   const DefaultFloatingPoint guard;
@@ -85,10 +91,7 @@ void run_piece(void* context, int64_t begin, int64_t end) {
       work.loops[span->kernel](*span, work.rows[span->row], from, to);
       continue;
     }
-    HyperRow row = work.rows[span->row];
-    registry()
-        .rule_of(span->kernel)
-        .use_measured(work.measured[span->measured], registry().is_float64(span->kernel), row);
+    const HyperRow row = completed(work.rows[span->row], work.measured[span->measured], *span);
     work.loops[span->kernel](*span, row, from, to);
   }
 }
@@ -140,10 +143,7 @@ void measure_and_run(void* context, int64_t begin, int64_t end) {
     }
     Measured measured;
     add_up_chunks(sums, chunks, measured);
-    HyperRow row = work.rows[first->row];
-    registry()
-        .rule_of(first->kernel)
-        .use_measured(measured, registry().is_float64(first->kernel), row);
+    const HyperRow row = completed(work.rows[first->row], measured, *first);
     for (const Span* of_this = first; of_this != span; ++of_this)
       work.loops->span_loops[of_this->kernel](*of_this, row, 0, of_this->numel);
   }
