@@ -87,17 +87,17 @@ struct MeasureTile {
     PlainMath plain;
     if constexpr (std::is_same<typename Types::Compute, double>::value) {
       Variant::measure(row, e.param, e.grad, e.state, plain, sums);
-      return;
+    } else {
+      double before[kSums];
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < kSums; ++k) before[k] = sums[k];
+      QuickMath quick;
+      Variant::measure(row, e.param, e.grad, e.state, quick, sums);
+      if (!quick.is_rare()) return;
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < kSums; ++k) sums[k] = before[k];
+      Variant::measure(row, e.param, e.grad, e.state, plain, sums);
     }
-    double before[kSums];
-    FUSEDOPT_UNROLL
-    for (int k = 0; k < kSums; ++k) before[k] = sums[k];
-    QuickMath quick;
-    Variant::measure(row, e.param, e.grad, e.state, quick, sums);
-    if (!quick.is_rare()) return;
-    FUSEDOPT_UNROLL
-    for (int k = 0; k < kSums; ++k) sums[k] = before[k];
-    Variant::measure(row, e.param, e.grad, e.state, plain, sums);
   }
 
   // A thread's share in the sums of a chunk, given by its number in this launch.

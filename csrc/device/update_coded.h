@@ -128,37 +128,57 @@ struct Tile<Variant, Coded> {
     // A place is one of its lane's and one of its lane's first element, without a common bit.
     [[maybe_unused]] const uint32_t of_lane = dither(of_block, here(uint32_t(place_of(lane, 0))));
     QuickMath math;
+    // Elsewhere usual rows save little, and two ways take registers that some have not.
+    const bool usual = has_cautious<Variant> && Variant::Rule::usual(row);
     if constexpr (StateFormat::in_codes) {
       FUSEDOPT_UNROLL
       for (int k = 0; k < states; ++k) math.note_if(is_careful(scales[k]));
     }
     FUSEDOPT_UNROLL
-    for (int i = 0; i < kLaneElements; ++i) {
-      float states_of_i[kMaxStates] = {};
-      for_each_state<Variant>([&](auto number, auto of_squares) {
-        constexpr int k = decltype(number)::value;
-        if constexpr (StateFormat::in_codes) {
-          states_of_i[k] = stored[k].template decode<decltype(of_squares)::value>(i, scales[k]);
-        } else {
-          states_of_i[k] = widen(stored[k].template get<Element>(i));
-        }
-      });
-      Variant::template update<false>(row, to.params[i], grads[i], states_of_i, math);
-      for_each_state<Variant>([&](auto number, auto of_squares) {
-        constexpr int k = decltype(number)::value;
-        if constexpr (StateFormat::in_codes) {
-          to.state[k][i] = states_of_i[k];
-        } else {
-          Element stored;
-          const uint32_t threshold = dither(of_lane, uint32_t(place_of(0, i)));
-          StateFormat::template encode<decltype(of_squares)::value>(states_of_i[k], threshold,
-                                                                    stored);
-          to.state[k].set(i, stored);
-        }
-      });
+    for (int first = 0; first < kLaneElements; first += kNeighbours) {
+      float states_of[kNeighbours][kMaxStates] = {};
+      FUSEDOPT_UNROLL
+      for (int j = 0; j < kNeighbours; ++j) {
+        for_each_state<Variant>([&](auto number, auto of_squares) {
+          constexpr int k = decltype(number)::value;
+          if constexpr (StateFormat::in_codes) {
+            states_of[j][k] =
+                stored[k].template decode<decltype(of_squares)::value>(first + j, scales[k]);
+          } else {
+            states_of[j][k] = widen(stored[k].template get<Element>(first + j));
+          }
+        });
+      }
+      const auto update_neighbours = [&](auto is_usual) {
+        FUSEDOPT_UNROLL
+        for (int j = 0; j < kNeighbours; ++j)
+          Variant::template update<decltype(is_usual)::value>(row, to.params[first + j],
+                                                              grads[first + j], states_of[j], math);
+      };
+      if (usual) {
+        update_neighbours(std::true_type());
+      } else {
+        update_neighbours(std::false_type());
+      }
+      FUSEDOPT_UNROLL
+      for (int j = 0; j < kNeighbours; ++j) {
+        const int i = first + j;
+        for_each_state<Variant>([&](auto number, auto of_squares) {
+          constexpr int k = decltype(number)::value;
+          if constexpr (StateFormat::in_codes) {
+            to.state[k][i] = states_of[j][k];
+          } else {
+            Element stored;
+            const uint32_t threshold = dither(of_lane, uint32_t(place_of(0, i)));
+            StateFormat::template encode<decltype(of_squares)::value>(states_of[j][k], threshold,
+                                                                      stored);
+            to.state[k].set(i, stored);
+          }
+        });
+      }
       to.rare = math.is_rare();
       // Not only at the end: ptxas then mixes fewer elements, and does not run out of registers.
-      if (i % kNeighbours == kNeighbours - 1 && to.rare) return;
+      if (to.rare) return;
     }
   }
 
