@@ -100,6 +100,7 @@ check-tables: env  ## check that the tables in the documentation are those of th
 	$(PY) -m benchmarks.studies.muon --check
 	$(PY) -m benchmarks.studies.averages --check
 	$(PY) -m benchmarks.studies.measured --check
+	$(PY) -m benchmarks.studies.release --check
 	$(PY) -m benchmarks.sharded --check
 	$(PY) -m benchmarks.losses --check
 	$(PY) -m benchmarks.gpu.model --check
@@ -115,6 +116,7 @@ tables: env  ## write the tables of the results into the documentation
 	$(PY) -m benchmarks.studies.muon --tables
 	$(PY) -m benchmarks.studies.averages --tables
 	$(PY) -m benchmarks.studies.measured --tables
+	$(PY) -m benchmarks.studies.release --tables
 	$(PY) -m benchmarks.sharded --tables
 	$(PY) -m benchmarks.losses --tables
 

@@ -9,6 +9,7 @@ from fusedopt import _memory_report, nn
 from fusedopt._extension import _C
 from fusedopt._flat import FlatParameters
 from fusedopt._memory_report import MemoryReport, memory_report
+from fusedopt._release import GradientRelease
 from fusedopt.optimizers import adam, rmsprop, sgd
 from fusedopt.optimizers.adadelta import Adadelta
 from fusedopt.optimizers.adagrad import Adagrad
@@ -45,6 +46,7 @@ __all__ = [
     "Adamax",
     "Adan",
     "FlatParameters",
+    "GradientRelease",
     "Lion",
     "MemoryReport",
     "Muon",

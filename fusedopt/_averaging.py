@@ -11,7 +11,7 @@ from fusedopt._averages import Averages, averages_of, begin_averages, has_averag
 from fusedopt._formats import EMA
 from fusedopt._members import list_members
 from fusedopt._sharded import is_sharded, reshard, whole_of
-from fusedopt._states import note_begun
+from fusedopt._states import is_begun, note_begun
 from fusedopt._step import SteppingOptimizer
 
 
@@ -54,6 +54,15 @@ class AveragingOptimizer(SteppingOptimizer):
     def _update(self, grads: list[tuple[Tensor, Tensor]] | None) -> bool:
         """A step without averages."""
         return super()._step(grads)
+
+    def _steps_alone(self, index: int, param: Tensor) -> bool:
+        self._check_not_swapped("a step")
+        if not super()._steps_alone(index, param):
+            return False
+        # In a first step the average, which is to be the weights after it, is not made yet.
+        return not has_average(self.param_groups[index]) or bool(
+            self.state.get(param) and not is_begun(param, self.state, self._workspace)
+        )
 
     def _begin_averages(self, params: Sequence[Tensor]) -> None:
         """Make averages for a step that is still to come, as states are made."""

@@ -4,7 +4,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from fusedopt._counts import FirstCounts
 from fusedopt._extension import _C
 from fusedopt._flat import FlatGradients, find_buffer
-from fusedopt._members import Group, Member, list_members
+from fusedopt._members import Group, Member, is_ready, list_members
 from fusedopt._norms import CutNorm, NormGroup, SkippedElsewhere, check_measured, check_norm_group
 from fusedopt._plans import make_plan
 from fusedopt._sharded import is_sharded, placed_grad, whole_of
@@ -28,6 +28,19 @@ MOST_PLANS: Final = 20
 FREE_PLANS: Final = 3
 
 
+class Release(Protocol):
+    """What takes steps within the backward pass; see GradientRelease."""
+
+    def before_step(self) -> None:
+        """Raise for gradients that came too late."""
+
+    def after_step(self) -> None:
+        """End the iteration."""
+
+    def of_scaler(self) -> str:
+        """Why GradScaler cannot be."""
+
+
 class SteppingOptimizer(Optimizer):
     """An optimizer that steps by plans. What its groups mean a subclass says."""
 
@@ -38,6 +51,7 @@ class SteppingOptimizer(Optimizer):
     _max_grad_norm: float | None = None
     _norm_group: NormGroup | None = None
     _cut_norm: CutNorm | None = None  # None: all gradients are whole
+    _release: "Release | None" = None
     _workspace: _C.Workspace
     # Of parameters whose state names no count, the steps taken on the device since it was made.
     _first_counts: FirstCounts
@@ -63,6 +77,8 @@ class SteppingOptimizer(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
+        if self._release is not None:  # it is GradScaler that asks
+            raise RuntimeError(self._release.of_scaler())
         # With it GradScaler leaves unscaling and skipping to step(), in which nobody can clip.
         return bool(self.defaults.get("fused"))
 
@@ -111,7 +127,12 @@ class SteppingOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step()
+        if self._release is None:
+            self._step()
+        else:
+            self._release.before_step()
+            self._step()
+            self._release.after_step()
         return loss
 
     def _step(self, grads: list[tuple[Tensor, Tensor]] | None = None) -> bool:
@@ -138,6 +159,47 @@ class SteppingOptimizer(Optimizer):
             self._tell_others(error)
             raise
         return True
+
+    def _steps_alone(self, index: int, param: Tensor) -> bool:
+        """Whether a parameter's step has nothing to do with others, here and elsewhere.
+
+        Args:
+            index: of its group.
+
+        Raises:
+            RuntimeError: where the group cannot be stepped now.
+        """
+        if self._max_grad_norm is not None:
+            return False
+        group = self.param_groups[index]
+        return not (is_sharded(param) and _C.measures(self._rules()[index], group))
+
+    def _step_alone(self, position: int, index: int) -> None:
+        """Step the one parameter at this position, in this group, which steps alone."""
+        grads: list[tuple[Tensor, Tensor]] = []
+        for _ in range(MOST_PLANS):
+            plan = self._plan or self._make_plan(self.state)
+            lacks = plan.step(self.param_groups, self.state, None, None, None, [position], grads)
+            if lacks is None:
+                return
+            grads += self._placed_grads(lacks.gradients)
+            if lacks.gradients:
+                continue
+            # For all, as a plan takes as long for one as for all.
+            new = self._without_state() if lacks.states else []
+            for param in new:
+                self._check_capture(param)
+            self._make_plan(self.state, new)
+        raise self._error_of_others()
+
+    def _without_state(self) -> list[Tensor]:
+        """The parameters that step alone, and have no state yet."""
+        return [
+            param
+            for index, group in enumerate(self.param_groups)
+            for param in group["params"]
+            if not self.state.get(param) and is_ready(param) and self._steps_alone(index, param)
+        ]
 
     def _check_step(
         self, grads: list[tuple[Tensor, Tensor]], positions: list[int] | None = None
@@ -259,16 +321,19 @@ class SteppingOptimizer(Optimizer):
                 if found is None:
                     return
                 missing = found
-            raise RuntimeError(
-                f"{self._name}: another thread changes parameters or their state faster "
-                "than they can be looked up; nothing was stepped"
-            )
+            raise self._error_of_others()
         except BaseException:
             for param, values in before:
                 replace_values(state, param, values)
                 if not values:
                     self._workspace.forget_begun(param)
             raise
+
+    def _error_of_others(self) -> RuntimeError:
+        return RuntimeError(
+            f"{self._name}: another thread changes parameters or their state faster than they can "
+            "be looked up; nothing was stepped"
+        )
 
     def _states_held(self, number: int) -> AbstractContextManager[object]:
         """For the plan of this number: lets no other thread change state, where that may help.

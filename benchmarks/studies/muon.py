@@ -115,9 +115,10 @@ class Study:
     Attributes:
         module: how the command line calls it.
         results: the JSON file.
-        marker: of the table in PAGE.
+        marker: of the table.
         what: the cases are.
         case: measures one.
+        page: where the table is.
     """
 
     module: str
@@ -128,6 +129,7 @@ class Study:
     ours: str
     cases: Sequence[str]
     case: Callable[[str], Json]
+    page: Path = PAGE
 
     def main(self, arguments: list[str] | None, about: str | None) -> int:
         """Measure, or only write or check the table; the exit status."""
@@ -149,7 +151,7 @@ class Study:
         if options.output != self.results:
             print(shown_text)
             return 0
-        shown = show(PAGE, self.marker, shown_text, check=options.check)
+        shown = show(self.page, self.marker, shown_text, check=options.check)
         return int(options.check and not shown)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 
 def check_options(optimizer: str, options: Mapping[str, Any], betas: int) -> None:
@@ -58,3 +59,17 @@ def number_in(value: Any) -> float | None:
     if isinstance(value, Tensor):
         return float(value) if value.numel() == 1 and value.device.type == "cpu" else None
     return float(value) if isinstance(value, int | float) else None
+
+
+def check_matrix(what: str, param: Tensor, has_adamw: bool) -> None:
+    """Raise for a parameter that Muon cannot step as a matrix."""
+    if is_lazy(param):
+        return
+    if param.dim() < 2:
+        given = "" if has_adamw else " and give adamw= options for it"
+        raise ValueError(
+            f"{what} has shape {tuple(param.shape)}; Muon orthogonalises matrices, so put it into "
+            f"a group of its own with use_muon=False{given}"
+        )
+    if param.is_complex():
+        raise TypeError(f"{what} is of dtype {param.dtype}; Muon takes real matrices only")

@@ -18,7 +18,7 @@ from fusedopt._optimizer import FusedOptimizer
 from fusedopt._orthogonal import DTYPE, NewtonSchulz
 from fusedopt._sharded import groups_of, is_sharded, local_of, whole_of
 from fusedopt._states import replace_values
-from fusedopt.optimizers._checks import check_betas, check_options
+from fusedopt.optimizers._checks import check_betas, check_matrix, check_options
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -224,12 +224,16 @@ class Muon(FusedOptimizer):
         looked_at = {id(param) for param in those} if self._is_of_matrices(group) else set()
         for name, param in self._group(index, dict(group)).named() if looked_at else ():
             if id(param) in looked_at:
-                _check_matrix(f"Muon: {name}", param, self._adamw is not None)
+                check_matrix(f"Muon: {name}", param, self._adamw is not None)
 
     def _is_of_matrices(self, group: Mapping[str, Any]) -> bool:
         return self._rule_of(group) == self._rule
 
     # -- the step -----------------------------------------------------------------------------
+
+    def _steps_alone(self, index: int, param: Tensor) -> bool:
+        alone = not self._is_of_matrices(self.param_groups[index])  # which are taken in batches
+        return alone and super()._steps_alone(index, param)
 
     def _update(self, grads: list[tuple[Tensor, Tensor]] | None) -> bool:
         new = [p for p in self._params() if _C.has_gradient(p) and not self.state.get(p)]
@@ -423,19 +427,6 @@ def _view(group: Mapping[str, Any]) -> str:
 
 def _dims(param: Tensor) -> int:
     return 2 if is_lazy(param) else param.dim()
-
-
-def _check_matrix(what: str, param: Tensor, has_adamw: bool) -> None:
-    if is_lazy(param):
-        return
-    if param.dim() < 2:
-        given = "" if has_adamw else " and give adamw= options for it"
-        raise ValueError(
-            f"{what} has shape {tuple(param.shape)}; Muon orthogonalises matrices, so put it into "
-            f"a group of its own with use_muon=False{given}"
-        )
-    if param.is_complex():
-        raise TypeError(f"{what} is of dtype {param.dtype}; Muon takes real matrices only")
 
 
 def _ratio(param: Tensor, group: Mapping[str, Any]) -> float:

@@ -51,13 +51,20 @@ class ScheduleFree(FusedOptimizer):
             TypeError, ValueError: for a gradient, parameter, state or option that cannot be taken;
                 the message names it. Nothing has been changed then.
         """
-        for index, group in enumerate(self.param_groups):
-            if group["train_mode"] is False:
-                raise RuntimeError(
-                    f"{type(self).__name__}: step() in evaluation mode, in which the parameters of "
-                    f"group {index} are averages; call train() first"
-                )
+        for index in range(len(self.param_groups)):
+            self._check_trains(index)
         return super().step(closure)
+
+    def _steps_alone(self, index: int, param: Tensor) -> bool:
+        self._check_trains(index)
+        return super()._steps_alone(index, param)
+
+    def _check_trains(self, index: int) -> None:
+        if self.param_groups[index]["train_mode"] is False:
+            raise RuntimeError(
+                f"{type(self).__name__}: step() in evaluation mode, in which the parameters of "
+                f"group {index} are averages; call train() first"
+            )
 
     @torch.no_grad()
     def _move(self, training: bool) -> None:
