@@ -22,6 +22,7 @@ from fusedopt._checkpoint import (
     versions_of,
     with_own_options,
 )
+from fusedopt._compiling import uncompiled
 from fusedopt._counts import (
     without_skipped_first,
 )
@@ -334,6 +335,7 @@ class FusedOptimizer(AveragingOptimizer):
 
     # -- gradients ----------------------------------------------------------------------------
 
+    @uncompiled
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients; flat ones are filled with zero and stay, whatever set_to_none."""
         if self._flat_gradients is None:

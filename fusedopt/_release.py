@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fusedopt._compiling import uncompiled
 from fusedopt._extension import _C
 from fusedopt._flat import find_buffer
 from fusedopt._optimizer import FusedOptimizer
@@ -97,6 +98,7 @@ class GradientRelease:
         """Have hooks on all parameters that require a gradient."""
         this = weakref.ref(self)
 
+        @uncompiled
         def release(param: Tensor) -> None:
             if (found := this()) is not None:
                 found._take(param)

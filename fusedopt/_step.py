@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from fusedopt._compiling import uncompiled
 from fusedopt._counts import FirstCounts
 from fusedopt._extension import _C
 from fusedopt._flat import FlatGradients, find_buffer
@@ -95,6 +96,7 @@ class SteppingOptimizer(Optimizer):
         """
         recorded = Optimizer.profile_hook_step(func)
 
+        @uncompiled
         @functools.wraps(func)
         def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
             if (
