@@ -15,7 +15,7 @@ workers = $$($(PY) -c 'import os, xdist; \
   print("-n", min(4, len(os.sched_getaffinity(0))), "--dist $(1)")' 2>/dev/null)
 SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help env integrations build demo test test-all test-arm bench bench-quick lint format check-binary check-tables tables gpu-check dist clean
+.PHONY: help env integrations trainers build demo test test-all test-trainers test-arm bench bench-quick lint format check-binary check-tables tables gpu-check dist clean
 
 help:  ## list the targets
 	@echo 'Each sets up what it needs. PYTHON=python3.12 chooses what .venv is made from;'
@@ -52,6 +52,19 @@ integrations: env
 	@mv $(VENV)/wanted.txt $(VENV)/integrations.txt
 endif
 
+# What trainers' tests need, likewise.
+ifeq ($(strip $(VENV)),)
+trainers:
+else
+trainers: env
+	@$(PY) -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*project["optional-dependencies"]["trainers"], sep="\n")' > $(VENV)/wanted.txt
+	@cmp -s $(VENV)/wanted.txt $(VENV)/trainers.txt || { \
+	  $(PY) -m pip install --requirement $(VENV)/wanted.txt --constraint $(VENV)/installed.txt && \
+	  $(PY) -m pip install --no-deps timm==1.0.31; }
+	@mv $(VENV)/wanted.txt $(VENV)/trainers.txt
+endif
+
 demo: build  ## train two real models with torch.optim and with fusedopt, side by side
 	$(PY) -m benchmarks.demo $(ARGS)
 
@@ -60,6 +73,9 @@ test: build  ## run the tests, but those that are slow
 
 test-all: build integrations  ## run all tests; ARGS="-m slow": those that make test leaves out
 	$(PY) -m pytest $(call workers,loadfile) $(ARGS)
+
+test-trainers: build trainers  ## run the tests of trainers: transformers, Accelerate, Lightning and others
+	$(PY) -m pytest tests/trainers $(call workers,worksteal) $(ARGS)
 
 test-arm: build  ## run the loops of the CPU on 64-bit ARM, in an emulator
 	@{ command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64-static; } > /dev/null || \
