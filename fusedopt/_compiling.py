@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 
 
 def uncompiled(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -12,7 +13,7 @@ def uncompiled(call: Callable[..., Any]) -> Callable[..., Any]:
 
     torch's own decorator takes as long as a small step: it is left out where nothing is compiled.
     """
-    left_alone = torch._disable_dynamo(call)
+    left_alone = _disable_dynamo(call)
 
     @functools.wraps(call)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
