@@ -28,6 +28,7 @@ def fail(message: str) -> NoReturn:
 try:
     import torch
     from setuptools import Extension, setup
+    from setuptools.command.egg_info import egg_info
     from torch.torch_version import TorchVersion
     from torch.utils import cpp_extension
 except ImportError as error:
@@ -148,7 +149,7 @@ class Build(cpp_extension.BuildExtension):
             fail(f"there is no Python.h in {include}; install Python's headers (python3-dev)")
         cuda = find_cuda()
         self.record = {
-            "version": self.distribution.get_version(),
+            "version": self.distribution.get_version().partition("+")[0],
             "torch_version": str(torch.__version__),
             "cuda_version": cuda[1] if cuda else "",
             "cuda_archs": os.environ.get("FUSEDOPT_CUDA_ARCHS", ""),
@@ -178,6 +179,18 @@ class Build(cpp_extension.BuildExtension):
         (folder / "_build_info.json").write_text(json.dumps(self.record, indent=2) + "\n")
 
 
+class Info(egg_info):
+    """Gives an installation, and so a wheel, the torch in its version that it was built for."""
+
+    def finalize_options(self) -> None:
+        if "sdist" not in sys.argv:
+            major, minor = str(torch.__version__).split(".")[:2]
+            cuda = find_cuda()
+            built = "cu" + cuda[1].replace(".", "") if cuda else "cpu"
+            self.tag_build = f"+torch{major}.{minor}.{built}"
+        super().finalize_options()
+
+
 # torch looks for ninja on PATH, where an interpreter called by its path has not put its own.
 os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
 
@@ -194,5 +207,5 @@ setup(
             extra_link_args=["-fopenmp"],
         )
     ],
-    cmdclass={"build_ext": Build},
+    cmdclass={"build_ext": Build, "egg_info": Info},
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fusedopt._norms import device_of, gather_values
+from fusedopt._norms import device_of, gather_values, note_untold
 from fusedopt._sharded import cut_dims, is_sharded, local_of, mesh_of, placements_of
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def tell_failed(groups: Sequence["ProcessGroup"], error: Exception) -> None:
         for group in _turns(groups):
             gather_values([1.0, 0.0, 0.0], group)
     except Exception as other:
-        error.add_note(f"The other processes could not be told: {other}")
+        note_untold(error, other)
 
 
 def _turns(groups: Sequence["ProcessGroup"]) -> Iterator["ProcessGroup"]:

@@ -1,5 +1,7 @@
 """The norm of gradients that are cut among processes."""
 
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -82,6 +84,15 @@ def check_measured(optimizer: str, params: Iterable[Tensor], given: bool) -> Non
 
 class SkippedElsewhere(Exception):
     """Another process has found an Inf, and takes no step."""
+
+
+def note_untold(error: Exception, other: Exception) -> None:
+    """Add to an error that the other processes do not know of it."""
+    text = f"The other processes could not be told: {other}"
+    if sys.version_info >= (3, 11):
+        error.add_note(text)
+    else:
+        warnings.warn(text, stacklevel=3)
 
 
 class CutNorm:

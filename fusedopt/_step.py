@@ -16,7 +16,14 @@ from fusedopt._counts import FirstCounts
 from fusedopt._extension import _C
 from fusedopt._flat import FlatGradients, find_buffer
 from fusedopt._members import Group, Member, is_ready, list_members
-from fusedopt._norms import CutNorm, NormGroup, SkippedElsewhere, check_measured, check_norm_group
+from fusedopt._norms import (
+    CutNorm,
+    NormGroup,
+    SkippedElsewhere,
+    check_measured,
+    check_norm_group,
+    note_untold,
+)
 from fusedopt._plans import make_plan
 from fusedopt._sharded import is_sharded, placed_grad, whole_of
 from fusedopt._states import replace_values
@@ -268,7 +275,7 @@ class SteppingOptimizer(Optimizer):
             if norm.groups and (not norm.gathered or (norm.waits and self._measures())):
                 norm.fail()
         except Exception as other:
-            error.add_note(f"The other processes could not be told: {other}")
+            note_untold(error, other)
 
     def _add_up_measured(self, sums: Tensor) -> None:
         assert self._cut_norm is not None

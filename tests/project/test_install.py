@@ -93,10 +93,12 @@ def test_import_without_the_compiled_module(copied: Path) -> None:
 
 
 def test_import_with_another_torch(copied: Path) -> None:
-    record = {"version": "0", "torch_version": "1.0.0", "cuda_version": ""}
+    record = {"version": "0.1.0", "torch_version": "1.0.0", "cuda_version": "13.0"}
     (copied / "fusedopt" / "_build_info.json").write_text(json.dumps(record))
     message = import_copy(copied)
     assert "built against 1.0.0" in message and f"found {torch.__version__}" in message
+    minor = ".".join(str(torch.__version__).split(".")[:2])
+    assert f"to install it: the wheel fusedopt==0.1.0+torch{minor}.cu130\n" in message
 
 
 def test_import_of_a_damaged_module(copied: Path) -> None:
