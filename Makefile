@@ -117,6 +117,7 @@ check-tables: env  ## check that the tables in the documentation are those of th
 	$(PY) -m benchmarks.studies.averages --check
 	$(PY) -m benchmarks.studies.measured --check
 	$(PY) -m benchmarks.studies.release --check
+	$(PY) -m benchmarks.studies.stable_abi --check
 	$(PY) -m benchmarks.sharded --check
 	$(PY) -m benchmarks.losses --check
 	$(PY) -m benchmarks.gpu.model --check
@@ -133,6 +134,7 @@ tables: env  ## write the tables of the results into the documentation
 	$(PY) -m benchmarks.studies.averages --tables
 	$(PY) -m benchmarks.studies.measured --tables
 	$(PY) -m benchmarks.studies.release --tables
+	$(PY) -m benchmarks.studies.stable_abi --tables
 	$(PY) -m benchmarks.sharded --tables
 	$(PY) -m benchmarks.losses --tables
 
