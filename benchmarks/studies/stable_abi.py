@@ -4,8 +4,8 @@ python -m benchmarks.studies.stable_abi              measures and writes everyth
 python -m benchmarks.studies.stable_abi --tables     only writes the table again
 
 Both only look at what AdamW has to look at of each parameter: its gradient and two states, their
-addresses and sizes. The stable ABI knows no Python objects, no .grad and no version counters: Python
-makes the lists, and an operator gets them.
+addresses and sizes. The stable ABI knows no Python objects, no .grad and no version counters:
+Python makes the lists, and an operator gets them.
 """
 
 from __future__ import annotations
