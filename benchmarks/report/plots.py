@@ -11,6 +11,7 @@ from matplotlib.ticker import NullFormatter
 
 from benchmarks.report.case import COPY, FLOOR, OURS, WALL, Json, duration, of_what, ratio, where
 from benchmarks.report.colours import OUR_COLOUR, TORCH_COLOUR
+from benchmarks.report.gain import draw_gain
 from benchmarks.report.training_figure import draw_training
 
 COLOURS = {
@@ -48,6 +49,7 @@ def draw_all(results: Json, folder: Path) -> None:
         draw_scaling(results, folder / "scaling.png")
     if results.get("training"):
         draw_training(results["training"], folder / "training.png")
+        draw_gain(results["training"], folder / "gain.png")
 
 
 def draw_steps(results: Json, path: Path) -> None:
