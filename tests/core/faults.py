@@ -258,8 +258,8 @@ FAULTS: dict[str, dict[str, tuple[str, str, str]]] = {
         "signs of the tile": (LANES, "| (bytes_of<3>(values) & 0x80808080u)", ""),
         "squares of the tile to nearest": (
             CODED_TILE,
-            "encode<decltype(of_squares)::value>(states_of_i",
-            "encode<false>(states_of_i",
+            "encode<decltype(of_squares)::value>(states_of[j]",
+            "encode<false>(states_of[j]",
         ),
         "largest of all, not of the finite": (
             CODED_TILE,
