@@ -126,6 +126,10 @@ def check_sum_of_squares(core: Core) -> None:
                 what = f"{values} among {ordinary} elements of {dtype}"
                 check_sum(core, Gradients(chunk, [(dtype, numbers)], [1]), what)
 
+    # A single chunk's sum is the total as it is.
+    apart = [("float64", np.array([1e-160])), ("float64", np.array([2e-161, 1e-162]))]
+    check_sum(core, Gradients(chunk, apart, [0, 1]), "denormal sums of two chunks")
+
     # More than two launches take: an argument of 32 KiB has no room for more than 1024 of them.
     # Runs of empty ones at the front, at the back and in between.
     sizes = np.where(random.random(2500) < 0.3, 0, random.integers(0, 300, 2500))
