@@ -259,6 +259,8 @@ class FusedOptimizer(AveragingOptimizer):
         finally:
             handle.remove()
         self._workspace.forget_states()
+        if self._release is not None:
+            self._release.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_not_swapped("a copy")

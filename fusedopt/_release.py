@@ -2,22 +2,33 @@
 
 import contextlib
 import gc
+import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fusedopt._compiling import uncompiled
 from fusedopt._extension import _C
 from fusedopt._flat import find_buffer
 from fusedopt._optimizer import FusedOptimizer
+from fusedopt._sharded import is_sharded, local_of, mesh_of
+from fusedopt._states import is_begun, replace_values
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-INSTEAD = "; call optimizer.step() as usual, without GradientRelease"
+# The release that has a hook on a parameter.
+_RELEASES: MutableMapping[Tensor, "weakref.ref[GradientRelease]"] = WeakTensorKeyDictionary()
+# From this torch on, hooks run when a gradient that FSDP2 offloads has arrived on the CPU.
+OFFLOADS = "2.13"
+
+Hooks = dict[int, tuple["weakref.ref[Tensor]", "RemovableHandle"]]
+"""By id of a parameter."""
 
 
 class GradientRelease:
@@ -30,7 +41,6 @@ class GradientRelease:
     A parameter waits for ``optimizer.step()``, with its gradient, where its step has to do with
     others: all of them with ``max_grad_norm``, Muon's matrices, shards that their rule measures as
     a whole (LAMB, LARS, StableAdamW, ``cautious=True``), and in its first step with ``ema_decay``.
-    The first backward pass makes the states of all parameters that require a gradient.
 
     What a step reads has to be as it should be when the backward pass begins, such as the learning
     rate. Functions that work on gradients between ``backward()`` and ``step()``, as
@@ -39,13 +49,16 @@ class GradientRelease:
 
     With FSDP2 gradients are stepped after they were reduced.
 
+    It lives as long as its optimizer, which keeps it.
+
     Args:
         optimizer: one of fusedopt's.
 
     Raises:
         TypeError: for another optimizer.
-        ValueError: for an optimizer that has a GradientRelease, flat parameters, and those that
-            FullyShardedDataParallel (FSDP1) or DeepSpeed's ZeRO stage 3 have cut.
+        ValueError: for an optimizer that has a GradientRelease, parameters that another one steps,
+            flat parameters, those that FullyShardedDataParallel (FSDP1) or DeepSpeed's ZeRO stage 3
+            have cut, and those that FSDP2 offloads with a torch before 2.13.
 
     The backward pass raises what a step would raise, and RuntimeError for a second gradient of a
     parameter in an iteration, with DistributedDataParallel, whose gradients are complete only after
@@ -60,25 +73,37 @@ class GradientRelease:
                 f"GradientRelease: the optimizer is a {type(optimizer).__module__}."
                 f"{type(optimizer).__name__}; expected one of fusedopt's"
             )
-        self._optimizer = optimizer
-        self._handles: dict[int, RemovableHandle] = {}
-        # By id of a parameter: its position, and its group's.
-        self._places: dict[int, tuple[int, int]] = {}
-        self._plan: _C.Plan | None = None  # for which places are known
+        self._name = type(optimizer).__name__
+        # The optimizer keeps the release, not the reverse: an optimizer that nobody has any longer
+        # must not go on stepping.
+        self._reference = weakref.ref(optimizer)
+        self._hooks: Hooks = {}
+        self._listed: list[weakref.ref[Tensor]] = []  # the parameters that have hooks
         self._stepped: set[int] = set()  # ids, in this iteration
-        self._accumulates = self._checked = False
+        self._made: set[int] = set()  # ids of those whose states were made along with another's
+        self._has_made = self._accumulates = self._checked = False
         self._streams: dict[torch.device, Any] = {}
+        self._lock = threading.RLock()  # autograd has a thread for each device
+        this = weakref.ref(self)
+
+        @uncompiled
+        def release(param: Tensor) -> None:
+            if (found := this()) is not None:
+                found._take(param)
+
+        self._hook = release
         if optimizer._release is not None:
             raise ValueError(f"{self._what}: the optimizer has one already; remove() it first")
         for group in optimizer._groups():
             for name, param in group.named():
                 self._check_param(name, param)
-        self._watch()
+        self._watch(optimizer)
+        weakref.finalize(self, _remove, self._hooks).atexit = False
         optimizer._release = self
 
     @property
     def _what(self) -> str:
-        return f"GradientRelease of {type(self._optimizer).__name__}"
+        return f"GradientRelease of {self._name}"
 
     def _check_param(self, name: str, param: Tensor) -> None:
         if find_buffer(param) is not None:
@@ -91,22 +116,43 @@ class GradientRelease:
             whose = "FullyShardedDataParallel has flattened; use fully_shard (FSDP2)"
         elif hasattr(param, "ds_id"):
             whose = "DeepSpeed's ZeRO stage 3 has cut; it frees gradients by itself"
+        elif is_sharded(param) and TorchVersion(torch.__version__) < OFFLOADS:
+            on_cpu = local_of(param).device.type == "cpu"
+            if on_cpu and mesh_of(param).device_type != "cpu":
+                whose = (
+                    "FSDP2 offloads, of which this torch calls hooks before its gradient has "
+                    f"arrived; use torch {OFFLOADS} or newer"
+                )
         if whose:
             raise ValueError(f"{self._what}: {name} is a parameter that {whose}")
 
-    def _watch(self) -> None:
-        """Have hooks on all parameters that require a gradient."""
-        this = weakref.ref(self)
-
-        @uncompiled
-        def release(param: Tensor) -> None:
-            if (found := this()) is not None:
-                found._take(param)
-
-        for param in self._optimizer._params():
-            if param.requires_grad and id(param) not in self._handles:
-                handle = param.register_post_accumulate_grad_hook(release)
-                self._handles[id(param)] = handle
+    def _watch(self, optimizer: FusedOptimizer) -> None:
+        """Have hooks on all parameters that require a gradient, and on no others."""
+        params = [param for param in optimizer._params() if param.requires_grad]
+        if len(params) == len(self._listed) and all(
+            reference() is param for reference, param in zip(self._listed, params, strict=True)
+        ):
+            return
+        for param in params:
+            known = _RELEASES.get(param)
+            other = None if known is None else known()
+            if other is not None and other is not self and other._reference() is not None:
+                raise ValueError(
+                    f"{self._what}: a parameter of shape {tuple(param.shape)} has another "
+                    "GradientRelease, which frees its gradient; remove() that one first"
+                )
+        listed = {id(param): param for param in params}
+        for key, (reference, handle) in [*self._hooks.items()]:
+            if reference() is not listed.get(key):
+                handle.remove()
+                del self._hooks[key]
+        for key, param in listed.items():
+            if key not in self._hooks:
+                handle = param.register_post_accumulate_grad_hook(self._hook)
+                self._hooks[key] = weakref.ref(param), handle
+                _RELEASES[param] = weakref.ref(self)
+        self._listed = [*map(weakref.ref, params)]
+        self._has_made = False
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -119,44 +165,46 @@ class GradientRelease:
 
     def remove(self) -> None:
         """End it: from now on the optimizer steps as usual."""
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()
-        self._stepped.clear()
-        if self._optimizer._release is self:
-            self._optimizer._release = None
+        for reference, _ in self._hooks.values():
+            if (param := reference()) is not None:
+                _RELEASES.pop(param, None)
+        _remove(self._hooks)
+        self._listed.clear()
+        self.forget()
+        optimizer = self._reference()
+        if optimizer is not None and optimizer._release is self:
+            optimizer._release = None
 
     # -- in the backward pass -----------------------------------------------------------------
 
     @torch.no_grad()
     def _take(self, param: Tensor) -> None:
         """Step a parameter that has got a gradient, unless it has to wait for step()."""
-        optimizer, key = self._optimizer, id(param)
-        if key in self._stepped:
-            self._raise_second(param)
-        if self._accumulates or param.grad is None or optimizer._max_grad_norm is not None:
+        optimizer, key = self._reference(), id(param)
+        if optimizer is None:
             return
-        if not self._checked:
-            self._check_surroundings()
-        if optimizer._plan is None or optimizer._plan is not self._plan:
-            self._find_places()
-        place = self._places.get(key)
-        if place is None or not optimizer._steps_alone(place[1], param):
-            return
-        if param.is_cuda:
-            self._follow(param.device)
-        optimizer._step_alone(*place)
-        self._plan = optimizer._plan
-        self._stepped.add(key)
-        param.grad = None
+        with self._lock:
+            if key in self._stepped:
+                self._raise_second(optimizer, param)
+            if self._accumulates or param.grad is None or optimizer._max_grad_norm is not None:
+                return
+            if not self._checked:
+                self._check_surroundings()
+            self._check_scaler(optimizer)
+            if param.is_cuda:
+                self._follow(param.device)
+            if optimizer._step_alone(param, lambda: self._others(optimizer)):
+                self._stepped.add(key)
+                param.grad = None
 
-    def _find_places(self) -> None:
-        self._places = {}
-        position = 0
-        for index, group in enumerate(self._optimizer.param_groups):
-            for param in group["params"]:
-                self._places.setdefault(id(param), (position, index))
-                position += 1
+    def _others(self, optimizer: FusedOptimizer) -> list[Tensor]:
+        """Parameters that are likely to be stepped in this backward pass, too: in the first one
+        all, later those that need no states."""
+        found = optimizer._without_state()
+        if self._has_made:
+            return [param for param in found if id(param) in self._made]
+        self._made |= set(map(id, found))
+        return found
 
     def _follow(self, device: torch.device) -> None:
         """Let this stream wait for the steps before, which share memory with this one."""
@@ -174,52 +222,95 @@ class GradientRelease:
         for each in gc.get_objects():
             kind = type(each)
             if issubclass(kind, torch.nn.parallel.DistributedDataParallel):
-                if any(id(param) in self._handles for param in each.parameters()):
+                if any(id(param) in self._hooks for param in each.parameters()):
                     raise RuntimeError(
                         f"{self._what}: a parameter is one of DistributedDataParallel, which adds "
                         "up gradients among processes after the hooks of parameters; use "
                         "fully_shard (FSDP2), or DistributedDataParallel without GradientRelease"
                     )
             elif issubclass(kind, torch.amp.GradScaler) and _scales(each):
-                raise RuntimeError(self.of_scaler())
+                raise RuntimeError(self._of_scaler())
         self._checked = True
 
-    def of_scaler(self) -> str:
-        """Why there cannot be a GradScaler."""
+    def _check_scaler(self, optimizer: FusedOptimizer) -> None:
+        given = (getattr(optimizer, name, None) for name in ("found_inf", "grad_scale"))
+        if any(value is not None for value in given):
+            raise RuntimeError(self._of_scaler())
+
+    def _of_scaler(self) -> str:
         return (
             f"{self._what}: torch.amp.GradScaler divides gradients by its scale, and looks for Inf "
             "in them, after the backward pass, when parameters have been stepped; train in "
             "bfloat16, which needs no scale, or without GradientRelease"
         )
 
-    def _raise_second(self, param: Tensor) -> None:
-        optimizer = self._optimizer
-        position = self._places[id(param)][0]
+    def _raise_second(self, optimizer: FusedOptimizer, param: Tensor) -> None:
+        named = (pair for group in optimizer._groups() for pair in group.named())
+        name = next((name for name, each in named if each is param), "a parameter")
         raise RuntimeError(
-            f"{self._what}: {optimizer._param_name(position)} gets a second gradient in an "
-            "iteration, and was stepped with its first one; with several backward passes put all "
-            "but the last into `with release.accumulate():`, and call optimizer.step() after the "
-            "last. Where one backward pass gives a parameter several gradients, as with "
-            f"checkpoint(use_reentrant=True), that is not possible{INSTEAD}"
+            f"{self._what}: {name} gets a second gradient in an iteration, and was stepped with "
+            "its first one. With several backward passes put all but the last into `with "
+            "release.accumulate():`, and call optimizer.step() after the last. Where one backward "
+            "pass gives a parameter several gradients, as with checkpoint(use_reentrant=True) and "
+            "DistributedDataParallel, train without GradientRelease. After a backward pass that "
+            "has failed, call optimizer.zero_grad() and optimizer.step()"
         )
 
     # -- in optimizer.step() ------------------------------------------------------------------
 
     def before_step(self) -> None:
-        """Raise RuntimeError for a parameter that was stepped and has a gradient again."""
-        if not self._stepped:
+        """Raise RuntimeError for what comes too late for parameters that were stepped."""
+        optimizer = self._reference()
+        if optimizer is None or not self._stepped:
             return
-        for param in self._optimizer._params():
+        self._check_scaler(optimizer)
+        if optimizer._max_grad_norm is not None:
+            raise RuntimeError(
+                f"{self._what}: max_grad_norm was set after the backward pass, in which parameters "
+                "were stepped without clipping; set it before"
+            )
+        for param in optimizer._params():
             if id(param) in self._stepped and _C.has_gradient(param):
-                self._raise_second(param)
+                self._raise_second(optimizer, param)
 
     def after_step(self) -> None:
         """End the iteration."""
+        optimizer = self._reference()
+        if optimizer is None:
+            return
+        if self._stepped and not self._has_made:
+            self._has_made = True
+            self._drop_unused(optimizer)
         self._stepped.clear()
-        self._watch()
+        self._watch(optimizer)
         for device, stream in self._streams.items():
             torch.cuda.current_stream(device).wait_stream(stream)
         self._streams.clear()
+
+    def forget(self) -> None:
+        """Take it that no parameter was stepped in this iteration, and that states are others."""
+        self._stepped.clear()
+        self._has_made = False
+
+    def _drop_unused(self, optimizer: FusedOptimizer) -> None:
+        """Drop states of parameters that had no gradient: ordinary steps make none for them."""
+        kept: set[int] = set()
+        for param in optimizer._params():
+            if id(param) not in self._made:
+                continue
+            if is_begun(param, optimizer.state, optimizer._workspace):
+                replace_values(optimizer.state, param, None)
+                optimizer._workspace.forget_begun(param)
+                optimizer._plan = None
+            else:
+                kept.add(id(param))
+        self._made = kept
+
+
+def _remove(hooks: Hooks) -> None:
+    for _, handle in hooks.values():
+        handle.remove()
+    hooks.clear()
 
 
 def _scales(scaler: torch.amp.GradScaler) -> bool:

@@ -45,8 +45,8 @@ class Release(Protocol):
     def after_step(self) -> None:
         """End the iteration."""
 
-    def of_scaler(self) -> str:
-        """Why GradScaler cannot be."""
+    def forget(self) -> None:
+        """Take it that no parameter was stepped in this iteration."""
 
 
 class SteppingOptimizer(Optimizer):
@@ -85,8 +85,6 @@ class SteppingOptimizer(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        if self._release is not None:  # it is GradScaler that asks
-            raise RuntimeError(self._release.of_scaler())
         # With it GradScaler leaves unscaling and skipping to step(), in which nobody can clip.
         return bool(self.defaults.get("fused"))
 
@@ -183,23 +181,43 @@ class SteppingOptimizer(Optimizer):
         group = self.param_groups[index]
         return not (is_sharded(param) and _C.measures(self._rules()[index], group))
 
-    def _step_alone(self, position: int, index: int) -> None:
-        """Step the one parameter at this position, in this group, which steps alone."""
+    def _step_alone(self, param: Tensor, others: Callable[[], list[Tensor]]) -> bool:
+        """Step one parameter that has a gradient, unless it has to wait for step().
+
+        Args:
+            others: parameters that get their states along with it, if it has none: a plan takes as
+                long for one as for all.
+
+        Returns:
+            Whether it was stepped. It is not where it does not step alone, or is in no group.
+        """
         grads: list[tuple[Tensor, Tensor]] = []
         for _ in range(MOST_PLANS):
             plan = self._plan or self._make_plan(self.state)
-            lacks = plan.step(self.param_groups, self.state, None, None, None, [position], grads)
+            place = plan.place_of(param)
+            if place is None or not self._is_at(param, place):
+                plan = self._make_plan(self.state)  # groups were changed by hand
+                place = plan.place_of(param)
+            if place is None or not self._steps_alone(place[1], param):
+                return False
+            lacks = plan.step(self.param_groups, self.state, None, None, None, [place[0]], grads)
             if lacks is None:
-                return
+                return True
             grads += self._placed_grads(lacks.gradients)
             if lacks.gradients:
                 continue
-            # For all, as a plan takes as long for one as for all.
-            new = self._without_state() if lacks.states else []
-            for param in new:
+            new: list[Tensor] = []
+            if lacks.states:
                 self._check_capture(param)
+                new = [param, *others()]
             self._make_plan(self.state, new)
         raise self._error_of_others()
+
+    def _is_at(self, param: Tensor, place: tuple[int, int, int]) -> bool:
+        _, index, in_group = place
+        groups = self.param_groups
+        params = groups[index]["params"] if index < len(groups) else ()
+        return in_group < len(params) and params[in_group] is param
 
     def _without_state(self) -> list[Tensor]:
         """The parameters that step alone, and have no state yet."""

@@ -79,5 +79,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            py::arg("found_inf"), py::arg("max_grad_norm"), py::arg("positions") = py::none(),
            py::arg("grads") = py::list(), py::arg("add_up") = py::none(),
            py::arg("add_up_measured") = py::none(), py::arg("check_only") = false)
+      .def("place_of", &Plan::place_of)
       .def_property_readonly("span_count", &Plan::span_count);
 }

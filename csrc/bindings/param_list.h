@@ -5,7 +5,10 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 #include <string>
+#include <tuple>
+#include <unordered_map>
 #include <vector>
 
 #include "hyper_table.h"
@@ -56,6 +59,24 @@ class ParamList {
 
   std::string optimizer_;
   py::str key_;
+};
+
+// Where parameters were when a plan was made.
+class Places {
+ public:
+  // The position of a parameter, its group, and its place in that; none: it was in no group.
+  using Place = std::tuple<int, int, int>;
+  std::optional<Place> of(const PyObject* param, const std::vector<Entry>& entries) {
+    if (positions_.empty())
+      for (const Entry& e : entries) positions_.emplace(e.param, e.position);
+    const auto found = positions_.find(param);
+    if (found == positions_.end()) return std::nullopt;
+    const Entry& e = entries[size_t(found->second)];
+    return Place(e.position, e.group, e.in_group);
+  }
+
+ private:
+  std::unordered_map<const PyObject*, int> positions_;
 };
 
 }  // namespace

@@ -103,14 +103,11 @@ class Plan {
     // Others' weights are their own masters.
     for (const size_t position : outdated_)
       THPVariable_Unpack(entries_[position].parts[entries_[position].part_count - 1]).zero_();
+    Hold hold;
     if (runner_.add_up == nullptr && duration_.is_short(members_.size())) {
       run();
-      finish();
-      return std::nullopt;
-    }
-    Hold hold;
-    for (const size_t at : active_) hold.add(entries_[at]);
-    {
+    } else {
+      for (const size_t at : active_) hold.add(entries_[at]);
       const py::gil_scoped_release release;
       run();
     }
@@ -119,6 +116,7 @@ class Plan {
   }
 
   int64_t span_count() const { return spans_.count(); }
+  auto place_of(const py::object& param) { return places_.of(param.ptr(), entries_); }
 
  private:
   // -- the factor that callers give --------------------------------------------------------------
@@ -208,7 +206,7 @@ class Plan {
       check_and_add(e, at, local,
                     e.sharded ? *shards_.of(e).local : local.unsafeGetTensorImpl()->grad());
     }
-    return missing_.empty() && !(moved && may_overlap(active_, entries_));
+    return missing_.empty() && !(moved && (partial_ || may_overlap(active_, entries_)));
   }
 
   bool look_at_all(const py::list& groups, const py::object& state) {
@@ -420,6 +418,7 @@ class Plan {
 
   std::string optimizer_;
   ParamList list_;
+  Places places_;
   std::shared_ptr<Workspace> workspace_;
   StateFinder states_;
   HyperTable table_;

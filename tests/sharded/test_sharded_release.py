@@ -112,7 +112,7 @@ def others_are_refused() -> None:
     assert torch.equal(model.weight, before)
     release.remove()
     flattened = FullyShardedDataParallel(
-        nn.Linear(8, 8), device_id=None if DEVICE == "cpu" else 0, use_orig_params=True
+        nn.Linear(8, 8), device_id=torch.device(DEVICE), use_orig_params=True
     )
     with pytest.raises(ValueError, match=r"has flattened; use fully_shard \(FSDP2\)"):
         fusedopt.GradientRelease(fusedopt.AdamW(flattened.parameters()))

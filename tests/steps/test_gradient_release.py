@@ -3,7 +3,10 @@
 import contextlib
 import copy
 import gc
+import inspect
 import io
+import sys
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -412,7 +415,11 @@ def test_gradient_scaler(fused: bool) -> None:
         scaler.scale(loss_of(model, torch.Generator())).backward()
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
-    with pytest.raises(RuntimeError, match=r"torch\.amp\.GradScaler divides"):
+    optimizer.zero_grad()
+    # Where the optimizer is to unscale, it says so; otherwise torch misses the gradients.
+    error, message = (RuntimeError, "GradScaler divides") if fused else (AssertionError, "No inf")
+    release._stepped.add(id(model.first.weight))  # as if it had been
+    with pytest.raises(error, match=message):
         scaler.step(optimizer)
     release.remove()
     del scaler
@@ -462,3 +469,212 @@ def test_modes_of_other_optimizers() -> None:
     averaging.step()
     with averaging.optimizer.swap_ema(), pytest.raises(RuntimeError, match=r"within swap_ema\(\)"):
         loss_of(averaging.model, averaging.generator).backward()
+
+
+# -- what changes under its hands -----------------------------------------------------------------
+
+
+def by_hand(released: bool, change: Callable[[Any, list[nn.Parameter]], None]) -> list[float]:
+    """Three parameters, of which the groups are changed by hand after the first iteration."""
+    params = [nn.Parameter(torch.tensor([float(i)])) for i in range(1, 4)]
+    groups = [{"params": [params[0]], "lr": 1.0}, {"params": params[1:], "lr": 0.1}]
+    optimizer = fusedopt.AdamW(groups)
+    release = fusedopt.GradientRelease(optimizer) if released else None
+    for iteration in range(4):
+        if iteration == 1:
+            change(optimizer, params)
+        torch.stack([p * p for p in params]).sum().backward()
+        optimizer.step()
+        for p in params:
+            p.grad = None
+    assert (release is None) == (not released)
+    return [p.item() for p in params]
+
+
+def reverse_groups(optimizer: Any, params: list[nn.Parameter]) -> None:
+    optimizer.param_groups.reverse()
+
+
+def swap_within(optimizer: Any, params: list[nn.Parameter]) -> None:
+    optimizer.param_groups[1]["params"].reverse()
+
+
+def move_between(optimizer: Any, params: list[nn.Parameter]) -> None:
+    optimizer.param_groups[0]["params"] = params[:2]
+    optimizer.param_groups[1]["params"] = params[2:]
+
+
+def delete_group(optimizer: Any, params: list[nn.Parameter]) -> None:
+    del optimizer.param_groups[0]
+
+
+def delete_last(optimizer: Any, params: list[nn.Parameter]) -> None:
+    optimizer.param_groups[1]["params"].pop()
+
+
+def put_in_front(optimizer: Any, params: list[nn.Parameter]) -> None:
+    optimizer.param_groups[0]["params"].insert(0, nn.Parameter(torch.zeros(2)))
+
+
+CHANGES = [reverse_groups, swap_within, move_between, delete_group, delete_last, put_in_front]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_groups_that_are_changed_by_hand(change: Callable[..., None]) -> None:
+    assert by_hand(True, change) == by_hand(False, change)
+
+
+def late(make: Make, released: bool, **options: Any) -> dict[str, Any]:
+    """A parameter that has its first gradient late, when its weights are others."""
+    params = [nn.Parameter(torch.full((4,), float(i))) for i in range(1, 3)]
+    optimizer = make(params, **options)
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    release = fusedopt.GradientRelease(optimizer) if released else None
+    found: dict[str, Any] = {}
+    for iteration in range(5):
+        if iteration == 2:
+            with torch.no_grad():
+                params[1].fill_(5.0)
+            optimizer.param_groups[0]["lr"] = 0.01
+        used = params if iteration >= 3 else params[:1]
+        sum((p * p).sum() for p in used).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found[f"keys {iteration}"] = sorted(optimizer.state_dict()["state"])
+    for number, p in enumerate(params):
+        found |= {f"{number}.{key}": value for key, value in optimizer.state.get(p, {}).items()}
+        found[f"{number}"] = p.detach()
+    assert (release is None) == (not released)
+    return found
+
+
+@every_row
+def test_first_gradients_that_come_late(row: Row) -> None:
+    """States are those of the weights and options of then; before, there are none."""
+    got, want = late(row.ours, True, lr=1.0), late(row.ours, False, lr=1.0)
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        if torch.is_tensor(value):
+            assert torch.equal(got[key].nan_to_num(7.0), value.nan_to_num(7.0)), key
+        else:
+            assert got[key] == value, key
+
+
+def test_states_that_are_not_all_there() -> None:
+    """By the user's hand, by other options, and by masters that were set before the first step."""
+
+    def run(released: bool) -> Training:
+        training = Training(fusedopt.AdamW, released, dtype=torch.bfloat16, master_bits=32, lr=1e-2)
+        optimizer, model = training.optimizer, training.model
+        optimizer.load_master_params([2 * m for m in optimizer.master_params()])
+        optimizer.state[model.norm.bias]["mine"] = 1
+        training.step()
+        del optimizer.state[model.norm.weight]["exp_avg"]
+        training.step()
+        optimizer.param_groups[0]["amsgrad"] = True
+        training.step()
+        assert "max_exp_avg_sq" in optimizer.state[model.norm.bias]
+        return training
+
+    assert_same(run(True), run(False))
+
+
+def test_an_optimizer_that_was_replaced() -> None:
+    """As by a cell of a notebook that is run again."""
+    model = nn.Linear(3, 3)
+    for lr in (0.1, 0.0):
+        optimizer = fusedopt.SGD(model.parameters(), lr=lr)
+        fusedopt.GradientRelease(optimizer)
+    before = copy.deepcopy(model.state_dict())
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+    assert len(model.weight._post_accumulate_grad_hooks) == 1  # type: ignore[attr-defined]
+
+
+def test_a_parameter_of_two() -> None:
+    model = nn.Linear(3, 3)
+    first, second = (fusedopt.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    release = fusedopt.GradientRelease(first)
+    with pytest.raises(ValueError, match=r"shape \(3, 3\) has another GradientRelease"):
+        fusedopt.GradientRelease(second)
+    release.remove()
+    fusedopt.GradientRelease(second)
+
+
+def test_backward_passes_in_several_threads() -> None:
+    """As autograd has them for several devices: states are made by one at a time."""
+
+    def run(released: bool) -> list[Tensor]:
+        halves = [[nn.Parameter(torch.ones(7)) for _ in range(12)] for _ in range(2)]
+        optimizer = fusedopt.AdamW([p for half in halves for p in half])
+        if released:
+            fusedopt.GradientRelease(optimizer)
+
+        def backward(half: list[nn.Parameter]) -> None:
+            sum((p * p).sum() for p in half).backward()
+
+        for _ in range(3):
+            threads = [threading.Thread(target=backward, args=(half,)) for half in halves]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach() for half in halves for p in half]
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        want = run(False)
+        for _ in range(10):
+            for got, each in zip(run(True), want, strict=True):
+                assert torch.equal(got, each)
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_parameters_that_overlap_later() -> None:
+    params = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    optimizer = fusedopt.SGD(params, lr=0.1)
+    fusedopt.GradientRelease(optimizer)
+    sum(p.sum() for p in params).backward()
+    optimizer.step()
+    params[1].data = params[0].data
+    with pytest.raises(ValueError, match="overlap"):
+        sum(p.sum() for p in params).backward()
+
+
+def test_clipping_that_comes_too_late() -> None:
+    training = Training(fusedopt.AdamW, True)
+    loss_of(training.model, training.generator).backward()
+    training.optimizer.max_grad_norm = 1.0
+    with pytest.raises(RuntimeError, match="max_grad_norm was set after the backward pass"):
+        training.optimizer.step()
+
+
+def test_found_inf_that_is_set() -> None:
+    training = Training(fusedopt.AdamW, True)
+    training.optimizer.found_inf = torch.ones(())
+    with pytest.raises(RuntimeError, match="GradScaler"):
+        loss_of(training.model, training.generator).backward()
+
+
+def test_after_an_error() -> None:
+    """zero_grad() and step() end an iteration that has failed; so does a loaded state_dict."""
+    training = Training(fusedopt.AdamW, True)
+    saved = copy.deepcopy(training.optimizer.state_dict())
+    for recover in (training.optimizer.step, lambda: training.optimizer.load_state_dict(saved)):
+        loss_of(training.model, training.generator).backward()
+        training.optimizer.zero_grad()
+        recover()
+        training.step()
+
+
+def test_no_property_raises() -> None:
+    """Debuggers and trainers look at all of them."""
+    training = Training(fusedopt.AdamW, True)
+    assert dict(inspect.getmembers(training.optimizer))["_step_supports_amp_scaling"] is False
