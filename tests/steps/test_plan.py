@@ -93,18 +93,25 @@ def test_positions_that_are_not_there() -> None:
             step_some(optimizer, [position])
 
 
-def test_a_partial_step_looks_at_no_other_memory() -> None:
-    """Where a parameter was given other memory, too: a whole step would say that two overlap."""
+def test_a_partial_step_after_memory_was_moved() -> None:
+    """It looks at no other memory, so that a plan is made anew, which does: two may overlap now."""
     optimizer: Any = fusedopt.SGD(make_params(), lr=0.5)
     train(optimizer, range(1))
     other, moved = params_of(optimizer)[:2]
     set_grads([moved], 5)
     moved.data = moved.data.clone()
-    other.data = moved.data
     before, gradient = moved.detach().clone(), moved.grad
+    lacks = optimizer._plan.step(
+        optimizer.param_groups, optimizer.state, None, None, None, positions=[1]
+    )
+    assert lacks.states == lacks.gradients == []
+    optimizer._make_plan(optimizer.state)
     step_some(optimizer, [1])
     assert gradient is not None
     assert torch.equal(moved.detach(), before - 0.5 * gradient)
+    other.data = moved.data
+    with pytest.raises(ValueError, match="overlap"):
+        optimizer._make_plan(optimizer.state)
 
 
 # -- a rule for each group -----------------------------------------------------------------------
