@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from . import checks, coded, codes, core_checks, measured
-from .faults import FAULTS, make, make_faultless, rule_of
+from .faults import FAULTS, flags_of, make, make_faultless, rule_of
 from .library import Core
 
 
@@ -35,16 +35,18 @@ def run(check: str, core: Core) -> None:
 pytestmark = pytest.mark.slow  # each fault takes seconds to compile
 
 
-def rules_of(check: str) -> list[str]:
-    """Of the builds with its faults."""
-    return sorted({rule_of(check, name) for name in FAULTS[check]})
+def builds_of(check: str) -> list[tuple[str, tuple[str, ...]]]:
+    """The rule and the flags of the builds with its faults."""
+    return sorted({(rule_of(check, name), flags_of(check, name)) for name in FAULTS[check]})
 
 
 @pytest.mark.parametrize(
-    ("check", "rule"), [(check, rule) for check in FAULTS for rule in rules_of(check)]
+    ("check", "rule", "flags"),
+    [(check, *made) for check in FAULTS for made in builds_of(check)],
+    ids=lambda each: each if isinstance(each, str) else "wide" if each else "baseline",
 )
-def test_no_fault_passes(check: str, rule: str) -> None:
-    run(check, Core(make_faultless(rule)))
+def test_no_fault_passes(check: str, rule: str, flags: tuple[str, ...]) -> None:
+    run(check, Core(make_faultless(rule, flags)))
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ FACTOR = 1 / 3  # which float32 does not hold
 LEAST_EXECUTED = 0.6  # of a kernel's instructions
 # Where little is done besides a division by a root, what is rare of that is nearly half of it.
 LEAST_EXECUTED_OF_SHORT = 0.5
-FAULT_EVERY = {"float32": 16, "coded": 96}  # instructions
+FAULT_EVERY = {"float32": 8, "coded": 96}  # instructions
 LEAST_FOUND = {"float32": (0.7, 0.0), "coded": (0.6, 0.1)}  # of the faults; took a slow way
 
 
@@ -202,8 +202,13 @@ def test_most_instructions_have_been_executed(machine: Machine, core: Core) -> N
 def test_planted_faults_are_found(
     kind: str, machine_of: Callable[[str], Machine], core: Core
 ) -> None:
-    dtypes = (kind,) * 4
-    kernel = next(k for k in [*core.kernels, *core.coded_kernels] if k.dtypes == dtypes)
+    # Of a rule that cannot be cautious: what a row of Adam's says of that is of no effect in two of
+    # the three ways through a kernel, which usual rows take.
+    kernel = next(
+        k
+        for k in [*core.kernels, *core.coded_kernels]
+        if k.dtypes == (kind,) * 4 and "cautious" not in checks.options_of(core, k)[0]
+    )
     case = Case(core, kernel, codings=coded.SOME_CODINGS * 3)
 
     def check(machine: Machine, watch: Watch) -> None:
