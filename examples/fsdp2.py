@@ -71,6 +71,9 @@ def main() -> None:
     if options.folder is not None:
         states = get_state_dict(model, optimizer)
         dcp.save({"model": states[0], "optimizer": states[1]}, checkpoint_id=options.folder)
+    dist.barrier()
+    if rank == 0:
+        print("done", flush=True)
     dist.destroy_process_group()
 
 

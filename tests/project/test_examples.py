@@ -19,7 +19,9 @@ def run(example: str, *arguments: str, launcher: tuple[str, ...] = ()) -> str:
         text=True,
         capture_output=True,
     )
-    assert done.returncode == 0, done.stderr
+    # Threads of gloo may abort a process that is done, and ends.
+    aborted = bool(launcher) and "terminate called without an active exception" in done.stderr
+    assert done.returncode == 0 or (aborted and done.stdout.endswith("done\n")), done.stderr
     return done.stdout
 
 
