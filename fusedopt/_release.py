@@ -215,7 +215,15 @@ class GradientRelease:
         self._streams[device] = stream
 
     def _check_surroundings(self) -> None:
-        """Raise for others that change gradients after the backward pass.
+        """Raise for others that change gradients after the backward pass."""
+        if self._find_others():
+            gc.collect()  # they may be garbage
+            if problem := self._find_others():
+                raise RuntimeError(problem)
+        self._checked = True
+
+    def _find_others(self) -> str:
+        """What is wrong with one of them, if there is one.
 
         A parameter knows nothing of them, so they are looked for among all that lives.
         """
@@ -223,14 +231,14 @@ class GradientRelease:
             kind = type(each)
             if issubclass(kind, torch.nn.parallel.DistributedDataParallel):
                 if any(id(param) in self._hooks for param in each.parameters()):
-                    raise RuntimeError(
+                    return (
                         f"{self._what}: a parameter is one of DistributedDataParallel, which adds "
                         "up gradients among processes after the hooks of parameters; use "
                         "fully_shard (FSDP2), or DistributedDataParallel without GradientRelease"
                     )
             elif issubclass(kind, torch.amp.GradScaler) and _scales(each):
-                raise RuntimeError(self._of_scaler())
-        self._checked = True
+                return self._of_scaler()
+        return ""
 
     def _check_scaler(self, optimizer: FusedOptimizer) -> None:
         given = (getattr(optimizer, name, None) for name in ("found_inf", "grad_scale"))

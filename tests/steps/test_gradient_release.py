@@ -425,6 +425,15 @@ def test_gradient_scaler(fused: bool) -> None:
     del scaler
 
 
+def test_a_scaler_that_is_garbage() -> None:
+    """Nobody has it any longer, but it was not collected yet."""
+    scaler: Any = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    scaler.itself = scaler
+    del scaler
+    check_bits(fusedopt.AdamW, steps=2)
+
+
 def test_a_scaler_that_is_not_used() -> None:
     scalers = [torch.amp.GradScaler("cpu"), torch.amp.GradScaler("cpu", enabled=False)]
     scalers[1].scale(torch.ones(()))
