@@ -15,7 +15,7 @@ workers = $$($(PY) -c 'import os, xdist; \
   print("-n", min(4, len(os.sched_getaffinity(0))), "--dist $(1)")' 2>/dev/null)
 SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help env integrations trainers build demo test test-all test-trainers test-arm bench bench-quick lint format check-binary check-tables tables gpu-check matrix dist clean
+.PHONY: help env integrations trainers build demo test test-all test-trainers test-arm bench bench-quick lint format check-binary check-tables tables gpu-check dist clean
 
 help:  ## list the targets
 	@echo 'Each sets up what it needs. PYTHON=python3.12 chooses what .venv is made from;'
@@ -28,6 +28,10 @@ else
 env: $(VENV)/installed.txt
 endif
 
+# What pyproject.toml lists under a name: $(call wanted,name)
+wanted = $(PY) -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+  print(*project["optional-dependencies"]["$(1)"], sep="\n")' > $(VENV)/wanted.txt
+
 # pip runs only when the list of development requirements, in pyproject.toml, has changed.
 $(VENV)/installed.txt: pyproject.toml
 	@test -x $(PY) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -35,8 +39,7 @@ $(VENV)/installed.txt: pyproject.toml
 	@test -x $(PY) || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo 'fusedopt: $(PYTHON) cannot make a virtual environment; install python3-venv' >&2; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@$(PY) -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-	  print(*project["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/wanted.txt
+	@$(call wanted,dev)
 	@cmp -s $(VENV)/wanted.txt $@ || $(PY) -m pip install --requirement $(VENV)/wanted.txt
 	@mv $(VENV)/wanted.txt $@
 
@@ -45,8 +48,7 @@ ifeq ($(strip $(VENV)),)
 integrations:
 else
 integrations: env
-	@$(PY) -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-	  print(*project["optional-dependencies"]["integrations"], sep="\n")' > $(VENV)/wanted.txt
+	@$(call wanted,integrations)
 	@cmp -s $(VENV)/wanted.txt $(VENV)/integrations.txt || \
 	  $(PY) -m pip install --no-build-isolation --requirement $(VENV)/wanted.txt
 	@mv $(VENV)/wanted.txt $(VENV)/integrations.txt
@@ -57,8 +59,7 @@ ifeq ($(strip $(VENV)),)
 trainers:
 else
 trainers: env
-	@$(PY) -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-	  print(*project["optional-dependencies"]["trainers"], sep="\n")' > $(VENV)/wanted.txt
+	@$(call wanted,trainers)
 	@cmp -s $(VENV)/wanted.txt $(VENV)/trainers.txt || { \
 	  $(PY) -m pip install --requirement $(VENV)/wanted.txt --constraint $(VENV)/installed.txt && \
 	  $(PY) -m pip install --no-deps timm==1.0.31; }
@@ -143,16 +144,6 @@ check-binary: build  ## check in the disassembly that the loops are packed
 
 gpu-check: env  ## build, test, sanitize and measure on this machine's GPU; OUT=folder also keeps the results there
 	$(PY) -m benchmarks.gpu.check $(ARGS)
-
-# What is committed, in an environment and a folder of its own, with that torch and Python.
-MATRIX = build/matrix/torch-$(TORCH)-$(notdir $(PYTHON))
-matrix:  ## build and test the last commit with another torch and Python: TORCH=2.14.1 PYTHON=python3.13
-	@test -n "$(TORCH)" || { echo 'fusedopt: which torch? make matrix TORCH=2.14.1 PYTHON=python3.13' >&2; exit 1; }
-	test -x $(MATRIX)/env/bin/python || $(PYTHON) -m venv $(MATRIX)/env
-	$(MATRIX)/env/bin/python -m pip install --quiet torch==$(TORCH) 'setuptools>=77,<82' wheel ninja numpy hypothesis \
-	  pytest pytest-xdist scikit-learn
-	rm -rf $(MATRIX)/tree && git clone --quiet . $(MATRIX)/tree
-	$(MAKE) -C $(MATRIX)/tree test VENV= PYTHON=$(abspath $(MATRIX))/env/bin/python ARGS='$(ARGS)'
 
 # The wheel is built from the sdist; both are then tried where nothing else of fusedopt is.
 CLEAN = build/clean-env
