@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fusedopt._compiling import uncompiled
 from fusedopt._extension import _C
 from fusedopt._flat import find_buffer
+from fusedopt._formats import MASTERS
 from fusedopt._optimizer import FusedOptimizer
 from fusedopt._sharded import is_sharded, local_of, mesh_of
 from fusedopt._states import is_begun, replace_values
@@ -301,12 +302,15 @@ class GradientRelease:
         self._has_made = False
 
     def _drop_unused(self, optimizer: FusedOptimizer) -> None:
-        """Drop states of parameters that had no gradient: ordinary steps make none for them."""
+        """Drop states of parameters that had no gradient: ordinary steps make none for them. A
+        dictionary to which the user has added something meanwhile stays."""
         kept: set[int] = set()
+        ours = optimizer._state_keys() | MASTERS
         for param in optimizer._params():
             if id(param) not in self._made:
                 continue
-            if is_begun(param, optimizer.state, optimizer._workspace):
+            is_ours = optimizer.state.get(param, {}).keys() <= ours
+            if is_ours and is_begun(param, optimizer.state, optimizer._workspace):
                 replace_values(optimizer.state, param, None)
                 optimizer._workspace.forget_begun(param)
                 optimizer._plan = None

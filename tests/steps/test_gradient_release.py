@@ -570,6 +570,19 @@ def test_first_gradients_that_come_late(row: Row) -> None:
             assert got[key] == value, key
 
 
+def test_what_a_user_adds_to_a_state_stays() -> None:
+    """To that of a parameter without a gradient, too, which was made along with others'."""
+    training = Training(fusedopt.AdamW, True)
+    optimizer, unused = training.optimizer, training.model.unused
+    loss_of(training.model, training.generator).backward()
+    optimizer.state[unused]["mine"] = 1
+    optimizer.step()
+    assert optimizer.state[unused]["mine"] == 1
+    other = Training(fusedopt.AdamW, True)
+    other.step()
+    assert other.model.unused not in other.optimizer.state
+
+
 def test_states_that_are_not_all_there() -> None:
     """By the user's hand, by other options, and by masters that were set before the first step."""
 
