@@ -58,11 +58,12 @@ def check(isa: str, path: Path) -> None:
     strong = {name for name, kind in shared.items() if kind not in "WVu"}
     assert isa == "dispatch" or strong == {f"fusedopt::cpu::{isa}_loops()"}
     # Templates of the standard library may be shared: they hold no vector code, as shown above. And
-    # templates over a file's own types are like no other file's.
+    # templates over a file's own types are like no other file's. What is for every processor, as
+    # all of dispatch is, may be shared where no file for an instruction set has it, too.
     own = f"fusedopt::cpu::{isa}::(anonymous namespace)::"
     weak = [name for name, kind in shared.items() if kind in "Wu"]
     odd = [name for name in weak if "std::" not in name and own not in name]
-    assert not odd, f"{isa} shares {odd}"
+    assert isa == "dispatch" or not odd, f"{isa} shares {odd}"
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "dispatch"])

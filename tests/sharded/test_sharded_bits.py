@@ -5,7 +5,16 @@ import functools
 import pytest
 import torch
 from support.ranks import Trial, check, check_on_a_gpu, worlds
-from support.sharding import LAYOUTS, Layout, Pair, choices, drawn, in_two_groups, mesh_of
+from support.sharding import (
+    LAYOUTS,
+    Layout,
+    Pair,
+    choices,
+    drawn,
+    in_two_groups,
+    mesh_of,
+    rounds_otherwise,
+)
 from support.training import assert_same_bits
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -80,8 +89,7 @@ def trials(world: int) -> dict[str, Trial]:
         for choice, (case, dtype, *_) in choices().items()
         # Of the many layouts of a larger world all but one are for one class.
         if layout == "shards" or case.row.name == "adamw"
-        # Sums of whole parameters, added in another order, may differ in float64's last bit.
-        if dtype != torch.float64 or case.row.name not in ("lamb", "lars", "stable_adamw")
+        if not rounds_otherwise(case, dtype)
     }
     if world == 4:
         for choice, (case, *_) in choices().items():
