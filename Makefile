@@ -15,7 +15,7 @@ workers = $$($(PY) -c 'import os, xdist; \
   print("-n", min(4, len(os.sched_getaffinity(0))), "--dist $(1)")' 2>/dev/null)
 SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help env integrations trainers build demo test test-all test-trainers test-arm bench bench-quick lint format check-binary check-tables tables gpu-check dist clean
+.PHONY: help env integrations trainers build demo test test-all test-trainers matrix test-arm bench bench-quick lint format check-binary check-tables tables gpu-check dist clean
 
 help:  ## list the targets
 	@echo 'Each sets up what it needs. PYTHON=python3.12 chooses what .venv is made from;'
@@ -77,6 +77,25 @@ test-all: build integrations  ## run all tests; ARGS="-m slow": those that make 
 
 test-trainers: build trainers  ## run the tests of trainers: transformers, Accelerate, Lightning and others
 	$(PY) -m pytest tests/trainers $(call workers,worksteal) $(ARGS)
+
+# What is committed, in an environment of its own. Requirements have no versions there, as those that
+# are pinned are not for every Python.
+TORCH ?= 2.14.1
+MATRIX = build/matrix/torch-$(TORCH)-$(notdir $(PYTHON))
+MATRIX_PY = $(CURDIR)/$(MATRIX)/env/bin/python
+matrix:  ## build and test with another torch and Python: TORCH=2.14.1 PYTHON=python3.13
+	@test -x $(MATRIX_PY) || $(PYTHON) -m venv $(MATRIX)/env
+	@$(MATRIX_PY) -c 'import importlib, sys; \
+	  toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "pip._vendor.tomli"); \
+	  dev = toml.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"]; \
+	  print("torch==$(TORCH)", *(d.split("==")[0] for d in dev if not d.startswith("torch==")), sep="\n")' \
+	  > $(MATRIX)/wanted.txt
+	@cmp -s $(MATRIX)/wanted.txt $(MATRIX)/installed.txt || \
+	  $(MATRIX_PY) -m pip install --requirement $(MATRIX)/wanted.txt
+	@mv $(MATRIX)/wanted.txt $(MATRIX)/installed.txt
+	@test -d $(MATRIX)/tree || git clone --quiet . $(MATRIX)/tree
+	@git -C $(MATRIX)/tree pull --quiet --ff-only
+	$(MAKE) -C $(MATRIX)/tree test VENV= PYTHON=$(MATRIX_PY)
 
 test-arm: build  ## run the loops of the CPU on 64-bit ARM, in an emulator
 	@{ command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64-static; } > /dev/null || \

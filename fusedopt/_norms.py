@@ -1,5 +1,7 @@
 """The norm of gradients that are cut among processes."""
 
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -86,7 +88,11 @@ class SkippedElsewhere(Exception):
 
 def note_untold(error: Exception, other: Exception) -> None:
     """Add to an error that the other processes do not know of it."""
-    error.add_note(f"The other processes could not be told: {other}")
+    note = f"The other processes could not be told: {other}"
+    if sys.version_info >= (3, 11):
+        error.add_note(note)
+    else:
+        warnings.warn(note, stacklevel=2)
 
 
 class CutNorm:

@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import subprocess
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -86,7 +86,7 @@ def provenance(device: torch.device, implementations: list[Implementation]) -> d
     peers = {other.package: other.installed_version() for other in implementations if other.package}
     changes = git("status", "--porcelain", "--untracked-files=no")
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "HEAD") or os.environ.get("FUSEDOPT_COMMIT"),
         "dirty": None if changes is None else changes != "",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
