@@ -29,22 +29,34 @@ def samples(case: Json, name: str, timed: str = WALL) -> list[float] | None:
     return found
 
 
-def ratio(case: Json, name: str, to: str, timed: str = WALL) -> float | None:
-    """Median over the rounds of one time divided by another; None where one was not measured."""
+def ratios(case: Json, name: str, to: str, timed: str = WALL) -> list[float] | None:
+    """In each round one time divided by another; None where one was not measured."""
     above, below = samples(case, name, timed), samples(case, to, timed)
     if above is None or below is None:
         return None
-    return median(a / b for a, b in zip(above, below, strict=True))
+    return [a / b for a, b in zip(above, below, strict=True)]
 
 
-def share_of_copy(case: Json, name: str) -> float | None:
-    """A step's bytes per second on the device, as a share of a copy's."""
-    times_copy = ratio(case, COPY, name, DEVICE)
+def ratio(case: Json, name: str, to: str, timed: str = WALL) -> float | None:
+    """Their median."""
+    found = ratios(case, name, to, timed)
+    return None if found is None else median(found)
+
+
+def shares_of_copy(case: Json, name: str) -> list[float] | None:
+    """In each round a step's bytes per second on the device, as a share of a copy's."""
+    times_copy = ratios(case, COPY, name, DEVICE)
     if times_copy is None:
         return None
     step_bytes: int = case["parameters"] * case["bytes_per_parameter"]
     copied: int = case["memory_bytes"]
-    return times_copy * step_bytes / copied
+    return [each * step_bytes / copied for each in times_copy]
+
+
+def share_of_copy(case: Json, name: str) -> float | None:
+    """Their median."""
+    found = shares_of_copy(case, name)
+    return None if found is None else median(found)
 
 
 # What benchmarks/gpu/model.py calls the kernels of these optimizers.

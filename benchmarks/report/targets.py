@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 
@@ -15,9 +16,9 @@ from benchmarks.report.case import (
     of_what,
     on_gpu,
     percent,
-    ratio,
+    ratios,
     samples,
-    share_of_copy,
+    shares_of_copy,
     times,
 )
 
@@ -33,9 +34,25 @@ class Target:
         """What is measured; the case is empty where it was not."""
         return f"{self.optimizer} {of_what({'scenario': self.scenario, **case})}"
 
+    def figures(self, case: Json) -> list[float] | None:
+        """The figure in each round; None where it was not measured."""
+        raise NotImplementedError
+
+    def meets(self, figure: float) -> bool:
+        raise NotImplementedError
+
+    def shown(self, figure: float) -> str:
+        return times(figure)
+
+    def required(self) -> str:
+        raise NotImplementedError
+
     def row(self, case: Json) -> tuple[list[str], bool]:
         """The cells title, measured and required, and whether it is met."""
-        raise NotImplementedError
+        figures = self.figures(case)
+        measured = "-" if figures is None else self.shown(median(figures))
+        met = figures is not None and self.meets(median(figures))
+        return [self.title(case), measured, self.required()], met
 
 
 @dataclass(frozen=True)
@@ -46,13 +63,20 @@ class Faster(Target):
     at_least: float
     implementation: str = OURS
 
-    def row(self, case: Json) -> tuple[list[str], bool]:
-        ratios = [ratio(case, name, self.implementation) for name in self.against]
-        measured = min((value for value in ratios if value is not None), default=None)
+    def title(self, case: Json) -> str:
         ours = "" if self.implementation == OURS else f", {self.implementation}"
-        title = f"{self.title(case)}{ours} vs {' / '.join(self.against)}"
-        met = measured is not None and measured >= self.at_least
-        return [title, times(measured), f"at least {self.at_least:g}x"], met
+        return f"{super().title(case)}{ours} vs {' / '.join(self.against)}"
+
+    def figures(self, case: Json) -> list[float] | None:
+        """Those of the implementation that comes closest."""
+        every = [ratios(case, name, self.implementation) for name in self.against]
+        return min(filter(None, every), key=median, default=None)
+
+    def meets(self, figure: float) -> bool:
+        return figure >= self.at_least
+
+    def required(self) -> str:
+        return f"at least {self.at_least:g}x"
 
 
 @dataclass(frozen=True)
@@ -61,12 +85,20 @@ class Share(Target):
 
     at_least: float
 
-    def row(self, case: Json) -> tuple[list[str], bool]:
-        measured = share_of_copy(case, OURS)
-        met = measured is not None and measured >= self.at_least
-        title = f"{self.title(case)}, of the copy's bandwidth"
-        shown = "-" if measured is None else f"{100 * measured:.1f}%"
-        return [title, shown, f"at least {percent(self.at_least)}"], met
+    def title(self, case: Json) -> str:
+        return f"{super().title(case)}, of the copy's bandwidth"
+
+    def figures(self, case: Json) -> list[float] | None:
+        return shares_of_copy(case, OURS)
+
+    def meets(self, figure: float) -> bool:
+        return figure >= self.at_least
+
+    def shown(self, figure: float) -> str:
+        return f"{100 * figure:.1f}%"
+
+    def required(self) -> str:
+        return f"at least {percent(self.at_least)}"
 
 
 @dataclass(frozen=True)
@@ -76,12 +108,20 @@ class Within(Target):
     implementation: str
     at_most: float
 
-    def row(self, case: Json) -> tuple[list[str], bool]:
-        found = samples(case, self.implementation)
-        measured = median(found) if found else None
-        met = measured is not None and measured <= self.at_most
-        title = f"{self.title(case)}, {self.implementation}, wall time"
-        return [title, duration(measured), f"at most {duration(self.at_most)}"], met
+    def title(self, case: Json) -> str:
+        return f"{super().title(case)}, {self.implementation}, wall time"
+
+    def figures(self, case: Json) -> list[float] | None:
+        return samples(case, self.implementation)
+
+    def meets(self, figure: float) -> bool:
+        return figure <= self.at_most
+
+    def shown(self, figure: float) -> str:
+        return duration(figure)
+
+    def required(self) -> str:
+        return f"at most {duration(self.at_most)}"
 
 
 @dataclass(frozen=True)
@@ -91,11 +131,17 @@ class OfFloor(Target):
     at_most: float
     implementation: str = OURS
 
-    def row(self, case: Json) -> tuple[list[str], bool]:
-        measured = ratio(case, self.implementation, FLOOR)
-        met = measured is not None and measured <= self.at_most
-        title = f"{self.title(case)}, {self.implementation}, of the floor's time"
-        return [title, times(measured), f"at most {times(self.at_most)}"], met
+    def title(self, case: Json) -> str:
+        return f"{super().title(case)}, {self.implementation}, of the floor's time"
+
+    def figures(self, case: Json) -> list[float] | None:
+        return ratios(case, self.implementation, FLOOR)
+
+    def meets(self, figure: float) -> bool:
+        return figure <= self.at_most
+
+    def required(self) -> str:
+        return f"at most {times(self.at_most)}"
 
 
 INT8 = "fusedopt-int8"
@@ -167,10 +213,15 @@ def import_row(results: Json) -> tuple[list[str], bool]:
     return ["import beyond torch", duration(measured), f"at most {duration(IMPORT_AT_MOST)}"], met
 
 
+def targets_of(results: Json) -> Iterator[tuple[Target, Json]]:
+    """Each target for such a device, and its case, which is empty where none was measured."""
+    cases = {(case["optimizer"], case["scenario"]): case for case in results["cases"]}
+    for target in GPU_TARGETS if on_gpu(results) else CPU_TARGETS:
+        yield target, cases.get((target.optimizer, target.scenario), {})
+
+
 def target_rows(results: Json) -> list[tuple[list[str], bool]]:
     """For each target the cells title, measured and required, and whether it is met."""
-    cases = {(case["optimizer"], case["scenario"]): case for case in results["cases"]}
-    targets = GPU_TARGETS if on_gpu(results) else CPU_TARGETS
-    rows = [target.row(cases.get((target.optimizer, target.scenario), {})) for target in targets]
+    rows = [target.row(case) for target, case in targets_of(results)]
     rows.append(allocated_row(results))
     return rows if on_gpu(results) else [*rows, import_row(results)]

@@ -1,5 +1,6 @@
 """AddressSanitizer and UndefinedBehaviorSanitizer over all kernels, on buffers of exact sizes."""
 
+import json
 import os
 import subprocess
 import tempfile
@@ -7,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .build import CXX, Fault, build
-from .faults import make_faultless
+from .build import CXX, FEW, SMALL, Fault, build
 from .library import Core
 
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -40,9 +40,9 @@ def sanitizers() -> None:
 
 
 def build_ahead(whole: bool = False, fault: Fault | None = None) -> Path:
-    """The whole core, or one of one rule and few dtypes, which may have a fault."""
+    """All rules on every instruction set for few dtypes, or one rule, which may have a fault."""
     if whole:
-        return build("sanitized", "sanitize", FLAGS)
+        return build("sanitized", "sanitize", FLAGS, few=True)
     if fault is None:
         return build("faultless-sanitize-Adam", "sanitize", SMALL_FLAGS, small="Adam")
     name = f"sanitized-{fault.file.replace('/', '-').removesuffix('.h')}"
@@ -62,9 +62,12 @@ def test_core_is_clean(whole: bool, core: Core) -> None:
     program = build_ahead(whole)
     result = run(program)
     assert result.returncode == 0, result.stderr[:5000]
-    built = core if whole else Core(make_faultless("Adam"))  # which has as few combinations
-    kernels = len(built.kernels) + len(built.coded_kernels)
-    assert result.stdout.startswith(f"{kernels} kernels")
+    count, about = result.stdout.split(" kernels: ")
+    built = json.loads(about)
+    assert [name for name, _, _ in built["rules"]] == (core.rules if whole else ["Adam"])
+    dtypes = (FEW if whole else SMALL).count("Types<") + 1  # and codes
+    assert len(built["combinations"]) + 1 == dtypes
+    assert int(count) == len(built["variants"]) * dtypes
 
 
 @pytest.mark.parametrize(

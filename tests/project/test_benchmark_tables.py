@@ -162,6 +162,32 @@ def test_comparison_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert comparison(old, slower) == ("The two runs have no case in common.", False)
 
 
+def test_a_target_that_was_met_is_not_lost_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind of target, by more than chance, and where both were measured."""
+    monkeypatch.setattr(compare, "LEAST_ROUNDS", 4)
+
+    def run(ours: list[float], floor: float = 1e-3, **others: list[float]) -> Any:
+        results = cpu_results(**{OURS: ours, **others})
+        results["cases"][0][WALL][FLOOR] = [floor] * len(ours)
+        return results
+
+    fused = {"torch-fused": [0.036] * 4}
+    old = run([1.9e-3] * 4, **fused)
+    text, regressed = comparison(old, run([2.2e-3] * 4, 1.12e-3, **fused))
+    assert regressed and text.endswith(
+        "TARGET LOST: AdamW 1000x1Ki vs torch-fused: 18.9x before, 16.4x now, at least 18x"
+    )
+    text, regressed = comparison(old, run([2.2e-3] * 4, 0.9e-3, **fused))
+    assert "fusedopt, of the floor's time: 1.90x before, 2.44x now, at most 2.00x" in text
+    assert text.count("TARGET LOST") == 2
+    # Half of the rounds meet it, none of the peer's was measured, it had been missed before.
+    chance = run([1.9e-3, 1.95e-3, 2.2e-3, 2.2e-3], 1.1e-3, **fused)
+    for before, now in ((old, chance), (old, run([2.2e-3] * 4, 1.12e-3))):
+        assert "LOST" not in comparison(before, now)[0]
+    missed = run([2.2e-3] * 4, **fused)
+    assert "LOST" not in comparison(missed, run([2.25e-3] * 4, **fused))[0]
+
+
 def test_gpu_tables(
     gpu_results: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
