@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 
 # Among several processes, threads that wait for work must not take the others' time. torch's
@@ -32,6 +33,47 @@ HAS_CUDA = bool(accelerator.HOST_RUN) or (torch.cuda.is_available() and _C.has_c
 CUDA = pytest.param(
     accelerator.DEVICE, marks=[pytest.mark.cuda, pytest.mark.skipif(not HAS_CUDA, reason=NO_CUDA)]
 )
+
+
+LARGE = 100  # instances of a test of which make test runs a part
+OF = 3  # one in so many of them
+FIRST_ROWS = ("adamw-", "sgd-")  # of these classes all
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = (
+        "run tests with every optimizer and every value of theirs, not each with some of the others"
+    )
+    parser.addoption("--all-pairs", action="store_true", help=text)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test over optimizers and values that has many instances and is not a slow one, each
+    optimizer takes some of the values and each value some of the optimizers. All of them are run
+    on a GPU, with --all-pairs, and where tests are chosen by name."""
+    named = config.option.keyword or any("::" in argument for argument in config.args)
+    if config.option.all_pairs or named or HAS_CUDA:
+        return
+    instances: dict[object, list[pytest.Function]] = defaultdict(list)
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            instances[item.function].append(item)
+    left_out: set[pytest.Item] = set()
+    for those in instances.values():
+        indices = [item.callspec.indices for item in those]
+        if len(those) <= LARGE or "case" not in indices[0]:
+            continue
+        if any(item.get_closest_marker("slow") for item in those):
+            continue
+        rest = [(*(v for k, v in each.items() if k != "case"),) for each in indices]
+        values = {value: number for number, value in enumerate(dict.fromkeys(rest))}
+        every = min(OF, len(values))
+        for item, each, value in zip(those, indices, rest, strict=True):
+            first = str(item.callspec.params["case"]).startswith(FIRST_ROWS)
+            if not first and (each["case"] + values[value]) % every:
+                left_out.add(item)
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=[*left_out])
 
 
 def pytest_collection_finish() -> None:
