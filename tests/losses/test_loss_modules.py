@@ -107,6 +107,8 @@ def test_repr(name: str) -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_in_the_place_of_torchs(row: Row) -> None:
+    if row.their_module is torch.nn.Module:
+        pytest.skip("this torch has no such class")
     assert issubclass(row.our_module, row.their_module)
     assert row.our_module.__name__ == row.their_module.__name__
     mine = inspect.signature(row.our_module.__init__).parameters
@@ -125,6 +127,8 @@ def test_in_the_place_of_torchs(row: Row) -> None:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_functions_in_the_place_of_torchs(row: Row) -> None:
     """The same names in the same order, with the same defaults; and then ours, by name only."""
+    if row.their_module is torch.nn.Module:
+        pytest.skip("this torch has no such function")
     mine, theirs = (inspect.signature(each).parameters for each in (row.ours, row.theirs))
     assert list(mine)[: len(theirs)] == list(theirs)
     for name, parameter in theirs.items():

@@ -32,6 +32,7 @@ from support.losses import (
 )
 from torch import Tensor
 from torch.nn import functional as F
+from torch.torch_version import TorchVersion
 
 from fusedopt.nn import functional as ours
 
@@ -314,8 +315,10 @@ def test_broadcasting(
 def test_mse_of_two_dtypes(dtype: torch.dtype, target_dtype: torch.dtype) -> None:
     problem = MSE.problem(MSE.kinds["default"], (9, 70), dtype)
     problem = problem.having(target=problem.tensors["target"].to(target_dtype))
-    got, theirs = run(ours.mse_loss, problem), run(F.mse_loss, problem)
-    assert_alike(got, theirs)
+    got = run(ours.mse_loss, problem)
+    # Before 2.13 torch's backward pass fails with two.
+    if dtype == target_dtype or TorchVersion(torch.__version__) >= "2.13":
+        assert_alike(got, run(F.mse_loss, problem))
     assert_as_expected(MSE, got, problem)
 
 

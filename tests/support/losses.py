@@ -316,6 +316,23 @@ def cross_entropy_formula(
     return Outcome(loss, grads, scale=most * counts, grad_scale=most)
 
 
+def torchs_linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int | None = None,
+    **options: Any,
+) -> Tensor:
+    """What torch before 2.13 has instead: two functions."""
+    if ignore_index is not None:
+        options["ignore_index"] = ignore_index
+    bias = None if linear_bias is None else linear_bias.flatten()
+    rows = F.linear(input, linear_weight.flatten(0, -2), bias)
+    return F.cross_entropy(rows.unflatten(-1, linear_weight.shape[:-1]), target, **options)
+
+
 def linear_cross_entropy_formula(
     input: Array,
     linear_weight: Array,
@@ -488,9 +505,9 @@ CROSS_ENTROPY = Row(
 LINEAR_CROSS_ENTROPY = Row(
     name="linear_cross_entropy",
     ours=ours.linear_cross_entropy,
-    theirs=F.linear_cross_entropy,
+    theirs=getattr(F, "linear_cross_entropy", torchs_linear_cross_entropy),
     our_module=nn.LinearCrossEntropyLoss,
-    their_module=torch.nn.LinearCrossEntropyLoss,
+    their_module=getattr(torch.nn, "LinearCrossEntropyLoss", torch.nn.Module),
     formula=linear_cross_entropy_formula,
     make=_make_linear,
     wanted=("input", "linear_weight", "linear_bias", "target"),

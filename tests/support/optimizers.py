@@ -6,12 +6,13 @@ and its row. All optimizers have the options lr and maximize, and all but one we
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
 import torch
 from torch.optim import Optimizer
+from torch.torch_version import TorchVersion
 
 import fusedopt
 
@@ -693,6 +694,32 @@ RADAM = Row(
     state_keys=_adam_keys,
     never_negative=ADAM_SQUARES,
 )
+
+
+def mend_adagrad(cls: Any) -> None:
+    """Before torch 2.13 its Adagrad made states in the constructor alone, so that a parameter that
+    was added later had none, and did not tell GradScaler that its fused step skips and unscales."""
+    construct, init_group = cls.__init__, cls._init_group
+
+    @wraps(construct)
+    def construct_mended(self: Any, *args: Any, **options: Any) -> None:
+        construct(self, *args, **options)
+        if self.defaults.get("fused"):
+            self._step_supports_amp_scaling = True
+
+    def init_group_mended(self: Any, group: Any, *lists: Any) -> Any:
+        keys = ("initial_accumulator_value", "fused")
+        for p in group["params"]:
+            if p.grad is not None and not self.state[p]:
+                made = cls([p], **{key: group[key] for key in keys})
+                self.state[p].update(made.state[p])
+        return init_group(self, group, *lists)
+
+    cls.__init__, cls._init_group = construct_mended, init_group_mended
+
+
+if TorchVersion(torch.__version__) < "2.13":
+    mend_adagrad(torch.optim.Adagrad)
 
 ADAGRAD = Row(
     name="adagrad",
