@@ -144,8 +144,8 @@ def test_every_coding_has_every_kind_of_span(core: Core) -> None:
 
 @slow
 def test_every_coded_kernel(machine: Machine, core: Core) -> None:
-    """Every coding."""
-    for kernel in core.coded_kernels:
+    """Every coding. Half of the kernels of each architecture."""
+    for kernel in core.coded_kernels[[*ARGUMENT].index(machine.arch) :: 2]:
         Case(core, kernel).check(machine)
 
 
