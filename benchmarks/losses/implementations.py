@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 import fusedopt.nn.functional as ours
 from benchmarks.losses.cases import (
@@ -35,7 +36,11 @@ from benchmarks.report.case import OURS
 
 Function = Callable[..., Tensor]
 CHUNKS = (128, 256, 512, 1024)
-POLICIES: tuple[Literal["compact", "balanced"], ...] = ("compact", "balanced")
+# torch 2.14 has no "balanced" any longer.
+OTHER: Literal["balanced", "accurate"] = (
+    "balanced" if TorchVersion(torch.__version__) < "2.14" else "accurate"
+)
+POLICIES: tuple[Literal["compact", "balanced", "accurate"], ...] = ("compact", OTHER)
 
 
 class HandOver(torch.autograd.Function):
