@@ -97,7 +97,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "interleaved, in one run.",
         epilog="A case is one optimizer in one scenario. Without --optimizer and --scenario a "
         "suite of cases is run, another one on GPUs than on CPUs: "
-        f"{describe_suite('cpu')}; on GPUs {describe_suite('cuda')}. The CPU's takes about 10 "
+        f"{describe_suite('cpu')}; on GPUs {describe_suite('cuda')}. The CPU's takes about 25 "
         "minutes on two cores; what memory has no room for is left out. Where there is no git, the "
         "environment variable FUSEDOPT_COMMIT says which commit is measured.",
     )

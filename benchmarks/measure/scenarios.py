@@ -202,7 +202,7 @@ SUITES: dict[str, dict[str, tuple[str, ...]]] = {
         "1x1": ("AdamW", "SGD"),
         "ResNet-50": ("AdamW", "SGD"),
         "ViT-B-16": ("AdamW",),
-        "GPT-2-small": ("AdamW",),
+        "GPT-2-small": ("AdamW", *OTHERS),
     },
     "cuda": {
         "1x1Gi": PLAIN,

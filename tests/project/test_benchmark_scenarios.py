@@ -92,7 +92,7 @@ def test_choice_of_cases() -> None:
     quick = names("cpu", None, None, True)
     assert 0 < len(quick) < len(names("cpu", None, None)) / 2
     assert set(quick) <= set(names("cpu", None, None))
-    assert names("cpu", None, ["GPT-2-small"]) == [("AdamW", "GPT-2-small")]
+    assert names("cpu", None, ["ViT-B-16"]) == [("AdamW", "ViT-B-16")]
     assert names("cpu", None, ["1x7"]) == [(optimizer, "1x7") for optimizer in scenarios.PLAIN]
     assert names("cpu", ["AdamW-bf16"], ["ResNet-50"]) == [("AdamW-bf16", "ResNet-50")]
     assert names("cuda", ["AdamW-clip"], None) == []
