@@ -130,6 +130,7 @@ GPU_RESULTS = $(sort $(wildcard benchmarks/results/nvidia-*.json))
 check-tables: env  ## check that the tables in the documentation are those of the results
 	$(PY) -m benchmarks.report $(RESULTS) --check
 	$(PY) -m benchmarks.report $(RESULTS) --check --readme-file docs/performance.md
+	$(PY) -m benchmarks.report $(RESULTS) --check --readme-file docs/optimizers.md
 	$(PY) -m benchmarks.report --gpu $(GPU_RESULTS) --check
 	$(PY) -m benchmarks.studies.precision --check
 	$(PY) -m benchmarks.studies.convergence --check
@@ -146,6 +147,7 @@ check-tables: env  ## check that the tables in the documentation are those of th
 tables: env  ## write the tables of the results into the documentation
 	$(PY) -m benchmarks.report $(RESULTS) --readme
 	$(PY) -m benchmarks.report $(RESULTS) --readme --readme-file docs/performance.md
+	$(PY) -m benchmarks.report $(RESULTS) --readme --readme-file docs/optimizers.md
 	$(PY) -m benchmarks.report --gpu $(GPU_RESULTS) --readme
 	$(PY) -m benchmarks.report $(RESULTS) --plots docs/images
 	$(PY) -m benchmarks.studies.precision --tables

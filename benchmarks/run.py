@@ -65,12 +65,15 @@ def seconds_to_import() -> list[float]:
 
 
 def updated(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The old results with the new run's cases in their places, each with its own provenance."""
+    """The old results with what the new run measured in its place, with its own provenance."""
     cases = {(case["optimizer"], case["scenario"]): case for case in new["cases"]}
     for case in cases.values():
         case["provenance"] = new["provenance"]
     kept = [cases.pop((case["optimizer"], case["scenario"]), case) for case in old["cases"]]
-    return {**old, "cases": [*kept, *cases.values()]}
+    parts = [part for part in ("scaling", "training", "import_seconds") if part in new]
+    again = {**old.get("again", {}), **dict.fromkeys(parts, new["provenance"])}
+    others = {part: new[part] for part in parts} | ({"again": again} if again else {})
+    return {**old, **others, "cases": [*kept, *cases.values()]}
 
 
 def scaling(run: Run, seconds: float) -> list[dict[str, Any]]:
@@ -129,7 +132,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--update",
         action="store_true",
-        help="keep what is in the output file, but for the cases that this run measures anew",
+        help="keep what is in the output file, but for what this run measures anew",
     )
     parser.add_argument(
         "--compare",

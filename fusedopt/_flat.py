@@ -1,5 +1,6 @@
 """Parameters, and on request their gradients, in one buffer per device and dtype."""
 
+import functools
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,9 @@ class FlatBuffer:
             self.slots[id(param)] = Slot(i, view.data_ptr(), grad_addresses[i])
         if gradients:
             self._attach(params)
-        _live.add(self)
+        known = weakref.ref(self, functools.partial(_forget, [*self.slots]))
+        for param in params:
+            _buffers_of.setdefault(id(param), []).append(known)
 
     def zero_grad(self) -> bool:
         """Fill the flat gradients with zero, and make them the parameters' gradients again.
@@ -89,14 +92,23 @@ class FlatBuffer:
         )
 
 
-_live: weakref.WeakSet[FlatBuffer] = weakref.WeakSet()
+# Those that a parameter was moved into, by its id. A buffer keeps its parameters alive.
+_buffers_of: dict[int, list[weakref.ref[FlatBuffer]]] = {}
+
+
+def _forget(ids: list[int], gone: weakref.ref[FlatBuffer]) -> None:
+    for key in ids:
+        _buffers_of[key].remove(gone)
+        if not _buffers_of[key]:
+            del _buffers_of[key]
 
 
 def find_buffer(param: Tensor) -> FlatBuffer | None:
     """The flat buffer that a parameter lies in, else one that it was moved into and has left."""
     left = None
-    for buffer in _live:
-        if id(param) in buffer.slots:
+    for known in _buffers_of.get(id(param), ()):
+        buffer = known()
+        if buffer is not None:
             if buffer.holds(param):
                 return buffer
             left = buffer

@@ -66,6 +66,7 @@ class FusedOptimizer(AveragingOptimizer):
     _own_defaults: Mapping[str, Any] = {}
     _given: Given = {}
     _flat = False
+    _in_constructor = False
 
     def _init(
         self,
@@ -93,9 +94,12 @@ class FusedOptimizer(AveragingOptimizer):
         self._first_counts = {}
         self._norm_group = None if norm_group is None else NormGroup(norm_group)
         self.max_grad_norm = max_grad_norm
+        self._in_constructor = True
         super().__init__(**args)
+        del self._in_constructor
         self.defaults.update(options)
         self.state = OptimizerState(dict, self.state)
+        self._make_states_early(self.param_groups)
         if self._states_at_once:
             those = [p for p in self._params() if can_have_state(p)]
             self._make_plan(self.state, [p for p in those if has_own_elements(local_of(p))])
@@ -157,19 +161,29 @@ class FusedOptimizer(AveragingOptimizer):
             if self._flat and added.params and not are_flat(added.params, type(self).__name__):
                 self._flats += (FlatParameters(added.params, gradients=True),)
             self._plan = None
-            made_early = [*self._params()] if any(is_sharded(p) for p in self._params()) else []
-            made_early = [p for p in made_early if is_ready(p)]
-            if self._flat:
-                # Flat gradients always exist: torch's checkpoint code, which makes state by a step
-                # where there is no gradient yet, leaves it to us. Shards have to have state on all
-                # processes, also where one of these has no gradient; then all parameters have it.
-                made_early = [p for p in added.params if p.requires_grad]
-            if made_early:
-                self._make_plan(self.state, made_early)
-                self._begin_averages(made_early)
+            # A plan is of all groups: one for each that a constructor adds takes ever longer.
+            if not self._in_constructor:
+                self._make_states_early([added.options])
         except Exception:
             self.param_groups.pop()
             raise
+
+    def _make_states_early(self, added: list[dict[str, Any]]) -> None:
+        """Make states of new groups that cannot wait for a step.
+
+        Flat gradients always exist: torch's checkpoint code, which makes state by a step where
+        there is no gradient yet, leaves it to us. Shards have to have state on all processes, also
+        where one of these has no gradient; then all parameters have it.
+        """
+        if self._flat:
+            early = [p for group in added for p in group["params"] if p.requires_grad]
+        elif any(is_sharded(p) for p in self._params()):
+            early = [p for p in self._params() if is_ready(p)]
+        else:
+            return
+        if early:
+            self._make_plan(self.state, early)
+            self._begin_averages(early)
 
     # -- the step -----------------------------------------------------------------------------
 

@@ -35,24 +35,36 @@ CUDA = pytest.param(
 )
 
 
-LARGE = 100  # instances of a test of which make test runs a part
-OF = 3  # one in so many of them
+LARGE = 100  # instances of a test of which a part is run
+PARTS = 3
 FIRST_ROWS = ("adamw-", "sgd-")  # of these classes all
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    text = (
-        "run tests with every optimizer and every value of theirs, not each with some of the others"
-    )
-    parser.addoption("--all-pairs", action="store_true", help=text)
+    text = "which third of large tests to run, or all of them"
+    numbers = [str(number) for number in range(PARTS)]
+    parser.addoption("--part", choices=[*numbers, "all"], default="0", help=text)
+
+
+def part_of(config: pytest.Config) -> int | None:
+    """None: everything, as on a GPU and where tests are chosen by name."""
+    named = config.option.keyword or any("::" in argument for argument in config.args)
+    every = config.option.part == "all" or named or HAS_CUDA
+    return None if every else int(config.option.part)
+
+
+@pytest.fixture(scope="session")
+def part(pytestconfig: pytest.Config) -> slice:
+    """What to take of the many things that a large test goes over."""
+    number = part_of(pytestconfig)
+    return slice(None) if number is None else slice(number, None, PARTS)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a test over optimizers and values that has many instances and is not a slow one, each
-    optimizer takes some of the values and each value some of the optimizers. All of them are run
-    on a GPU, with --all-pairs, and where tests are chosen by name."""
-    named = config.option.keyword or any("::" in argument for argument in config.args)
-    if config.option.all_pairs or named or HAS_CUDA:
+    """Of a test that has many instances a part is run. Where they are pairs of an optimizer and a
+    value, each optimizer takes some of the values and each value some of the optimizers."""
+    part = part_of(config)
+    if part is None:
         return
     instances: dict[object, list[pytest.Function]] = defaultdict(list)
     for item in items:
@@ -60,17 +72,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             instances[item.function].append(item)
     left_out: set[pytest.Item] = set()
     for those in instances.values():
-        indices = [item.callspec.indices for item in those]
-        if len(those) <= LARGE or "case" not in indices[0]:
+        if len(those) <= LARGE:
             continue
-        if any(item.get_closest_marker("slow") for item in those):
+        indices = [item.callspec.indices for item in those]
+        if "case" not in indices[0]:
+            if any(item.get_closest_marker("slow") for item in those):
+                left_out |= {item for i, item in enumerate(those) if i % PARTS != part}
             continue
         rest = [(*(v for k, v in each.items() if k != "case"),) for each in indices]
         values = {value: number for number, value in enumerate(dict.fromkeys(rest))}
-        every = min(OF, len(values))
+        every = min(PARTS, len(values))
         for item, each, value in zip(those, indices, rest, strict=True):
             first = str(item.callspec.params["case"]).startswith(FIRST_ROWS)
-            if not first and (each["case"] + values[value]) % every:
+            if not first and (each["case"] + values[value] + part) % every:
                 left_out.add(item)
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=[*left_out])

@@ -155,7 +155,7 @@ OPTIMIZERS = {
     )
 }
 PLAIN = ("AdamW", "SGD", "RMSprop")
-OTHERS = (
+OTHER_RULES = (
     *("Lion", "AdEMAMix", "ADOPT", "Adan", "RAdam", "Adagrad", "Adamax", "Adadelta", "Rprop"),
     *("NAdam", "ASGD", "ScheduleFreeAdamW", "ScheduleFreeSGD"),
 )
@@ -195,14 +195,14 @@ SCENARIOS = {
 # What is measured by default, by the type of device: scenarios, and the optimizers in each.
 SUITES: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
-        "1x64Mi": (*PLAIN, "AdamW-bf16", "AdamW-master", *OTHERS),
-        "1000x1Ki": (*PLAIN, *OTHERS),
+        "1x64Mi": (*PLAIN, "AdamW-bf16", "AdamW-master", *OTHER_RULES),
+        "1000x1Ki": (*PLAIN, *OTHER_RULES),
         "500-groups": ("AdamW",),
         "200x100K": (*PLAIN, "AdamW-clip"),
         "1x1": ("AdamW", "SGD"),
         "ResNet-50": ("AdamW", "SGD"),
         "ViT-B-16": ("AdamW",),
-        "GPT-2-small": ("AdamW", *OTHERS),
+        "GPT-2-small": ("AdamW", *OTHER_RULES),
     },
     "cuda": {
         "1x1Gi": PLAIN,

@@ -117,6 +117,10 @@ def duration(seconds: float | None) -> str:
     return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} us"
 
 
+# What a run may measure besides cases, and how it is called.
+PARTS = {"scaling": "the curves", "training": "training", "import_seconds": "the import"}
+
+
 def where(results: Json) -> str:
     """One line: on which machine, when, and at which commit the figures were measured."""
     source = results["provenance"]
@@ -134,6 +138,8 @@ def where(results: Json) -> str:
         if case.get("provenance"):
             name = f"{case['optimizer']} {of_what(case)}"
             later.setdefault(str(case["provenance"]["commit"])[:10], []).append(name)
+    for part, provenance in results.get("again", {}).items():
+        later.setdefault(str(provenance["commit"])[:10], []).append(PARTS[part])
     again = "".join(
         f"; measured again at commit {commit_of}: {', '.join(names)}"
         for commit_of, names in later.items()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 
+from benchmarks.measure.scenarios import OTHER_RULES
 from benchmarks.report.case import (
     COPY,
     DEVICE,
@@ -63,16 +64,21 @@ def show(page: Path, marker: str, text: str, *, check: bool) -> bool:
     return old == new
 
 
-def measured_cases(results: Json) -> tuple[list[Json], list[str]]:
-    """The cases that have fusedopt, and who else was measured in any."""
-    cases = [case for case in results["cases"] if OURS in case[WALL]]
+def measured_cases(results: Json, rules: bool | None = None) -> tuple[list[Json], list[str]]:
+    """The cases that have fusedopt, and who else was measured in any. Rules: only those of rules
+    beside Adam's, SGD's and RMSprop's, or only of these."""
+    cases = [
+        case
+        for case in results["cases"]
+        if OURS in case[WALL] and rules in (None, case["optimizer"] in OTHER_RULES)
+    ]
     others = [name for case in cases for name in case[WALL] if name not in (OURS, COPY, FLOOR)]
     return cases, list(dict.fromkeys(others))
 
 
-def summary(results: Json, columns: Iterable[str] | None = None) -> str:
+def summary(results: Json, columns: Iterable[str] | None = None, rules: bool | None = False) -> str:
     """fusedopt's times, and relative to them the others', or only those in ``columns``."""
-    cases, others = measured_cases(results)
+    cases, others = measured_cases(results, rules)
     if columns is not None:
         others = [name for name in columns if name in others]
     rows = [
@@ -161,6 +167,7 @@ def training_block(results: Json) -> str:
 BLOCKS: dict[str, Callable[[Json], str]] = {
     MARKER: summary,
     f"{MARKER}-short": lambda results: summary(results, README_COLUMNS),
+    f"{MARKER}-rules": lambda results: summary(results, rules=True),
     f"{MARKER}-peers": peers,
     f"{MARKER}-better": as_good_or_better,
     f"{MARKER}-storage": storage_block,

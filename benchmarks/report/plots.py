@@ -12,6 +12,7 @@ from matplotlib.ticker import NullFormatter
 from benchmarks.report.case import COPY, FLOOR, OURS, WALL, Json, duration, of_what, ratio, where
 from benchmarks.report.colours import OUR_COLOUR, TORCH_COLOUR
 from benchmarks.report.gain import draw_gain
+from benchmarks.report.pages import measured_cases
 from benchmarks.report.training_figure import draw_training
 
 COLOURS = {
@@ -43,8 +44,10 @@ def measured_on(results: Json) -> str:
 def draw_all(results: Json, folder: Path) -> None:
     """Write all plots for which the results have figures."""
     folder.mkdir(parents=True, exist_ok=True)
-    if any(OURS in case[WALL] for case in results["cases"]):
-        draw_steps(results, folder / "steps.png")
+    for name, rules in (("steps.png", False), ("rules.png", True)):
+        cases, _ = measured_cases(results, rules)
+        if cases:
+            draw_steps(cases, measured_on(results), folder / name)
     if results.get("scaling"):
         draw_scaling(results, folder / "scaling.png")
     if results.get("training"):
@@ -52,9 +55,8 @@ def draw_all(results: Json, folder: Path) -> None:
         draw_gain(results["training"], folder / "gain.png")
 
 
-def draw_steps(results: Json, path: Path) -> None:
+def draw_steps(cases: list[Json], measured: str, path: Path) -> None:
     """A panel for each case: a bar for each implementation, and a line at the floor."""
-    cases = [case for case in results["cases"] if OURS in case[WALL]]
     rows = -(-len(cases) // COLUMNS)
     figure = Figure(figsize=(5 * COLUMNS, 2.6 * rows), layout="constrained")
     panels = figure.subplots(rows, COLUMNS, squeeze=False).flatten()
@@ -62,7 +64,7 @@ def draw_steps(results: Json, path: Path) -> None:
         draw_case(case, axes)
     for axes in panels[len(cases) :]:
         axes.set_axis_off()
-    figure.suptitle(f"One optimizer step, median; the line is the floor\n{measured_on(results)}")
+    figure.suptitle(f"One optimizer step, median; the line is the floor\n{measured}")
     figure.savefig(path, dpi=100)
 
 

@@ -1,6 +1,7 @@
 """Parameter groups, changed as code for torch.optim does, and options that are tensors."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -132,3 +133,24 @@ def test_tensor_weight_decay() -> None:
     for optimizer in (ours, plain):
         train(optimizer, range(2))
     assert_equal(ours, plain)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_constructor_looks_at_each_group_once(
+    flat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan for every group it adds would take minutes for thousands of groups."""
+    plans = []
+    make_plan = fusedopt.AdamW._make_plan
+
+    def counted(self: fusedopt.AdamW, *args: Any) -> Any:
+        plans.append(len(self.param_groups))
+        return make_plan(self, *args)
+
+    monkeypatch.setattr(fusedopt.AdamW, "_make_plan", counted)
+    groups = [{"params": [nn.Parameter(torch.ones(3))]} for _ in range(5)]
+    optimizer = fusedopt.AdamW(groups, flat=flat)
+    assert plans == ([5] if flat else [])
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    assert plans == ([5, 6] if flat else [])
+    assert len(optimizer.state) == (6 if flat else 0)

@@ -115,11 +115,11 @@ def test_one_kernel_of_each_kind(machine: Machine, core: Core) -> None:
 
 
 @slow
-def test_every_kernel(machine: Machine, core: Core) -> None:
+def test_every_kernel(machine: Machine, core: Core, part: slice) -> None:
     """Sizes around a chunk's, streams aligned together, apart and not at all, Inf, NaN, denormals
     and all magnitudes, with each quick reciprocal and root up to one unit off. Half of the kernels
     of each architecture, with all variants and all combinations of dtypes."""
-    for kernel in core.kernels[[*ARGUMENT].index(machine.arch) :: 2]:
+    for kernel in core.kernels[[*ARGUMENT].index(machine.arch) :: 2][part]:
         Case(core, kernel).check(machine)
 
 
@@ -143,36 +143,36 @@ def test_every_coding_has_every_kind_of_span(core: Core) -> None:
 
 
 @slow
-def test_every_coded_kernel(machine: Machine, core: Core) -> None:
+def test_every_coded_kernel(machine: Machine, core: Core, part: slice) -> None:
     """Every coding. Half of the kernels of each architecture."""
-    for kernel in core.coded_kernels[[*ARGUMENT].index(machine.arch) :: 2]:
+    for kernel in core.coded_kernels[[*ARGUMENT].index(machine.arch) :: 2][part]:
         Case(core, kernel).check(machine)
 
 
 @slow
-def test_usual_and_zero_gradients(machine: Machine, core: Core) -> None:
-    for kernel in core.kernels[::6]:
+def test_usual_and_zero_gradients(machine: Machine, core: Core, part: slice) -> None:
+    for kernel in core.kernels[::6][part]:
         for zero in (False, True):
             Case(core, kernel, usual, zero).check(machine)
 
 
 @slow
-def test_few_blocks_take_all_chunks(machine: Machine, core: Core) -> None:
-    for kernel in [*core.kernels[::10], *core.coded_kernels[::4]]:
+def test_few_blocks_take_all_chunks(machine: Machine, core: Core, part: slice) -> None:
+    for kernel in [*core.kernels[::10][part], *core.coded_kernels[::4][part]]:
         Case(core, kernel).check(machine, blocks=3)
 
 
 @slow
-def test_rows_and_a_factor_in_memory(machine: Machine, core: Core) -> None:
+def test_rows_and_a_factor_in_memory(machine: Machine, core: Core, part: slice) -> None:
     """Of the device, where a capturable step or clipping has worked them out. A step that is
     skipped there changes nothing."""
     api = machine.api
     control = api.control(api.factor(FACTOR))
     skips = api.control(api.factor(FACTOR, found_inf=np.ones(1, np.float32)))
-    for kernel in [*core.kernels[::5], *core.coded_kernels[::4]]:
+    for kernel in [*core.kernels[::5][part], *core.coded_kernels[::4][part]]:
         case = Case(core, kernel, control=control)
         case.check(machine, rows_in_memory=True, control=control)
-    for kernel in [*core.kernels[::10], *core.coded_kernels[::4]]:
+    for kernel in [*core.kernels[::10][part], *core.coded_kernels[::4][part]]:
         case = Case(core, kernel, control=skips)
         before = case.memory.after(lambda spans: None)
         step = partial(machine.step, rows=case.rows, memory=case.touched, control=skips)
@@ -180,11 +180,11 @@ def test_rows_and_a_factor_in_memory(machine: Machine, core: Core) -> None:
 
 
 @slow
-def test_most_instructions_have_been_executed(machine: Machine, core: Core) -> None:
+def test_most_instructions_have_been_executed(machine: Machine, core: Core, part: slice) -> None:
     """But for what is called for rare divisions and roots."""
     # Of rules whose options have usual rows and others, which have code of their own.
     kernels = [kernel for kernel in core.kernels if kernel.rule in ("adam", "sgd")]
-    for kernel in [*kernels[::4], core.coded_kernels[0]]:
+    for kernel in [*kernels[::4][part], core.coded_kernels[0]]:
         Case(core, kernel, usual).check(machine, rows_in_memory=True)
         Case(core, kernel).check(machine)
         control = machine.api.control(machine.api.factor(FACTOR))

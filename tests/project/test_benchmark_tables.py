@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks import run
 from benchmarks.measure.scenarios import OPTIMIZERS
 from benchmarks.report import __main__ as report
 from benchmarks.report import compare, pages
-from benchmarks.report.case import COPY, DEVICE, FLOOR, HOST, KERNELS, OURS, WALL
+from benchmarks.report.case import COPY, DEVICE, FLOOR, HOST, KERNELS, OURS, WALL, where
 from benchmarks.report.compare import comparison
 from benchmarks.report.pages import NO_GPU, PREDICTED, gpu_summary, with_blocks
 from benchmarks.report.tables import markdown, target_table
@@ -206,3 +207,26 @@ def test_gpu_tables(
     assert report.main([*common, "--readme"]) == 0
     assert NO_GPU in page.read_text()
     assert "| 98% |" in markdown(gpu_results)
+
+
+def test_other_rules_have_a_table_of_their_own() -> None:
+    results = cpu_results(**{OURS: [1e-3] * 3, "torch-fused": [2e-3] * 3})
+    results["cases"] += [{**results["cases"][0], "optimizer": "Lion"}]
+    for name, rules in (("benchmark", ["AdamW"]), ("benchmark-rules", ["Lion"])):
+        page = with_blocks(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n", results)
+        rows = [line.split(" | ") for line in page.splitlines() if line.startswith("|")][2:]
+        assert [row[0].strip("| ") for row in rows] == rules
+
+
+def test_what_is_measured_again_takes_the_place_of_what_was() -> None:
+    old, new = cpu_results(**{OURS: [1e-3] * 3}), cpu_results(**{OURS: [2e-3] * 3})
+    old["scaling"], new["scaling"] = ["old"], ["new"]
+    old["training"] = ["old"]
+    del new["import_seconds"]
+    new["provenance"]["commit"] = "new"
+    merged = run.updated(old, new)
+    assert (merged["scaling"], merged["training"]) == (["new"], ["old"])
+    assert merged["import_seconds"] == old["import_seconds"]
+    assert merged["provenance"] == old["provenance"]
+    assert merged["cases"][0][WALL][OURS] == [2e-3] * 3
+    assert where(merged).endswith("measured again at commit new: AdamW 1000x1Ki, the curves")

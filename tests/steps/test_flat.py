@@ -10,7 +10,7 @@ from support.training import RICHEST, Case, assert_equal, assert_same_bits, make
 from torch import Tensor, nn
 
 import fusedopt
-from fusedopt import FlatParameters
+from fusedopt import FlatParameters, _flat
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_class = pytest.mark.parametrize("case", RICHEST, ids=str)
@@ -189,3 +189,15 @@ def test_refused_group_is_not_moved() -> None:
         optimizer.add_param_group({"params": [p], "lr": float("nan")})
     assert p.data_ptr() == address and len(optimizer.param_groups) == 1
     assert len(optimizer._flats) == 1
+
+
+def test_buffers_that_are_gone_are_forgotten() -> None:
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    first = fusedopt.FlatParameters(params)
+    second = fusedopt.FlatParameters(params)
+    assert [len(_flat._buffers_of[id(p)]) for p in params] == [2, 2]
+    keys = [id(p) for p in params]
+    del second
+    assert [len(_flat._buffers_of[key]) for key in keys] == [1, 1]
+    del first
+    assert not [key for key in keys if key in _flat._buffers_of]
