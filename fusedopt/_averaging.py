@@ -7,7 +7,14 @@ from contextlib import AbstractContextManager
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fusedopt._averages import Averages, averages_of, begin_averages, has_average, swapped
+from fusedopt._averages import (
+    Averages,
+    averages_of,
+    begin_averages,
+    has_average,
+    have_averages,
+    swapped,
+)
 from fusedopt._formats import EMA
 from fusedopt._members import list_members
 from fusedopt._sharded import is_sharded, reshard, whole_of
@@ -24,7 +31,7 @@ class AveragingOptimizer(SteppingOptimizer):
     _is_swapped = False
 
     def _step(self, grads: list[tuple[Tensor, Tensor]] | None = None) -> bool:
-        if not any(map(has_average, self.param_groups)):
+        if not have_averages(self.param_groups):
             return self._update(grads)
         if self._averages is None:
             self._averages = Averages(type(self).__name__)
@@ -128,7 +135,7 @@ class AveragingOptimizer(SteppingOptimizer):
                 reshard(model)
 
     def _check_averages(self) -> None:
-        if not any(map(has_average, self.param_groups)):
+        if not have_averages(self.param_groups):
             raise RuntimeError(
                 f"{type(self).__name__}: there are no averages of the weights; give ema_decay= to "
                 "the optimizer, or to a group of it"

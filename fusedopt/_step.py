@@ -61,6 +61,9 @@ class SteppingOptimizer(Optimizer):
     _cut_norm: CutNorm | None = None  # None: all gradients are whole
     _release: "Release | None" = None
     _workspace: _C.Workspace
+    # GradScaler sets them for a step, and deletes them.
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
     # Of parameters whose state names no count, the steps taken on the device since it was made.
     _first_counts: FirstCounts
 
@@ -99,13 +102,13 @@ class SteppingOptimizer(Optimizer):
         torch's own wrapper names the step to profilers and calls hooks. It takes several times as
         long as a small step, so it is left out where nobody listens.
         """
-        recorded = Optimizer.profile_hook_step(func)
+        recorded = uncompiled(Optimizer.profile_hook_step(func))
 
-        @uncompiled
         @functools.wraps(func)
         def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
             if (
-                _C.is_recorded()
+                torch.compiler.is_compiling()
+                or _C.is_recorded()
                 or self._optimizer_step_pre_hooks
                 or self._optimizer_step_post_hooks
                 or _global_optimizer_pre_hooks
@@ -260,8 +263,8 @@ class SteppingOptimizer(Optimizer):
         Returns:
             None where it is done, else the positions of the parameters that lack state.
         """
-        grad_scale = whole_of(getattr(self, "grad_scale", None))
-        found_inf = whole_of(getattr(self, "found_inf", None))
+        grad_scale = None if self.grad_scale is None else whole_of(self.grad_scale)
+        found_inf = None if self.found_inf is None else whole_of(self.found_inf)
         clip, norm = self._max_grad_norm, self._cut_norm
         add_up = (None, None) if norm is None else (norm.add_up, self._add_up_measured)
         while True:
