@@ -8,10 +8,10 @@ from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fusedopt._compiling import uncompiled
 from fusedopt._counts import FirstCounts
 from fusedopt._extension import _C
 from fusedopt._flat import FlatGradients, find_buffer
@@ -102,13 +102,15 @@ class SteppingOptimizer(Optimizer):
         torch's own wrapper names the step to profilers and calls hooks. It takes several times as
         long as a small step, so it is left out where nobody listens.
         """
-        recorded = uncompiled(Optimizer.profile_hook_step(func))
+        recorded = Optimizer.profile_hook_step(func)
+        uncompiled = _disable_dynamo(recorded)
 
         @functools.wraps(func)
         def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return uncompiled(self, *args, **kwargs)
             if (
-                torch.compiler.is_compiling()
-                or _C.is_recorded()
+                _C.is_recorded()
                 or self._optimizer_step_pre_hooks
                 or self._optimizer_step_post_hooks
                 or _global_optimizer_pre_hooks

@@ -44,10 +44,9 @@ def measured_on(results: Json) -> str:
 def draw_all(results: Json, folder: Path) -> None:
     """Write all plots for which the results have figures."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rules in (("steps.png", False), ("rules.png", True)):
-        cases, _ = measured_cases(results, rules)
-        if cases:
-            draw_steps(cases, measured_on(results), folder / name)
+    cases, _ = measured_cases(results, rules=False)
+    if cases:
+        draw_steps(cases, measured_on(results), folder / "steps.png")
     if results.get("scaling"):
         draw_scaling(results, folder / "scaling.png")
     if results.get("training"):
