@@ -53,8 +53,10 @@ IMPORTS = 5  # processes that import fusedopt to time it
 
 
 def seconds_to_import() -> list[float]:
-    """What `import fusedopt` takes after `import torch`, in several new processes, where it has been
-    imported before, so that Python has its bytecode."""
+    """What `import fusedopt` takes after `import torch`, in several new processes.
+
+    It has been imported before, so that Python has its bytecode.
+    """
     code = (
         "import torch, time; start = time.perf_counter(); import fusedopt; "
         "print(time.perf_counter() - start)"

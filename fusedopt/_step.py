@@ -61,9 +61,6 @@ class SteppingOptimizer(Optimizer):
     _cut_norm: CutNorm | None = None  # None: all gradients are whole
     _release: "Release | None" = None
     _workspace: _C.Workspace
-    # GradScaler sets them for a step, and deletes them.
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
     # Of parameters whose state names no count, the steps taken on the device since it was made.
     _first_counts: FirstCounts
 
@@ -265,8 +262,11 @@ class SteppingOptimizer(Optimizer):
         Returns:
             None where it is done, else the positions of the parameters that lack state.
         """
-        grad_scale = None if self.grad_scale is None else whole_of(self.grad_scale)
-        found_inf = None if self.found_inf is None else whole_of(self.found_inf)
+        # What GradScaler sets for a step; getattr() takes longer for what is not there.
+        own = self.__dict__
+        grad_scale, found_inf = own.get("grad_scale"), own.get("found_inf")
+        if grad_scale is not None or found_inf is not None:
+            grad_scale, found_inf = whole_of(grad_scale), whole_of(found_inf)
         clip, norm = self._max_grad_norm, self._cut_norm
         add_up = (None, None) if norm is None else (norm.add_up, self._add_up_measured)
         while True:
