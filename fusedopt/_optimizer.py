@@ -95,8 +95,10 @@ class FusedOptimizer(AveragingOptimizer):
         self._norm_group = None if norm_group is None else NormGroup(norm_group)
         self.max_grad_norm = max_grad_norm
         self._in_constructor = True
-        super().__init__(**args)
-        del self._in_constructor
+        try:
+            super().__init__(**args)
+        finally:
+            del self._in_constructor
         self.defaults.update(options)
         self.state = OptimizerState(dict, self.state)
         self._make_states_early(self.param_groups)

@@ -76,7 +76,7 @@ def measured_cases(results: Json, rules: bool | None = None) -> tuple[list[Json]
     return cases, list(dict.fromkeys(others))
 
 
-def summary(results: Json, columns: Iterable[str] | None = None, rules: bool | None = False) -> str:
+def summary(results: Json, columns: Iterable[str] | None = None, rules: bool = False) -> str:
     """fusedopt's times, and relative to them the others', or only those in ``columns``."""
     cases, others = measured_cases(results, rules)
     if columns is not None:

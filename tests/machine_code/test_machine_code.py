@@ -117,8 +117,8 @@ def test_one_kernel_of_each_kind(machine: Machine, core: Core) -> None:
 @slow
 def test_every_kernel(machine: Machine, core: Core, part: slice) -> None:
     """Sizes around a chunk's, streams aligned together, apart and not at all, Inf, NaN, denormals
-    and all magnitudes, with each quick reciprocal and root up to one unit off. Half of the kernels
-    of each architecture, with all variants and all combinations of dtypes."""
+    and all magnitudes, with each quick reciprocal and root up to one unit off. A part of half of
+    the kernels of each architecture; the halves have all variants and combinations of dtypes."""
     for kernel in core.kernels[[*ARGUMENT].index(machine.arch) :: 2][part]:
         Case(core, kernel).check(machine)
 
@@ -144,7 +144,7 @@ def test_every_coding_has_every_kind_of_span(core: Core) -> None:
 
 @slow
 def test_every_coded_kernel(machine: Machine, core: Core, part: slice) -> None:
-    """Every coding. Half of the kernels of each architecture."""
+    """Every coding. A part of half of the kernels of each architecture."""
     for kernel in core.coded_kernels[[*ARGUMENT].index(machine.arch) :: 2][part]:
         Case(core, kernel).check(machine)
 
